@@ -1,0 +1,125 @@
+"""Which rows each training step sees, as a pure function of a seed and the step's number.
+
+The rows form one endless stream: the concatenation of one permutation of all rows per epoch. Step `t`
+takes the stream's positions `[t * B, (t + 1) * B)`. Hence every row is visited exactly once per epoch,
+every batch has exactly `B` rows whether or not `B` divides `N`, and each place of a batch is uniform
+over the rows, so that the minibatch estimate `N / B * sum` is unbiased. A batch that straddles two epochs
+can hold a row twice.
+
+Nothing is remembered between calls but a cache: training resumes at any step by asking for that step.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrolvm.errors import DataError, SettingError
+
+# Permutations of short data are drawn many epochs at a time: one generator per epoch would cost more
+# than the training steps themselves. The block's size depends on N alone, so the plan stays pure.
+_BLOCK_ROWS, _BLOCK_EPOCHS = 2**14, 256
+_CACHED_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The rows of every step: `plan.rows(first_step, num_steps)`.
+
+    Args:
+        num_rows: N, the rows of the whole data.
+        batch_size: B, the rows of each step; `None` takes all rows in their order at every step.
+        seed: a non-negative integer; the same seed gives the same rows, on any device.
+
+    Raises:
+        DataError: `batch_size` is larger than `num_rows`, or there are no rows.
+        SettingError: `batch_size` is not a positive integer, or `seed` not a non-negative one.
+    """
+
+    num_rows: int
+    batch_size: int | None = None
+    seed: int = 0
+    _blocks: OrderedDict[int, Tensor] = field(
+        default_factory=OrderedDict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if not _is_integer(self.num_rows) or self.num_rows < 1:
+            raise DataError(f"a batch plan needs at least one row but num_rows={self.num_rows}")
+        if not _is_integer(self.seed) or self.seed < 0:
+            raise SettingError(f"seed={self.seed!r} is not a non-negative integer: type e.g. seed=0")
+        if self.batch_size is None:
+            return
+        if not _is_integer(self.batch_size) or self.batch_size < 1:
+            raise SettingError(
+                f"batch_size={self.batch_size!r} is not a positive integer: type None for all rows"
+            )
+        if self.batch_size > self.num_rows:
+            raise DataError(
+                f"batch_size={self.batch_size} is larger than the data's {self.num_rows} rows: "
+                f"type batch_size={self.num_rows} or less, or batch_size=None for all rows"
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """B, or N where `batch_size` is None."""
+        return self.num_rows if self.batch_size is None else self.batch_size
+
+    def num_steps(self, num_epochs: int) -> int:
+        """The least number of steps that visits every row `num_epochs` times."""
+        return -(-num_epochs * self.num_rows // self.rows_per_step)
+
+    def rows(self, first_step: int, num_steps: int) -> Tensor:
+        """Row indices of steps `first_step .. first_step + num_steps - 1`: int64 [num_steps, batch_size].
+
+        Without a batch size the result is a view of one `arange` (do not write to it).
+        """
+        if first_step < 0 or num_steps < 0:
+            raise SettingError(f"steps cannot be negative: first_step={first_step}, num_steps={num_steps}")
+        if self.batch_size is None:
+            return torch.arange(self.num_rows).expand(num_steps, self.num_rows)
+        start = first_step * self.batch_size
+        return self._stream(start, start + num_steps * self.batch_size).reshape(num_steps, self.batch_size)
+
+    def _stream(self, start: int, stop: int) -> Tensor:
+        """Positions `[start, stop)` of the endless stream of rows: [stop - start], memory of its own."""
+        length = self._epochs_per_block * self.num_rows
+        parts = [torch.empty(0, dtype=torch.int64)]
+        while start < stop:
+            index, offset = divmod(start, length)
+            parts.append(self._block(index)[offset : offset + stop - start])
+            start += len(parts[-1])
+        return torch.cat(parts)
+
+    @property
+    def _epochs_per_block(self) -> int:
+        return max(1, min(_BLOCK_EPOCHS, _BLOCK_ROWS // self.num_rows))
+
+    def _block(self, index: int) -> Tensor:
+        """The permutations of one block of epochs, end to end: [epochs_per_block * num_rows]."""
+        if index not in self._blocks:
+            self._blocks[index] = self._draw_block(index)
+            if len(self._blocks) > _CACHED_BLOCKS:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(index)
+        return self._blocks[index]
+
+    def _draw_block(self, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(_mix(self.seed, index))
+        epochs = range(self._epochs_per_block)
+        return torch.cat([torch.randperm(self.num_rows, generator=generator) for _ in epochs])
+
+
+def _mix(seed: int, index: int) -> int:
+    """A seed for torch, the same on every machine and in every process, unlike `hash`."""
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+    return int(state[0]) >> 1  # torch takes 63 bits
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,0 +1,187 @@
+"""One way in for data on disk: `read` takes a data set's name or a file of any known kind."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pyrolvm.data.embedded import DATASETS, load_dataset, unknown_name
+from pyrolvm.data.idx import read_idx
+from pyrolvm.data.numeric import check_finite, check_numeric
+from pyrolvm.data.table import Dataset
+from pyrolvm.data.tables import read_csv, read_h5ad, read_parquet
+from pyrolvm.errors import DataError
+
+SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npy", ".npz", ".idx", ".idx.gz", ".h5ad")
+"""The kinds of file `read` knows; idx files may also be called `...-ubyte(.gz)`, as MNIST's are."""
+
+# Which kinds an option is for: given with another, it would be ignored without a word
+_OPTIONS = {
+    "key": (".npz",),
+    "header": (".csv", ".tsv"),
+    "mmap": (".npy", ".idx"),
+    "labels": (".csv", ".tsv", ".parquet", ".h5ad"),
+}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked of one file."""
+
+    path: Path
+    columns: Sequence[str] | None
+    labels: str | None
+    key: str | None
+    header: bool | None
+    mmap: bool
+    allow_missing: bool
+
+
+def read(
+    source: str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    *,
+    labels: str | None = None,
+    key: str | None = None,
+    header: bool | None = None,
+    mmap: bool = False,
+    allow_missing: bool = False,
+) -> Dataset:
+    """Read a data set of `DATASETS` by its name, or a file by its suffix (`SUFFIXES`).
+
+    Args:
+        source: a name such as `"digits"`, or the path of a file.
+        columns: names of the columns to take, in this order; positions where the columns have no names.
+        labels: the column to keep apart as labels, e.g. a class: in tables, and `obs` of h5ad.
+        key: the array to take from an npz file that has several.
+        header: whether a csv's first row is names; by default it is unless it is all numbers.
+        mmap: map an npy or idx file into memory, copy-on-write, instead of reading it.
+        allow_missing: keep missing values as NaN, for a model that can take them.
+
+    Returns:
+        a `Dataset` of values [rows, columns], or [rows, ...] from arrays, of the type they were found in.
+
+    Raises:
+        DataError: there is no such name or file, the file is empty, damaged or of another kind, a column
+            is missing or not numeric, a value is missing or infinite, or there are fewer than two rows.
+    """
+    path = _existing(source)
+    if path is None:
+        dataset = load_dataset(str(source))
+        return dataset if columns is None else dataset.select(_listed(columns))
+    kind = _kind(path)
+    _check_options(path, kind, labels=labels, key=key, header=header, mmap=mmap or None)
+    dataset = _read(_Request(path, columns, labels, key, header, mmap, allow_missing), kind)
+    if dataset.num_rows < 2:
+        raise DataError(f"{path} has too few rows of data: {dataset.num_rows}, and at least 2 are needed")
+    if dataset.values.size == 0:
+        raise DataError(f"{path} has no columns of data: its shape is {list(dataset.values.shape)}")
+    check_finite(dataset.values, str(path), dataset.columns, allow_missing)
+    return dataset
+
+
+def _read(request: _Request, kind: str) -> Dataset:
+    path, columns, labels = request.path, request.columns, request.labels
+    if kind in (".csv", ".tsv"):
+        return read_csv(path, columns, labels, request.header, "," if kind == ".csv" else "\t")
+    if kind == ".parquet":
+        return read_parquet(path, columns, labels, request.allow_missing)
+    if kind == ".h5ad":
+        return read_h5ad(path, columns, labels)
+    array = read_idx(path, request.mmap) if kind == ".idx" else _read_numpy(request)
+    check_numeric(array, str(path))
+    dataset = Dataset(array, None, None, str(path))
+    return dataset if columns is None else dataset.select(_listed(columns))
+
+
+def _listed(columns: Sequence[str]) -> Sequence[str]:
+    if isinstance(columns, str):
+        raise DataError(f"columns={columns!r} is one string: type a list, columns=[{columns!r}]")
+    return columns
+
+
+def _existing(source: str | os.PathLike[str]) -> Path | None:
+    """The file meant by `source`, or None where it is the name of a data set."""
+    if isinstance(source, str) and source.replace("-", "_") in DATASETS:
+        return None
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name a file in it")
+    if not path.exists():
+        raise DataError(
+            _missing(path, isinstance(source, str) and str(path.parent) == "." and not path.suffix)
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} may not be read by you: change its permissions")
+    return path
+
+
+def _missing(path: Path, may_be_name: bool) -> str:
+    if may_be_name:
+        return f"{unknown_name(str(path))}; nor is there a file of that name"
+    if not path.parent.is_dir():
+        return f"there is no file {path}: its folder {path.parent} does not exist"
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3)
+    hint = f": did you mean {' or '.join(str(path.parent / n) for n in near)}?" if near else ""
+    return f"there is no file {path}{hint}"
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what is in a file, without `.gz`."""
+    name = path.name.lower()
+    stem = name.removesuffix(".gz")
+    if stem.endswith("-ubyte"):
+        return ".idx"
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return suffix.removesuffix(".gz")
+    raise DataError(f"{path} is of no known kind: the suffixes are {', '.join(SUFFIXES)}")
+
+
+def _check_options(path: Path, kind: str, **options: object) -> None:
+    for option, value in options.items():
+        if value is not None and kind not in _OPTIONS[option]:
+            raise DataError(f"{option}= is for {', '.join(_OPTIONS[option])}, not for {path}: leave it out")
+
+
+def _read_numpy(request: _Request) -> np.ndarray:
+    """The array of an npy file, or of an npz file by its key. Nothing is ever unpickled."""
+    path = request.path
+    try:
+        if request.mmap:
+            return np.load(path, mmap_mode="c", allow_pickle=False)
+        # opened here, because numpy leaves its own handle open when an npz file is damaged
+        with path.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else loaded[_key(path, loaded.files, request.key)]
+    except DataError:
+        raise
+    except (ValueError, EOFError, OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
+        text = " ".join(str(error).split())
+        if "Object arrays" in text or "allow_pickle" in text or "pickled" in text:
+            raise DataError(
+                f"{path} holds Python objects (pickles), which are never loaded: "
+                "save an array of numbers, e.g. np.save(path, x.astype(float))"
+            ) from None
+        raise DataError(f"{path} is damaged, truncated or not a numpy file ({text})") from None
+
+
+def _key(path: Path, keys: list[str], key: str | None) -> str:
+    if key is None and len(keys) == 1:
+        return keys[0]
+    if key in keys:
+        return str(key)
+    if key is None:
+        raise DataError(f"{path} holds {len(keys)} arrays: type key= and one of {keys}")
+    near = difflib.get_close_matches(key, keys, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DataError(f"{path} has no array {key!r}: {hint}it holds {keys}")

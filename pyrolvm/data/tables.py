@@ -1,0 +1,223 @@
+"""Tables on disk: csv and tsv by pandas, parquet by pyarrow, h5ad by anndata."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pyrolvm.data.numeric import check_finite, frame_to_numpy
+from pyrolvm.data.table import Dataset, find_column
+from pyrolvm.errors import DataError
+
+_DAMAGED = (pd.errors.ParserError, pd.errors.ParserWarning, EOFError, zlib.error, OSError)
+
+
+def frame_to_dataset(
+    frame: pd.DataFrame, name: str, columns: Sequence[str] | None, labels: str | None
+) -> Dataset:
+    """The chosen columns of a table as values, and one more as labels.
+
+    Raises:
+        DataError: a column is missing or not numeric.
+    """
+    names = [str(c) for c in frame.columns]
+    kept = [i for i, c in enumerate(names) if c != labels] if columns is None else _find(columns, names, name)
+    held = None if labels is None else _labels(frame.iloc[:, find_column(labels, names, name)])
+    values = frame_to_numpy(frame.iloc[:, kept], name)
+    return Dataset(values, [names[i] for i in kept], held, name)
+
+
+def _find(columns: Sequence[str], names: list[str], source: str) -> list[int]:
+    if isinstance(columns, str):
+        raise DataError(f"columns={columns!r} is one string: type a list, columns=[{columns!r}]")
+    if not columns:
+        raise DataError(f"{source}: no columns were chosen: name at least one of {names}")
+    return [find_column(c, names, source) for c in columns]
+
+
+def _labels(column: pd.Series) -> np.ndarray:
+    numeric = pd.api.types.is_numeric_dtype(column.dtype)
+    return frame_to_numpy(column.to_frame())[:, 0] if numeric else column.astype(str).to_numpy(dtype=str)
+
+
+def read_csv(
+    path: Path, columns: Sequence[str] | None, labels: str | None, header: bool | None, separator: str
+) -> Dataset:
+    """A csv or tsv file, also compressed; a first row of numbers is data unless `header` says otherwise.
+
+    Raises:
+        DataError: the file is empty, ragged, damaged, not UTF-8 or separated otherwise, or a column is
+            missing or not numeric.
+    """
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns of rows that are longer than the header, and cuts them
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = _parse(path, header, separator)
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{path} is empty") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except _DAMAGED as error:
+        raise DataError(f"{path} cannot be read: {_why(error, separator)}") from None
+    _check_separator(frame, path)
+    return frame_to_dataset(_without_index(frame, path, columns), str(path), columns, labels)
+
+
+def _parse(path: Path, header: bool | None, separator: str) -> pd.DataFrame:
+    options: dict[str, Any] = {"sep": separator, "index_col": False, "low_memory": False}
+    if header is None:
+        first = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+        header = not _is_data([str(cell) for cell in first.iloc[0]])
+        if not header:
+            warn_user(
+                f"{path} has no header: its first row is numbers, so it is read as data and the columns are "
+                "called column_0, column_1, ...; type header=False to agree or header=True if they are names"
+            )
+    frame = pd.read_csv(path, header=0 if header else None, **options)
+    return frame if header else frame.set_axis([f"column_{i}" for i in range(frame.shape[1])], axis=1)
+
+
+def _is_data(cells: list[str]) -> bool:
+    """Whether a first row is numbers, other than the 0, 1, 2, ... that unnamed columns are written as."""
+    numbers = pd.to_numeric(pd.Series(cells), errors="coerce")
+    if numbers.isna().any():
+        return False
+    counts = len(cells) > 2 and (np.diff(numbers) == 1).all() and numbers[0] in (0, 1)
+    return not counts
+
+
+def _why(error: BaseException, separator: str) -> str:
+    text = " ".join(str(error).replace("Error tokenizing data. C error:", "").split())
+    if "Expected" in text or isinstance(error, pd.errors.ParserWarning):
+        kind = "tabs" if separator == "\t" else "commas"
+        where = text.rstrip(".") if "Expected" in text else "its rows are longer than its header"
+        return f"its rows differ in length ({where}): is it separated by {kind}?"
+    return f"it is damaged or truncated ({text})"
+
+
+def _check_separator(frame: pd.DataFrame, path: Path) -> None:
+    names = "".join(str(c) for c in frame.columns)
+    for mark, word in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
+        if frame.shape[1] == 1 and mark in names:
+            raise DataError(
+                f"{path} seems to be separated by {word}: a .csv file must have commas and a .tsv file tabs"
+            )
+
+
+def _without_index(frame: pd.DataFrame, path: Path, columns: Sequence[str] | None) -> pd.DataFrame:
+    """Leave out the row numbers that `DataFrame.to_csv` writes as a first column without a name."""
+    if columns is not None or frame.shape[1] < 2 or str(frame.columns[0]) != "Unnamed: 0":
+        return frame
+    index = frame.iloc[:, 0]
+    counts = pd.api.types.is_integer_dtype(index.dtype) and (np.diff(index) == 1).all()
+    if not counts:
+        return frame
+    warn_user(f"{path}: the first column has no name and counts the rows, so it is left out")
+    return frame.iloc[:, 1:]
+
+
+def read_parquet(
+    path: Path, columns: Sequence[str] | None, labels: str | None, allow_missing: bool
+) -> Dataset:
+    """A parquet file, one row group at a time into one array, so that it is never in memory twice.
+
+    Raises:
+        DataError: pyarrow is not installed, the file is damaged, or a column is missing or not numeric.
+    """
+    pq = optional("pyarrow.parquet", "parquet", "pip install 'pyrolvm[files]'")
+    arrow = optional("pyarrow", "parquet", "pip install 'pyrolvm[files]'")
+    try:
+        with pq.ParquetFile(path) as file:
+            return _from_parquet(file, path, columns, labels, allow_missing)
+    except (arrow.ArrowException, OSError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(f"{path} is damaged, truncated or not parquet ({text})") from None
+
+
+def _from_parquet(
+    file: Any, path: Path, columns: Sequence[str] | None, labels: str | None, allow_missing: bool
+) -> Dataset:
+    empty = file.schema_arrow.empty_table().to_pandas(ignore_metadata=True)
+    index = (file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
+    names = [c for c in empty.columns if c not in index]
+    kept = [c for c in names if c != labels] if columns is None else _pick(columns, names, path)
+    wanted = kept if labels is None else [*kept, names[find_column(labels, names, str(path))]]
+    values: np.ndarray | None = None
+    held: list[np.ndarray] = []
+    row = 0
+    for group in range(file.num_row_groups):
+        frame = file.read_row_group(group, columns=wanted).to_pandas(ignore_metadata=True)
+        part = frame_to_dataset(frame, str(path), kept, labels)
+        check_finite(part.values, str(path), kept, allow_missing, first_row=row)
+        values = _room(values, file.metadata.num_rows, part.values)
+        values[row : row + part.num_rows] = part.values
+        held += [] if part.labels is None else [part.labels]
+        row += part.num_rows
+    if values is None:
+        return frame_to_dataset(empty, str(path), kept, labels)
+    return Dataset(values, kept, np.concatenate(held) if held else None, str(path))
+
+
+def _pick(columns: Sequence[str], names: list[str], path: Path) -> list[str]:
+    return [names[i] for i in _find(columns, names, str(path))]
+
+
+def _room(values: np.ndarray | None, num_rows: int, part: np.ndarray) -> np.ndarray:
+    """The array to fill; widened when a later row group has missing values among its integers."""
+    if values is None:
+        return np.empty((num_rows, part.shape[1]), part.dtype)
+    return values.astype(np.result_type(values, part), copy=False)
+
+
+def read_h5ad(path: Path, columns: Sequence[str] | None, labels: str | None) -> Dataset:
+    """The matrix X of an AnnData file as a dense array, genes as columns; `labels` is a column of `obs`.
+
+    Raises:
+        DataError: anndata is not installed, the file is damaged, or a gene or column of obs is missing.
+    """
+    anndata = optional("anndata", "h5ad", "pip install anndata")
+    try:
+        table = anndata.read_h5ad(path)
+    except Exception as error:  # anndata and h5py raise errors of many types for a damaged file
+        raise DataError(f"{path} is damaged or not h5ad ({' '.join(str(error).split())})") from None
+    if table.X is None:
+        raise DataError(f"{path} has no matrix X: store the counts in adata.X")
+    names = [str(c) for c in table.var_names]
+    kept = list(range(len(names))) if columns is None else _find(columns, names, str(path))
+    values = table.X if columns is None else table.X[:, kept]
+    values = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
+    held = None if labels is None else _labels(table.obs.iloc[:, _obs(labels, table, path)])
+    return Dataset(values, [names[i] for i in kept], held, str(path))
+
+
+def _obs(labels: str, table: Any, path: Path) -> int:
+    return find_column(labels, [str(c) for c in table.obs.columns], f"{path} (obs)")
+
+
+def optional(module: str, kind: str, command: str) -> ModuleType:
+    """Import what only this kind of file needs.
+
+    Raises:
+        DataError: it is not installed; the message has the command that installs it.
+    """
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        raise DataError(f"reading {kind} needs {module.split('.')[0]}: type {command}") from None
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line of the caller outside this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("pyrolvm."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

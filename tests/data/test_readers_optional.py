@@ -1,0 +1,85 @@
+"""Files that need a package of their own: parquet and h5ad."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pyrolvm.data import read
+from pyrolvm.errors import DataError
+
+X = np.array([[1.0, 2.0], [3.5, 4.0], [5.0, 6.0]])
+FRAME = pd.DataFrame({"width": [1.0, 3.5, 5.0]})
+
+
+def refused(message, *args, **options):
+    with pytest.raises(DataError, match=message) as caught:
+        read(*args, **options)
+    assert "\n" not in str(caught.value)
+
+
+class TestParquet:
+    @pytest.fixture(autouse=True)
+    def _needs_pyarrow(self):
+        pytest.importorskip("pyarrow")
+
+    def test_in_row_groups(self, tmp_path):
+        frame = pd.DataFrame({"a": np.arange(10.0), "b": np.arange(10), "kind": list("xyxyxyxyxy")})
+        frame.to_parquet(tmp_path / "x.parquet", row_group_size=3)
+        data = read(tmp_path / "x.parquet", labels="kind")
+        assert np.array_equal(data.values, frame[["a", "b"]].to_numpy())
+        assert data.labels.tolist() == frame["kind"].tolist()
+        assert read(tmp_path / "x.parquet", columns=["b"]).values.dtype == np.int64
+        refused("column 'kind' holds 'x' at row 0", tmp_path / "x.parquet")
+        refused("did you mean 'kind'", tmp_path / "x.parquet", labels="kin")
+
+    def test_missing_values_are_found_and_can_be_kept(self, tmp_path):
+        frame = pd.DataFrame({"n": pd.array([*range(7), None], "Int64")})
+        frame.to_parquet(tmp_path / "x.parquet", row_group_size=3)
+        refused("missing at row 7, column 'n'", tmp_path / "x.parquet")
+        values = read(tmp_path / "x.parquet", allow_missing=True).values[:, 0]
+        assert values[:7].tolist() == list(range(7))
+        assert np.isnan(values[7])
+
+    def test_the_index_of_the_frame_is_not_data(self, tmp_path):
+        FRAME.set_axis([5, 3, 1]).to_parquet(tmp_path / "x.parquet")
+        assert read(tmp_path / "x.parquet").columns == ["width"]
+
+    def test_empty_and_truncated(self, tmp_path):
+        FRAME.iloc[:0].to_parquet(tmp_path / "x.parquet")
+        refused("too few rows of data: 0", tmp_path / "x.parquet")
+        FRAME.to_parquet(tmp_path / "y.parquet")
+        raw = (tmp_path / "y.parquet").read_bytes()
+        (tmp_path / "y.parquet").write_bytes(raw[: len(raw) // 2])
+        refused("damaged, truncated or not parquet", tmp_path / "y.parquet")
+
+
+@pytest.mark.parametrize(("module", "name"), [("pyarrow.parquet", "x.parquet"), ("anndata", "x.h5ad")])
+def test_what_is_not_installed_is_named_with_its_command(monkeypatch, tmp_path, module, name):
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, module, None)
+    refused(f"needs {module.split('.')[0]}: type pip install", tmp_path / name)
+
+
+class TestH5ad:
+    @pytest.fixture
+    def path(self, tmp_path):
+        anndata = pytest.importorskip("anndata")
+        import scipy.sparse
+
+        obs = pd.DataFrame({"cell_type": ["b", "t", "b"]}, index=["c0", "c1", "c2"])
+        var = pd.DataFrame(index=["gene1", "gene2"])
+        anndata.AnnData(scipy.sparse.csr_matrix(X), obs, var).write_h5ad(tmp_path / "x.h5ad")
+        return tmp_path / "x.h5ad"
+
+    def test_genes_are_columns_and_obs_has_labels(self, path):
+        data = read(path, labels="cell_type")
+        assert np.array_equal(data.values, X)
+        assert data.columns == ["gene1", "gene2"]
+        assert data.labels.tolist() == ["b", "t", "b"]
+        assert read(path, columns=["gene2"]).values[:, 0].tolist() == [2, 4, 6]
+        refused("did you mean 'gene", path, columns=["gen1"])
+        refused("obs. has no column 'cell'", path, labels="cell")
+        path.write_bytes(path.read_bytes()[:300])
+        refused("damaged or not h5ad", path)
