@@ -1,0 +1,236 @@
+"""Probabilistic principal component analysis (Tipping and Bishop 1999).
+
+Generative story, for each of N rows:
+
+    z ~ N(0, I)                              a point on the latent plane, [latent_dim]
+    x | z ~ N(W z + b, sigma^2 I)            carried to the data by the loadings W [data_dim, latent_dim]
+
+Everything is Gaussian, so that with M = W' W + sigma^2 I [latent_dim, latent_dim]
+
+    p(x)     = N(b, W W' + sigma^2 I)                                  (their equation 4, log_marginal)
+    p(z | x) = N(M^-1 W' (x - b), sigma^2 M^-1)                        (equation 7, exact_posterior)
+
+and the maximum of the likelihood is known (equations 14 and 15, `closed_form`): with U and lambda the
+eigenvectors and eigenvalues of the covariance of the data,
+
+    W = U_L (Lambda_L - sigma^2 I)^1/2,    sigma^2 = mean of the data_dim - latent_dim smallest lambda.
+
+The guide is amortised and linear, q(z | x) = N(A (x - b), S) with one S for all rows. The exact
+posterior has this form, and is reached when S is a full matrix. A diagonal S loses
+
+    KL(q || p) = 1/2 (sum_i log M_ii - log det M)   nats per datum, at best:
+
+nothing where the columns of W are orthogonal, as they are in the closed form.
+
+Three ways to train: `PPCA.closed_form(x, latent_dim)`; gradient on the exact likelihood, with
+`marginal_model` as the program and a guide that samples nothing; stochastic variational inference,
+with `model` and `guide`.
+
+M. E. Tipping and C. M. Bishop, "Probabilistic principal component analysis", J. R. Stat. Soc. B 61
+(1999) 611-622.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrolvm.errors import DataError, SettingError
+from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
+from pyrolvm.models.networks import choose
+
+
+class PPCA(LatentVariableModel):
+    """Probabilistic PCA: z ~ N(0, I), x | z ~ N(W z + b, sigma^2 I), with a linear Gaussian guide.
+
+    Parameters
+    ----------
+    data_dim: columns of the data.
+    latent_dim: dimensions of z.
+    guide: "mean_field" for a diagonal covariance of q(z | x), "full" for a Cholesky factor.
+
+    Attributes
+    ----------
+    loadings: W [data_dim, latent_dim].
+    offset: b [data_dim].
+    noise_scale: sigma [], in the units of the data; the parameter is its logarithm.
+    """
+
+    def __init__(self, data_dim: int, latent_dim: int, guide: str = "mean_field") -> None:
+        super().__init__()
+        self.data_dim, self.latent_dim = data_dim, latent_dim
+        self.guide_family = choose("guide", guide, ("mean_field", "full"))
+        self.loadings = nn.Parameter(torch.randn(data_dim, latent_dim) / math.sqrt(data_dim))
+        self.offset = nn.Parameter(torch.zeros(data_dim))
+        self.log_noise_scale = nn.Parameter(torch.zeros(()))
+        self.guide_loadings = nn.Parameter(torch.empty(latent_dim, data_dim))
+        self.guide_log_scale = nn.Parameter(torch.empty(latent_dim))
+        if guide == "full":
+            self.guide_tril = nn.Parameter(torch.zeros(latent_dim, latent_dim))
+        self.solve_guide()
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """Standard deviation [] of x around W z + b."""
+        return self.log_noise_scale.exp()
+
+    # ------------------------------------------------------------------ the program
+
+    def model(self, x: Tensor | None = None) -> Tensor:
+        """p(x, z); `x`: [batch, data_dim] or None to generate. Returns x."""
+        with self.data_plate(x):
+            z = pyro.sample("z", self.prior())  # [batch, latent_dim]
+            return pyro.sample("x", self.likelihood_dist(z), obs=x)  # [batch, data_dim]
+
+    def guide(self, x: Tensor | None = None) -> Tensor:
+        """q(z | x); `x`: [batch, data_dim]. Returns z [batch, latent_dim]."""
+        if x is None:
+            raise DataError(f"q(z | x) needs data: call guide(x) with x of shape [batch, {self.data_dim}]")
+        with self.data_plate(x):
+            return pyro.sample("z", self.posterior_dist(x))  # [batch, latent_dim]
+
+    def marginal_model(self, x: Tensor | None = None) -> Tensor:
+        """p(x) with z integrated out: a program without latents, whose bound is the exact likelihood.
+
+        Pyro's low-rank normal inverts a latent_dim x latent_dim matrix (Woodbury's identity); no
+        data_dim x data_dim matrix is formed. Train with `guide=lambda x: None`.
+        """
+        noise_variance = self.noise_scale.square().expand(self.data_dim)
+        marginal = dist.LowRankMultivariateNormal(self.offset, self.loadings, noise_variance)
+        with self.data_plate(x):
+            return pyro.sample("x", marginal, obs=x)  # [batch, data_dim]
+
+    def prior(self) -> dist.TorchDistribution:
+        """p(z) = N(0, I), event [latent_dim]."""
+        return dist.Normal(self.loadings.new_zeros(self.latent_dim), 1.0).to_event(1)
+
+    def likelihood_dist(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) = N(W z + b, sigma^2 I) for z [..., latent_dim], event [data_dim]."""
+        return dist.Normal(z @ self.loadings.T + self.offset, self.noise_scale).to_event(1)
+
+    def posterior_dist(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z | x) = N(A (x - b), S) for x [..., data_dim], event [latent_dim]."""
+        loc = (x - self.offset) @ self.guide_loadings.T  # [..., latent_dim]
+        scale = self.guide_log_scale.exp()  # [latent_dim]
+        if self.guide_family == "mean_field":
+            return dist.Normal(loc, scale).to_event(1)
+        scale_tril = self.guide_tril.tril(-1) + torch.diag_embed(scale)  # [latent_dim, latent_dim]
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+    # ------------------------------------------------------------------ what is known exactly
+
+    def log_marginal(self, x: Tensor) -> Tensor:
+        """log p(x) [batch] in nats for x [batch, data_dim]; differentiable, O(data_dim latent_dim) a row."""
+        return linear_gaussian_log_marginal(x - self.offset, self.loadings, self.noise_scale)
+
+    def exact_posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """p(z | x): mean [batch, latent_dim], Cholesky factor [latent_dim, latent_dim] of the covariance."""
+        return linear_gaussian_posterior(x - self.offset, self.loadings, self.noise_scale)
+
+    @torch.no_grad()
+    def solve_guide(self) -> None:
+        """Set the guide to the best of its family for the present W, b and sigma.
+
+        "full": the exact posterior. "mean_field": its mean, and the variances sigma^2 / M_ii that
+        minimise KL(q || p) (the inverse of the diagonal of the precision).
+        """
+        M = _capacitance(self.loadings, self.noise_scale)
+        self.guide_loadings.copy_(torch.linalg.solve(M, self.loadings.T))
+        if self.guide_family == "mean_field":
+            self.guide_log_scale.copy_(self.log_noise_scale - 0.5 * M.diagonal().log())
+        else:
+            scale_tril = _posterior_scale_tril(M, self.noise_scale)
+            self.guide_log_scale.copy_(scale_tril.diagonal().log())
+            self.guide_tril.copy_(scale_tril.tril(-1))
+
+    @classmethod
+    def closed_form(cls, x: Tensor, latent_dim: int, guide: str = "mean_field") -> PPCA:
+        """Maximum likelihood in closed form, with the guide at its best (the exact posterior).
+
+        Parameters
+        ----------
+        x: data [rows, data_dim]; the answer has its dtype and device, computed in float64.
+        latent_dim: dimensions of z, less than data_dim and less than rows - 1.
+        guide: as in the constructor.
+
+        The covariance of the data is divided by the number of rows, as the likelihood asks
+        (scikit-learn's PCA divides by one less).
+        """
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        ppca = cls(x.shape[-1], latent_dim, guide).to(x.device, dtype)
+        ppca.check_data(x)
+        if not 1 <= latent_dim < x.shape[1]:
+            raise SettingError(
+                f"latent_dim={latent_dim} leaves no direction for the noise of {x.shape[1]} columns: "
+                f"choose 1 to {x.shape[1] - 1}"
+            )
+        loadings, offset, noise_scale = _maximum_likelihood(x.double(), latent_dim)
+        with torch.no_grad():
+            ppca.loadings.copy_(loadings)
+            ppca.offset.copy_(offset)
+            ppca.log_noise_scale.copy_(noise_scale.log())
+        ppca.solve_guide()
+        return ppca
+
+    def check_data(self, x: Tensor) -> None:
+        """Raise `DataError` unless x is [rows, data_dim] and finite."""
+        check_columns(x, self.data_dim, "PPCA")
+        check_finite(x)
+
+
+def linear_gaussian_log_marginal(r: Tensor, W: Tensor, noise_scale: Tensor) -> Tensor:
+    """log N(r; 0, W W' + sigma^2 I) [...] in nats, for residuals r [..., data_dim].
+
+    With m the posterior mean of z, and by the matrix determinant lemma,
+
+        r' (W W' + sigma^2 I)^-1 r = |r - W m|^2 / sigma^2 + |m|^2
+        log det (W W' + sigma^2 I) = log det M + 2 (data_dim - latent_dim) log sigma
+
+    The first is Woodbury's identity written as a sum of squares: nothing cancels when sigma is small.
+    """
+    data_dim, latent_dim = W.shape
+    chol = torch.linalg.cholesky(_capacitance(W, noise_scale))  # [latent_dim, latent_dim]
+    m = torch.cholesky_solve((r @ W).unsqueeze(-1), chol).squeeze(-1)  # [..., latent_dim]
+    quadratic = ((r - m @ W.T) / noise_scale).square().sum(-1) + m.square().sum(-1)
+    log_det = 2 * chol.diagonal().log().sum() + 2 * (data_dim - latent_dim) * noise_scale.log()
+    return -0.5 * (data_dim * math.log(2 * math.pi) + log_det + quadratic)
+
+
+def linear_gaussian_posterior(r: Tensor, W: Tensor, noise_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [..., latent_dim] and Cholesky factor [latent_dim, latent_dim] of N(M^-1 W' r, sigma^2 M^-1)."""
+    M = _capacitance(W, noise_scale)
+    chol = torch.linalg.cholesky(M)
+    mean = torch.cholesky_solve((r @ W).unsqueeze(-1), chol).squeeze(-1)
+    return mean, _posterior_scale_tril(M, noise_scale)
+
+
+def _capacitance(W: Tensor, noise_scale: Tensor) -> Tensor:
+    """M = W' W + sigma^2 I [latent_dim, latent_dim]."""
+    return W.T @ W + noise_scale.square() * torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
+
+
+def _posterior_scale_tril(M: Tensor, noise_scale: Tensor) -> Tensor:
+    """Lower Cholesky factor [latent_dim, latent_dim] of sigma^2 M^-1."""
+    return noise_scale * torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(M)))
+
+
+def _maximum_likelihood(x: Tensor, latent_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """W [data_dim, latent_dim], b [data_dim] and sigma [] of greatest likelihood, equations 14 and 15."""
+    rows, data_dim = x.shape
+    offset = x.mean(0)
+    _, singular, Vt = torch.linalg.svd(x - offset, full_matrices=False)
+    eigenvalues = singular.square() / rows  # [min(rows, data_dim)], falling; the others are 0
+    noise_variance = eigenvalues[latent_dim:].sum() / (data_dim - latent_dim)
+    if not bool(noise_variance > 1e-14 * eigenvalues.sum()):
+        raise DataError(
+            f"the {rows} rows lie within a plane of {latent_dim} dimensions, so that the noise would be 0 "
+            "and the likelihood infinite: choose a smaller latent_dim or pass more rows"
+        )
+    U = Vt[:latent_dim].T  # [data_dim, latent_dim]
+    largest = U.gather(0, U.abs().argmax(0, keepdim=True))  # its sign: the likelihood leaves signs free
+    loadings = U * largest.sign() * (eigenvalues[:latent_dim] - noise_variance).clamp_min(0).sqrt()
+    return loadings, offset, noise_variance.sqrt()
