@@ -1,0 +1,70 @@
+"""Where NaN began: the same steps once more, eagerly, looking at every site."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyrolvm.inference.engine.eager import EagerEngine
+from pyrolvm.inference.engine.state import TrainingState
+from pyrolvm.inference.engine.step import Step
+from pyrolvm.inference.random import kept_generators, set_generator_state
+from pyrolvm.inference.structure import sample_sites
+from pyrolvm.plates import data_rows
+
+
+def explain(step: Step, good: TrainingState, rows: Tensor) -> str:
+    """One sentence: at which step what stopped being finite first. `rows`: [K, batch] from `good` on."""
+    engine = EagerEngine(step)
+    state = good.clone()
+    for row in rows:
+        before = state.clone()
+        state, terms = engine.run(state, row.unsqueeze(0))
+        if not torch.isfinite(terms[0, 0]):
+            return f"the bound is {terms[0, 0].item()} at step {state.step}: {_bad_site(step, before, row)}"
+        for name, value in state.parameters.items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                return f"the parameter '{name}' is not finite after step {state.step} (its gradient was not)"
+    return f"the bound or a parameter is not finite between steps {good.step + 1} and {state.step}"
+
+
+def skip_bad_steps(step: Step, good: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    """The same steps, leaving out the updates that would not be finite; their terms are nan."""
+    engine = EagerEngine(step)
+    state, kept = good, []
+    for row in rows:
+        before = state.clone()
+        state, terms = engine.run(state, row.unsqueeze(0))
+        kept.append(terms)
+        finite = all(
+            bool(torch.isfinite(v).all()) for v in state.parameters.values() if v.is_floating_point()
+        )
+        if not finite or not torch.isfinite(terms[0, 0]):
+            # noise moves on, so that the next step is not the same one again
+            state = TrainingState(before.parameters, before.optimizer, before.step + 1, state.random)
+            step.program.load(state.parameters)
+    return state, torch.cat(kept)
+
+
+def _bad_site(step: Step, state: TrainingState, rows: Tensor) -> str:
+    program, device = step.program, step.program.device
+    program.load(state.parameters)
+    rows = rows.to(device)
+    batch = step.data.take(rows) if step.minibatch else step.data
+    with program.scope(), kept_generators(device), data_rows(step.num_rows, rows), torch.no_grad():
+        set_generator_state(state.random, device)
+        guide = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
+        model = pyro.poutine.replay(program.model, trace=guide)
+        traces = [
+            ("guide", guide),
+            ("model", pyro.poutine.trace(model).get_trace(*batch.args, **batch.kwargs)),
+        ]
+        for role, trace in traces:
+            for site in sample_sites(trace):
+                value = site["value"]
+                if not torch.isfinite(value).all():
+                    return f"site '{site['name']}' of the {role} took a value that is not finite"
+                if not torch.isfinite(site["fn"].log_prob(value)).all():
+                    return f"site '{site['name']}' of the {role} has a log-density that is not finite"
+    return "its terms are finite one by one but not together"

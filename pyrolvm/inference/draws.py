@@ -1,0 +1,283 @@
+"""Draws from a fitted pair: latents, predictions and log-densities per draw and datum, in chunks.
+
+Draws are vectorised over a plate left of the program's own where the program allows it. Whether it
+does is tried out, not assumed: two vectorised draws must have the log-densities that the same two
+have one at a time. Otherwise (convolutions that know no extra dimension, say) draws are looped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyrolvm.data.arrays import Batch
+from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program import Program
+from pyrolvm.inference.structure import Structure, sample_sites
+from pyrolvm.inference.weights import PARTICLES, log_densities
+
+BUDGET = 2**22
+"""Numbers that one chunk of (draw x datum x feature) may hold."""
+
+
+@dataclass
+class Draws:
+    """S draws for a batch of B rows.
+
+    values: latent site -> [S, B, ...] (local) or [S, ...] (global).
+    predictive: observed site -> [S, B, ...], drawn anew from p(x | z).
+    pointwise: observed site -> log p(x | z), [S, B, ...], nats.
+    log_prior, log_likelihood, log_guide: [S, cells], nats per datum, unscaled; None for prior draws.
+    shared: the values outside the data plate as the guide made them, to be used again for other rows.
+    """
+
+    values: dict[str, Tensor]
+    predictive: dict[str, Tensor]
+    pointwise: dict[str, Tensor] = field(default_factory=dict)
+    log_prior: Tensor | None = None
+    log_likelihood: Tensor | None = None
+    log_guide: Tensor | None = None
+    shared: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def log_weight(self) -> Tensor:
+        """log p(x, z) - log q(z | x): [S, cells]."""
+        if self.log_prior is None or self.log_likelihood is None or self.log_guide is None:
+            raise ProgramError("draws from the prior have no importance weights: draw from the posterior")
+        return self.log_likelihood + self.log_prior - self.log_guide
+
+
+class Fixed(Messenger):
+    """Give sites these values, in model or guide."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class Means(Messenger):
+    """Give every latent site the mean of its distribution instead of a draw."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and msg["value"] is None:
+            msg["value"], msg["done"] = location(msg["fn"]), True
+
+
+def location(fn: Any) -> Tensor:
+    """The mean of a distribution; its mode if it is discrete, an average of draws if it knows neither."""
+    if getattr(fn, "has_enumerate_support", False):
+        return fn.mode if _has(fn, "mode") else fn.enumerate_support()[0]
+    if _has(fn, "mean"):
+        return fn.mean
+    return fn.sample((256,)).mean(0)
+
+
+def _has(fn: Any, name: str) -> bool:
+    try:
+        value = getattr(fn, name)
+    except (NotImplementedError, AttributeError):
+        return False
+    return bool(torch.isfinite(value).all()) if value.is_floating_point() else True
+
+
+def posterior_draws(
+    program: Program,
+    structure: Structure,
+    batch: Batch,
+    num_samples: int,
+    *,
+    vectorized: bool,
+    total: int,
+    shared: list[dict[str, Tensor]] | None = None,
+) -> Draws:
+    """z ~ q(z | x) with p(x, z) at the draws; `shared` are global values of draws for other rows."""
+    run = _Pair(program, structure, batch, total)
+    if vectorized:
+        return run.draws(*run.traces(num_samples, (shared or [{}])[0]))
+    fixed = shared or [{}] * num_samples
+    return _stack([run.draws(*run.traces(None, values)) for values in fixed])
+
+
+def prior_draws(
+    program: Program, structure: Structure, batch: Batch, num_samples: int, *, vectorized: bool, total: int
+) -> Draws:
+    """(x, z) ~ p(x, z) for as many rows as `batch` has. `log_likelihood` is that of the batch's x."""
+    run = _Pair(program, structure, batch, total)
+    if vectorized:
+        return run.prior(num_samples)
+    return _stack([run.prior(None) for _ in range(num_samples)])
+
+
+def can_vectorize(program: Program, structure: Structure, batch: Batch, total: int) -> bool:
+    """Whether draws under a further plate have the log-densities of the same draws taken one by one."""
+    if structure.data_plate is not None and batch.num_rows > 3:
+        batch = batch.take(torch.arange(3))
+    run = _Pair(program, structure, batch, total)
+    try:
+        together = log_densities(*run.traces(2))
+        alone = [log_densities(*run.fixed(_slice(run, s))) for s in range(2)]
+    except Exception:  # whatever a user's program raises under dimensions it did not expect
+        return False
+    pairs = [(together.log_weight[s], a.log_weight[0]) for s, a in enumerate(alone)]
+    return all(t.shape == a.shape and torch.allclose(t, a, rtol=1e-3, atol=1e-3) for t, a in pairs)
+
+
+def _slice(run: _Pair, index: int) -> dict[str, Tensor]:
+    """The latents of one of the last vectorised draws, shaped as without the extra plate."""
+    sites = {s["name"]: s for s in sample_sites(run.last_guide)}
+    values = {}
+    for name, site in sites.items():
+        own = len(site["fn"].event_shape)
+        batch_dims = [f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
+        depth = -min(batch_dims, default=0)
+        values[name] = site["value"][index].reshape(site["value"].shape[site["value"].dim() - own - depth :])
+    return values
+
+
+class _Pair:
+    """One program on one batch, run in the ways that draws need."""
+
+    def __init__(self, program: Program, structure: Structure, batch: Batch, total: int) -> None:
+        self.program, self.structure, self.batch = program, structure, batch
+        rows = torch.arange(batch.num_rows, device=program.device)
+        self.rows = (max(total, len(rows)) if structure.data_plate else len(rows), rows)
+        if structure.data_plate is not None and structure.data_plate.full_size == structure.data_plate.size:
+            self.rows = (len(rows), rows)
+        self.last_guide: Trace = Trace()
+
+    def _wrapped(self, function: Callable, num_samples: int | None) -> Callable:
+        if num_samples is None:
+            return function
+        return pyro.plate(PARTICLES, num_samples, dim=-1 - self.structure.max_plate_nesting)(function)
+
+    def _trace(self, function: Callable) -> Trace:
+        return pyro.poutine.trace(function).get_trace(*self.batch.args, **self.batch.kwargs)
+
+    def traces(self, num_samples: int | None, fixed: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
+        """(model trace, guide trace) with log-densities; under a plate of `num_samples` if given."""
+        with self.program.scope(self.rows), Fixed(fixed or {}):
+            guide = self._trace(self._wrapped(self.program.guide, num_samples))
+            model = self._trace(
+                pyro.poutine.replay(self._wrapped(self.program.model, num_samples), trace=guide)
+            )
+            self.last_guide = guide
+            return _with_log_prob(model, guide)
+
+    def fixed(self, values: dict[str, Tensor]) -> tuple[Trace, Trace]:
+        """(model trace, guide trace) at given latents."""
+        with self.program.scope(self.rows):
+            return _with_log_prob(
+                *(self._trace(Fixed(values)(f)) for f in (self.program.model, self.program.guide))
+            )
+
+    def draws(self, model: Trace, guide: Trace) -> Draws:
+        shared = self._shared_values(guide)
+        densities = log_densities(model, guide, skip=shared)
+        return Draws(
+            values={s["name"]: self._tidy(s, s["value"]) for s in self._latents(guide)},
+            predictive={s["name"]: self._tidy(s, s["fn"].sample()) for s in _observed(model)},
+            pointwise={
+                s["name"]: self._tidy(s, s["unscaled_log_prob"], event=False) for s in _observed(model)
+            },
+            log_prior=densities.log_prior,
+            log_likelihood=densities.log_likelihood,
+            log_guide=densities.log_guide,
+            shared=[shared],
+        )
+
+    def _shared_values(self, guide: Trace) -> dict[str, Tensor]:
+        """What the guide draws outside the data plate; nothing, if there is no such plate."""
+        plate = self.structure.data_plate
+        if plate is None:
+            return {}
+        sites = sample_sites(guide)
+        return {
+            s["name"]: s["value"] for s in sites if all(f.name != plate.name for f in s["cond_indep_stack"])
+        }
+
+    def prior(self, num_samples: int | None) -> Draws:
+        with self.program.scope(self.rows):
+            model = self._trace(self._wrapped(self.program.model, num_samples))
+            model.compute_log_prob()
+        densities = log_densities(model, Trace())
+        return Draws(
+            values={s["name"]: self._tidy(s, s["value"]) for s in self._latents(model)},
+            predictive={s["name"]: self._tidy(s, s["fn"].sample()) for s in _observed(model)},
+            log_likelihood=densities.log_likelihood,
+        )
+
+    def _latents(self, trace: Trace) -> Iterator[dict[str, Any]]:
+        names = {s.name for s in self.structure.sites if not s.observed}
+        return (s for s in sample_sites(trace) if s["name"] in names and not s["is_observed"])
+
+    def _tidy(self, site: dict[str, Any], value: Tensor, *, event: bool = True) -> Tensor:
+        """[S, plates..., event...] without the singleton dimensions of plates the site is not in."""
+        event_dims = len(site["fn"].event_shape) if event else 0
+        nesting = self.structure.max_plate_nesting
+        frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
+        sizes = [frames[d].size if d in frames else 1 for d in range(-nesting - 1, 0)]
+        tail = tuple(value.shape[value.dim() - event_dims :])
+        value = value.expand(torch.broadcast_shapes(value.shape, (*sizes, *tail)))
+        keep = [n for d, n in zip(range(-nesting, 0), sizes[1:], strict=True) if d in frames]
+        return value.reshape(sizes[0], *keep, *tail)
+
+
+def _with_log_prob(model: Trace, guide: Trace) -> tuple[Trace, Trace]:
+    model.compute_log_prob()
+    guide.compute_log_prob()
+    return model, guide
+
+
+def _observed(trace: Trace) -> Iterable[dict[str, Any]]:
+    return (s for s in sample_sites(trace) if s["is_observed"])
+
+
+def _stack(draws: list[Draws]) -> Draws:
+    """Draws taken one at a time, as if taken together."""
+    together = concatenate(draws, dim=0, local=None)
+    together.shared = [d.shared[0] for d in draws if d.shared]
+    return together
+
+
+def concatenate(parts: list[Draws], *, dim: int, local: set[str] | None) -> Draws:
+    """Join along draws (dim 0) or rows (dim 1); of rows, only what has them (`local`) is joined."""
+
+    def join(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        whole = {k for k in dicts[0] if dim == 1 and local is not None and k not in local}
+        return {k: dicts[0][k] if k in whole else torch.cat([d[k] for d in dicts], dim) for k in dicts[0]}
+
+    def cat(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [t for t in tensors if t is not None]
+        return torch.cat(present, dim) if present else None
+
+    return Draws(
+        join([p.values for p in parts]),
+        join([p.predictive for p in parts]),
+        join([p.pointwise for p in parts]),
+        cat([p.log_prior for p in parts]),
+        cat([p.log_likelihood for p in parts]),
+        cat([p.log_guide for p in parts]),
+        parts[0].shared,
+    )
+
+
+def refuse_enumeration(structure: Structure, what: str) -> None:
+    """Raise `ProgramError` if latents are summed out rather than sampled, so that no draw has them."""
+    names = [s.name for s in structure.sites if s.enumerated]
+    if names:
+        raise ProgramError(
+            f"{what} needs draws of every latent, but '{names[0]}' is enumerated: use method='exact', or "
+            "give the guide a site for it"
+        )

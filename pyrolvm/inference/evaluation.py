@@ -1,0 +1,58 @@
+"""The bound on data that are not trained on, with the same noise every time it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyrolvm.data.arrays import Batch
+from pyrolvm.inference.engine.step import Step
+from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
+from pyrolvm.inference.structure import find_data_plate
+from pyrolvm.plates import arange_rows, data_rows
+
+CHUNK_ROWS = 4096
+
+
+class HeldOutBound:
+    """The objective's bound per datum of held-out `data`, in nats, under common random numbers.
+
+    Rows weigh as the training data's do: the KL of a global latent is divided by the training rows, so
+    that the value compares with the bound that is trained.
+    """
+
+    def __init__(self, step: Step, data: Batch, seed: int) -> None:
+        self.seed = seed
+        self.step = dataclasses.replace(step, data=data, minibatch=True, warmup_steps=0)
+        whole = arange_rows(data.num_rows, step.program.device)
+        has_plate = step.structure.data_plate is not None
+        self.chunks = list(whole.split(CHUNK_ROWS)) if has_plate else [whole]
+        if has_plate:
+            self.steps = {len(rows): self._step_of(rows) for rows in self.chunks}
+        else:
+            self.steps = {len(whole): self.step}
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """The bound, nats per datum."""
+        program, total = self.step.program, 0.0
+        with seeded(derived_seed(self.seed, EVALUATION), program.device), program.scope():
+            for rows in self.chunks:
+                total += float(self.steps[len(rows)].loss(rows)[1][0]) * len(rows)
+        return total / sum(len(rows) for rows in self.chunks)
+
+    @torch.no_grad()
+    def _step_of(self, rows: Tensor) -> Step:
+        """The step whose plate counts as many rows as the program's plate does for a chunk of this size.
+
+        A plate that carries N counts N whatever the chunk; one of the batch's own length counts the chunk.
+        """
+        step, program = self.step, self.step.program
+        batch = step.data.take(rows)
+        with seeded(self.seed, program.device), program.scope(), data_rows(step.num_rows, rows):
+            trace = pyro.poutine.trace(program.model).get_trace(*batch.args, **batch.kwargs)
+        plate = find_data_plate(trace, step.num_rows, len(rows))
+        return dataclasses.replace(step, structure=dataclasses.replace(step.structure, data_plate=plate))

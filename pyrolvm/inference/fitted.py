@@ -1,0 +1,317 @@
+"""What `fit` returns: the trained pair, its record, and what one asks of a posterior."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyro
+import torch
+from torch import Tensor
+
+from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.errors import DataError, ProgramError, SettingError
+from pyrolvm.inference import evidence
+from pyrolvm.inference.draws import (
+    BUDGET,
+    Draws,
+    Fixed,
+    Means,
+    can_vectorize,
+    concatenate,
+    location,
+    posterior_draws,
+    prior_draws,
+)
+from pyrolvm.inference.program import Program
+from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
+from pyrolvm.inference.structure import Structure, sample_sites
+from pyrolvm.plates import arange_rows, data_rows
+
+Values = Tensor | dict[str, Tensor]
+
+
+@dataclass
+class FittedModel:
+    """A trained model/guide pair.
+
+    history: one row per step: `step`, `elbo`, `log_likelihood`, `kl` in nats per datum (higher elbo is
+        better), `learning_rate`, `kl_weight`, `seconds`; `validation_elbo` where it was computed.
+    engine: one sentence that says which engine ran and why. stopped_because: why training ended.
+    num_data: the rows that bounds are per datum of; 1 if the program has no data plate.
+    settings: the arguments of the run, JSON-able.
+
+    All methods take any number of rows, work in chunks, and leave torch's generators as found: the same
+    `seed` gives the same draws.
+    """
+
+    program: Program
+    structure: Structure
+    history: pd.DataFrame
+    settings: dict[str, Any]
+    example: Batch
+    num_rows: int
+    engine: str = ""
+    stopped_because: str = ""
+    columns: list[str] | None = None
+    _vectorized: bool | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Any:
+        """The fitted model itself: the module or function that was passed to `fit`."""
+        return self.program.source
+
+    @property
+    def num_data(self) -> int:
+        """The rows that bounds are per datum of; 1 if the program has no data plate."""
+        return self.structure.num_data
+
+    @property
+    def elbo(self) -> float:
+        """The bound averaged over the last hundred steps, nats per datum."""
+        return float(self.history["elbo"].tail(100).mean())
+
+    @torch.no_grad()
+    def encode(self, x: Any, *, seed: int = 0) -> Values:
+        """Where the guide puts each datum: the mean of q(z | x), [rows, ...]; class probabilities if discrete.
+
+        A tensor if the program has one local latent, else a dict of them. Means are propagated: a site that
+        depends on others gets them at their means.
+        """
+        names = [s.name for s in self.structure.local_latents if not s.enumerated]
+        if not names:
+            raise ProgramError(
+                "this program has no local latents in its guide, so there is nothing to encode"
+            )
+        parts = [self._locations(b, names) for b in self._chunks(x, seed)]
+        return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in names})
+
+    @torch.no_grad()
+    def posterior(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draws of q(z | x): latent site -> [num_samples, rows, ...] (local) or [num_samples, ...] (global)."""
+        return self.draws(x, num_samples, seed=seed).values
+
+    @torch.no_grad()
+    def predict(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
+        """Draws of new data at the posterior of `x`: observed site -> [num_samples, rows, ...]."""
+        return self.draws(x, num_samples, seed=seed).predictive
+
+    @torch.no_grad()
+    def reconstruct(self, x: Any, *, seed: int = 0) -> Values:
+        """The mean of p(x | z) at the guide's means: [rows, ...], a dict if several sites are observed."""
+        parts = [self._reconstruction(b) for b in self._chunks(x, seed)]
+        return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
+
+    @torch.no_grad()
+    def sample(self, num_samples: int = 1, *, mean: bool = False, seed: int = 0) -> Values:
+        """New data from the fitted model: [num_samples, ...], a dict if several sites are observed.
+
+        Local latents come from the prior, global ones from the guide, anew for each sample. With
+        `mean=True`, the mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
+        """
+        _check_count("num_samples", num_samples)
+        with seeded(derived_seed(seed, EVALUATION), self.program.device):
+            if self._generates_rows and not self.structure.global_latents:
+                return _one_or_all(self._generate(num_samples, mean))
+            parts = [self._generate(1, mean) for _ in range(num_samples)]
+        join = torch.cat if self._generates_rows else torch.stack
+        return _one_or_all({n: join([p[n] for p in parts]) for n in parts[0]})
+
+    @torch.no_grad()
+    def log_evidence(
+        self,
+        x: Any,
+        method: str = "importance",
+        num_samples: int = 100,
+        *,
+        num_particles: int | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """log p(x) of each datum, [rows], nats: method "exact", "importance", "iwae" or "prior".
+
+        See `pyrolvm.inference.evidence` for what each computes.
+        """
+        if method not in evidence.METHODS:
+            raise SettingError(f"method='{method}' is not known: choose from {', '.join(evidence.METHODS)}")
+        if method == "exact":
+            parts = [evidence.exact_log_evidence(self.program.owner, b) for b in self._chunks(x, seed)]
+            return torch.cat(parts)
+        options: dict[str, Any] = {"num_samples": num_samples, "num_particles": num_particles}
+        return torch.cat(
+            [
+                evidence.estimate_log_evidence(
+                    self.program,
+                    self.structure,
+                    batch,
+                    method=method,
+                    vectorized=self.vectorized,
+                    total=self.num_rows,
+                    **options,
+                )
+                for batch in self._chunks(x, seed)
+            ]
+        )
+
+    @torch.no_grad()
+    def draws(self, x: Any, num_samples: int = 100, *, prior: bool = False, seed: int = 0) -> Draws:
+        """Everything about `num_samples` draws for the rows of `x`: latents, predictions, log-densities.
+
+        From the guide, or from the model alone with `prior=True`.
+        """
+        _check_count("num_samples", num_samples)
+        parts: list[Draws] = []
+        for batch in self._chunks(x, seed, per_row=num_samples):
+            common: dict[str, Any] = {"vectorized": self.vectorized, "total": self.num_rows}
+            if prior:
+                parts.append(prior_draws(self.program, self.structure, batch, num_samples, **common))
+            else:  # all rows of a draw see the same global latents
+                shared = parts[0].shared if parts else None
+                parts.append(
+                    posterior_draws(self.program, self.structure, batch, num_samples, shared=shared, **common)
+                )
+        local = {s.name for s in self.structure.sites if s.local}
+        return concatenate(parts, dim=1, local=local) if len(parts) > 1 else parts[0]
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether draws are taken at once (tried out on the first use) or one by one."""
+        if self._vectorized is None:
+            with torch.no_grad(), seeded(0, self.program.device):
+                self._vectorized = can_vectorize(self.program, self.structure, self.example, self.num_rows)
+        return self._vectorized
+
+    def save(self, path: str | Path) -> Path:
+        """Write the run folder: config.json, parameters.safetensors, history.csv. See `pyrolvm.load`."""
+        from pyrolvm.inference.folder import save_run
+
+        return save_run(self, Path(path))
+
+    def batch(self, x: Any) -> Batch:
+        """`x` as the program's arguments: on its device, of its dtype, refused if it does not fit."""
+        data = suit(self.program.owner, as_batch(x, self.program.dtype, self.program.device))
+        data.check_rows() if self.structure.data_plate else None
+        self._check_columns(data)
+        if not self.structure.takes_any_rows and data.num_rows != self.example.num_rows:
+            raise DataError(
+                f"the program was fitted to {self.example.num_rows} rows as a whole, so it cannot take "
+                f"{data.num_rows}: declare the rows by `with pyrolvm.data_plate(x):` if they are independent data"
+            )
+        if self.structure.per_datum and data.num_rows != self.num_rows:
+            raise DataError(
+                f"the guide has parameters for each of the {self.num_rows} training rows "
+                f"('{self.structure.per_datum[0]}') and none for new ones: pass the training data, or fit an "
+                "amortised guide"
+            )
+        return data
+
+    def _check_columns(self, data: Batch) -> None:
+        if self.columns and data.columns and data.columns != self.columns:
+            raise DataError(
+                f"the columns {data.columns} are not those the model was fitted to: pass x[{self.columns}]"
+            )
+
+    def _chunks(self, x: Any, seed: int, per_row: int = 1) -> Iterator[Batch]:
+        """The rows of `x` in chunks that fit the memory budget, each run under generators of its own."""
+        batch = self.batch(x)
+        if not self.structure.takes_any_rows or self.structure.per_datum:
+            chunks = [batch]
+        else:
+            width = max(1, sum(t.numel() for _, t in batch.tensors()) // max(batch.num_rows, 1))
+            size = max(1, BUDGET // (width * per_row))
+            chunks = [batch.take(r) for r in arange_rows(batch.num_rows, self.program.device).split(size)]
+        for index, chunk in enumerate(chunks):
+            with seeded(derived_seed(seed, EVALUATION + index), self.program.device):
+                yield chunk
+
+    def _locations(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+        trace = self._guide_trace(batch)
+        found = {}
+        for site in sample_sites(trace):
+            if site["name"] in names:
+                probs = getattr(site["fn"], "probs", None)
+                discrete = getattr(site["fn"], "has_enumerate_support", False)
+                found[site["name"]] = probs if discrete and probs is not None else site["value"]
+        return found
+
+    def _guide_trace(self, batch: Batch) -> Any:
+        with self._scope(batch), Means():
+            return pyro.poutine.trace(self.program.guide).get_trace(*batch.args, **batch.kwargs)
+
+    def _scope(self, batch: Batch) -> Any:
+        rows = arange_rows(batch.num_rows, self.program.device)
+        total = max(self.num_rows, len(rows)) if self.structure.data_plate else len(rows)
+        return self.program.scope((total, rows))
+
+    def _reconstruction(self, batch: Batch) -> dict[str, Tensor]:
+        guide = self._guide_trace(batch)
+        values = {s["name"]: s["value"] for s in sample_sites(guide)}
+        with self._scope(batch), Fixed(values):
+            model = pyro.poutine.trace(self.program.model).get_trace(*batch.args, **batch.kwargs)
+        return {s["name"]: location(s["fn"]) for s in sample_sites(model) if s["is_observed"]}
+
+    @property
+    def _generates_rows(self) -> bool:
+        """Whether the model takes None to generate rows (else it is run on its data, unconditioned)."""
+        return self.structure.takes_any_rows and len(self.example.args) == 1 and not self.example.kwargs
+
+    def _generate(self, num_rows: int, mean: bool) -> dict[str, Tensor]:
+        model, arguments = self._generator(num_rows)
+        names = [s.name for s in self.structure.global_latents]
+        rows = arange_rows(num_rows if self._generates_rows else self.example.num_rows, self.program.device)
+        with self.program.scope((len(rows), rows)):
+            guide = self._global_values(names)
+            with Fixed(guide):
+                trace = pyro.poutine.trace(model).get_trace(*arguments.args, **arguments.kwargs)
+        wanted = {s.name for s in self.structure.observed}
+        sites = [s for s in sample_sites(trace) if s["name"] in wanted]
+        return {s["name"]: location(s["fn"]) if mean else s["value"] for s in sites}
+
+    def _generator(self, num_rows: int) -> tuple[Callable, Batch]:
+        if self._generates_rows and _accepts_none(self.program.model):
+            return self.program.model, Batch((None,), {})
+        if self._generates_rows:
+            example = self.example.take(arange_rows(num_rows) % self.example.num_rows)
+            return pyro.poutine.uncondition(self.program.model), example
+        return pyro.poutine.uncondition(self.program.model), self.example
+
+    def _global_values(self, names: list[str]) -> dict[str, Tensor]:
+        if not names:
+            return {}
+        rows = arange_rows(self.example.num_rows, self.program.device)
+        with data_rows(self.num_rows, rows):
+            guide = pyro.poutine.trace(self.program.guide).get_trace(
+                *self.example.args, **self.example.kwargs
+            )
+        return {s["name"]: s["value"] for s in sample_sites(guide) if s["name"] in names}
+
+
+def suit(model: Any, batch: Batch) -> Batch:
+    """Let the model look at its data: counts become floating, what it cannot have generated is refused."""
+    check = getattr(model, "check_data", None)
+    if check is None or not batch.args or batch.args[0] is None:
+        return batch
+    first = batch.args[0]
+    if not first.is_floating_point():
+        parameter = next(iter(model.parameters()), None)
+        first = first.to(parameter.dtype if parameter is not None else torch.get_default_dtype())
+        batch = dataclasses.replace(batch, args=(first, *batch.args[1:]))
+    check(first)
+    return batch
+
+
+def _accepts_none(model: Callable) -> bool:
+    """A model of the suite's contract generates when it is given None."""
+    return hasattr(getattr(model, "__self__", None), "data_plate")
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise SettingError(f"{name} must be a positive whole number, not {value!r}")
+
+
+def _one_or_all(values: dict[str, Tensor]) -> Values:
+    return next(iter(values.values())) if len(values) == 1 else values

@@ -1,0 +1,67 @@
+"""The record of a run: one row per step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyrolvm.inference.engine.step import TERMS
+
+
+class History:
+    """Terms of every step, with learning rate, KL weight and seconds; validation where it was computed.
+
+    All bounds are in nats per datum (the total, where the program has no data plate); higher is better.
+    """
+
+    columns = ("step", *TERMS, "learning_rate", "kl_weight", "validation_elbo", "seconds")
+
+    def __init__(self) -> None:
+        self._chunks: list[np.ndarray] = []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in steps so far."""
+        return float(self._chunks[-1][-1, -1]) if self._chunks else 0.0
+
+    def append(self, first_step: int, terms: Tensor, controls: Tensor, seconds: float) -> None:
+        """Add a chunk: terms [K, len(TERMS)], controls [K, 2] and the seconds that it took."""
+        k = len(terms)
+        chunk = np.full((k, len(self.columns)), np.nan)
+        chunk[:, 0] = np.arange(first_step + 1, first_step + k + 1)
+        chunk[:, 1 : 1 + len(TERMS)] = terms.double().numpy()
+        chunk[:, -4:-2] = controls.numpy()
+        chunk[:, -1] = self.seconds + seconds * np.arange(1, k + 1) / k
+        self._chunks.append(chunk)
+
+    def record_validation(self, elbo: float) -> None:
+        """Note the held-out bound at the last step."""
+        self._chunks[-1][-1, -2] = elbo
+
+    def recent(self, column: str, num_steps: int = 100) -> float:
+        """The mean of a column over the last steps; nan if there are none."""
+        if not self._chunks:
+            return float("nan")
+        values = np.concatenate([c[:, self.columns.index(column)] for c in self._chunks[-num_steps:]])
+        return float(values[-num_steps:].mean())
+
+    def frame(self) -> pd.DataFrame:
+        """The record as a table; columns that were never used are left out."""
+        values = np.concatenate(self._chunks) if self._chunks else np.empty((0, len(self.columns)))
+        frame = pd.DataFrame(values, columns=list(self.columns)).astype({"step": np.int64})
+        return frame.drop(columns=[c for c in ("validation_elbo",) if frame[c].isna().all()])
+
+    def tensor(self) -> Tensor:
+        """The record as one tensor, for a checkpoint."""
+        values = np.concatenate(self._chunks) if self._chunks else np.empty((0, len(self.columns)))
+        return torch.from_numpy(values)
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> History:
+        """The record that `tensor` gave."""
+        history = cls()
+        if len(values):
+            history._chunks.append(values.numpy().copy())
+        return history

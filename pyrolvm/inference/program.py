@@ -1,0 +1,265 @@
+"""A model/guide pair as one function of named tensors, apart from every global of Pyro and torch.
+
+Pyro programs reach their parameters by many routes: `nn.Module` attributes, `pyro.param`,
+`pyro.module`, PyroModules, AutoGuides. A `Program` gathers them all under names, keeps a private
+parameter store, and runs the pair inside `scope()`, which leaves the process as it found it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+
+from pyrolvm.data.arrays import Batch
+from pyrolvm.errors import ProgramError
+from pyrolvm.inference.random import seeded
+from pyrolvm.plates import DATA_PLATE, Rows, current_rows, data_rows
+
+
+class Program:
+    """A model and its guide with all that they learn, as data.
+
+    Parameters
+    ----------
+    model: a module with `.model` and `.guide`, or any Pyro callable.
+    guide: a callable of the model's arguments, an AutoGuide instance, or an AutoGuide class;
+        None if `model` brings its own.
+
+    Attributes (complete after `initialise`)
+    ----------
+    source: `model` as it was passed; owner: the object it is a method of, which may know more of itself.
+    parameters: name -> trainable leaf, unconstrained, updated in place by the engines.
+    buffers: name -> what is not trained: module buffers and frozen parameters.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        guide: Any = None,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.source = model
+        self.device = device or torch.device("cpu")
+        self.dtype = dtype or torch.float32
+        self.model, self.guide = _resolve(model, guide)
+        self.owner = getattr(self.model, "__self__", model)
+        self.modules = _modules(model, self.model, self.guide)
+        for module in self.modules.values():
+            module.to(device=self.device, dtype=self.dtype)
+        self._frozen = [p for m in self.modules.values() for p in m.parameters() if not p.requires_grad]
+        self._store: Any = {"params": {}, "constraints": {}}
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+
+    @contextmanager
+    def scope(
+        self, rows: tuple[int, Tensor] | None = None, *, validate: bool = False
+    ) -> Iterator[Rows | None]:
+        """Run the pair inside: private parameters, the data plate's rows, settings put back after.
+
+        `rows` is (N, indices [batch]): which of how many rows the batch holds.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(pyro.get_param_store().scope(self._store))
+            stack.enter_context(pyro.validation_enabled(validate))
+            stack.enter_context(_default_dtype(self.dtype))
+            if self.device.type != "cpu":
+                stack.enter_context(self.device)
+            said = stack.enter_context(data_rows(*rows)) if rows is not None else None
+            try:
+                yield said
+            finally:
+                # Pyro turns requires_grad on for every parameter it meets, frozen or not
+                for parameter in self._frozen:
+                    parameter.requires_grad_(False)
+
+    def initialise(self, batch: Batch, rows: tuple[int, Tensor], seed: int) -> None:
+        """Run the pair once so that every parameter exists; lazy ones are drawn from `seed`."""
+        with self.scope(rows, validate=True), seeded(seed, self.device), warnings.catch_warnings():
+            # the checks of inference.structure say the same of a missing site, as errors
+            warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
+            with explained(batch, "guide"):
+                trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
+            with explained(batch, "model"):
+                pyro.poutine.replay(self.model, trace=trace)(*batch.args, **batch.kwargs)
+        self._collect()
+
+    def _collect(self) -> None:
+        frozen = {id(p) for p in self._frozen}
+        seen: set[int] = set()
+        for name, tensor in self._named_tensors():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            trainable = isinstance(tensor, nn.Parameter) or name in self._store["params"]
+            known = self.parameters if trainable and id(tensor) not in frozen else self.buffers
+            known[name] = tensor
+
+    def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, module in self.modules.items():
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                yield prefix + name, tensor
+        yield from self._store["params"].items()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a file must keep to have this program again."""
+        return {**self.parameters, **self.buffers}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Copy `tensors` over this program's own, by name; names and shapes must agree."""
+        own = self.tensors()
+        for name in own.keys() | tensors.keys():
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            wanted = tuple(own[name].shape) if name in own else "nothing"
+            if found != wanted:
+                raise ProgramError(
+                    f"the saved parameters are of another program: '{name}' is {found} in the file and "
+                    f"{wanted} here; build the model with the arguments it was saved with"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+    def check_registered(self, surrogate: Tensor) -> None:
+        """Raise `ProgramError` if the surrogate depends on a leaf that nothing would train."""
+        known = {id(p) for p in (*self.parameters.values(), *self._frozen)}
+        for leaf in _leaves(surrogate):
+            if id(leaf) not in known:
+                raise ProgramError(_unregistered(leaf, (self.model, self.guide)))
+
+
+def _resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    pair = isinstance(model, nn.Module) and callable(getattr(model, "model", None))
+    program = model.model if pair else model
+    if not callable(program):
+        raise ProgramError(
+            f"model must be a LatentVariableModel or a callable, not {type(model).__name__}: "
+            "pass an instance such as PPCA(data_dim=4, latent_dim=2) or a function"
+        )
+    if inspect.isclass(program):
+        raise ProgramError(
+            f"model is the class {program.__name__}: pass an instance, {program.__name__}(...)"
+        )
+    if guide is None:
+        guide = getattr(model, "guide", None) if pair else None
+    if guide is None:
+        raise ProgramError(
+            "this model brings no guide: pass guide=..., a function of the model's arguments or an "
+            "AutoGuide such as pyro.infer.autoguide.AutoNormal"
+        )
+    if isinstance(guide, type):
+        guide = guide(program)  # an AutoGuide class
+    if isinstance(guide, AutoGuide) and guide.create_plates is None:
+        guide.create_plates = _RowPlates(guide)
+    if not callable(guide):
+        raise ProgramError(f"guide must be callable, not {type(guide).__name__}")
+    return program, guide
+
+
+class _RowPlates:
+    """The data plate of an AutoGuide, over the rows of the batch.
+
+    Left to itself an AutoGuide subsamples at random, so that the parameters of other rows than those of
+    the batch would be trained on it.
+    """
+
+    def __init__(self, guide: AutoGuide) -> None:
+        self.guide = weakref.ref(guide)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[pyro.plate]:
+        guide, rows = self.guide(), current_rows()
+        if guide is None or rows is None:
+            return []
+        frames = [f for f in guide._prototype_frames.values() if f.full_size == rows.total]
+        frames.sort(key=lambda f: (f.name != DATA_PLATE, f.dim))
+        return [pyro.plate(f.name, rows.total, subsample=rows.indices, dim=f.dim) for f in frames[:1]]
+
+
+def _modules(source: Any, model: Any, guide: Any) -> dict[str, nn.Module]:
+    """Prefix -> module, each module once; a pair that is one module has no prefix."""
+    owners = [source, getattr(model, "__self__", model), getattr(guide, "__self__", guide)]
+    found: list[tuple[str, nn.Module]] = []
+    for role, owner in zip(("model.", "model.", "guide."), owners, strict=True):
+        if isinstance(owner, nn.Module) and all(owner is not m for _, m in found):
+            found.append((role, owner))
+    if len(found) == 1:
+        return {"": found[0][1]}
+    return dict(found)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def explained(batch: Batch, role: str) -> Iterator[None]:
+    """Say which half of the pair failed, on what; the original error stays as the cause."""
+    try:
+        yield
+    except (ProgramError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        hint = ""
+        if "Multiple sample sites named" in str(error):
+            hint = "\nIf that is a plate: make it once, plate = pyrolvm.data_plate(x), and write `with plate:` twice."
+        raise ProgramError(f"the {role} failed on data of {_describe(batch)}: {error}{hint}") from error
+
+
+def _describe(batch: Batch) -> str:
+    shapes = [f"{name}: {list(tensor.shape)} {tensor.dtype}" for name, tensor in batch.tensors()]
+    return "shapes " + ", ".join(shapes) if shapes else "no tensors"
+
+
+def _leaves(root: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that `root` was computed from and that ask for a gradient."""
+    stack, seen = [root.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _unregistered(leaf: Tensor, functions: tuple[Callable[..., Any], ...]) -> str:
+    for function in functions:
+        for name, module in _reachable_modules(function):
+            if any(leaf is p for p in module.parameters()):
+                return (
+                    f"the network '{name}' ({type(module).__name__}) is used but no site registers it, so it "
+                    f"would never be trained: write pyro.module('{name}', {name}) in the model or guide"
+                )
+    return (
+        f"a tensor of shape {tuple(leaf.shape)} that asks for a gradient is used but no site registers it, "
+        "so it would never be trained: make it a pyro.param, or call .requires_grad_(False) on it"
+    )
+
+
+def _reachable_modules(function: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that a plain function sees: its closure, and the globals it names."""
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if not inspect.isfunction(function):
+        return
+    closure = inspect.getclosurevars(function)
+    for name, value in {**closure.globals, **closure.nonlocals}.items():
+        if isinstance(value, nn.Module):
+            yield name, value

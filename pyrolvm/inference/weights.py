@@ -1,0 +1,133 @@
+"""Importance weights log p(x, z) - log q(z) per datum, from a pair of traces.
+
+The weight of a datum sums the log-densities of its sites over every dimension but those of the plates
+that all sites share. The scale that all sites share (N/B of a minibatch, `poutine.scale` around the
+whole program) is kept apart, for it belongs outside a log-mean-exp: with it inside, the "bound"
+of a minibatch can exceed the evidence. A scale of some sites only (a power of the likelihood) stays in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyrolvm.errors import SettingError
+from pyrolvm.inference.structure import sample_sites
+
+PARTICLES = "num_particles_vectorized"
+
+
+@dataclass(frozen=True)
+class LogDensities:
+    """Log-densities of one trace pair per particle and cell of the shared plates, in nats, unscaled.
+
+    log_prior, log_likelihood, log_guide: [particles, cells]; `score` is the part of log_guide that no
+    path derivative reaches (non-reparameterised sites), None if there is none. `scale` belongs
+    outside the logarithm.
+    """
+
+    log_prior: Tensor
+    log_likelihood: Tensor
+    log_guide: Tensor
+    score: Tensor | None
+    scale: Any
+
+    @property
+    def log_weight(self) -> Tensor:
+        """log p(x, z) - log q(z): [particles, cells]."""
+        return self.log_likelihood + self.log_prior - self.log_guide
+
+
+def log_densities(model_trace: Trace, guide_trace: Trace, *, skip: Iterable[str] = ()) -> LogDensities:
+    """Per-datum log-densities of a pair of traces with log_probs computed.
+
+    `skip` names sites that do not enter (global latents held fixed at the guide's draw).
+    """
+    skip = set(skip)
+    in_model = [s for s in sample_sites(model_trace) if s["name"] not in skip]
+    in_guide = [s for s in sample_sites(guide_trace) if s["name"] not in skip]
+    sites = in_model + in_guide
+    shared = _shared_frames(sites)
+    scale = _shared_scale(sites, shared)
+    dims, particles = _kept_dims(sites, shared)
+
+    def gather(part: list[dict[str, Any]]) -> Tensor:
+        terms = [_cells(site, scale, dims) for site in part]
+        total = sum(terms[1:], terms[0]) if terms else torch.zeros((1,) * len(dims))
+        return total
+
+    unreached = [s for s in in_guide if not getattr(s["fn"], "has_rsample", False)]
+    parts = [
+        gather([s for s in in_model if not s["is_observed"]]),
+        gather([s for s in in_model if s["is_observed"]]),
+        gather(in_guide),
+        gather(unreached),
+    ]
+    parts = [_as_matrix(p, particles) for p in torch.broadcast_tensors(*parts)]
+    return LogDensities(parts[0], parts[1], parts[2], parts[3] if unreached else None, scale)
+
+
+def _shared_frames(sites: list[dict[str, Any]]) -> list[Any]:
+    stacks = [{f for f in s["cond_indep_stack"] if f.vectorized and f.name != PARTICLES} for s in sites]
+    return sorted(set.intersection(*stacks), key=lambda f: f.dim) if stacks else []
+
+
+def _shared_scale(sites: list[dict[str, Any]], shared: list[Any]) -> Any:
+    scales = [s["scale"] for s in sites]
+    if all(_same(scale, scales[0]) for scale in scales):
+        _check_inside(sites, shared, scales[0])
+        return scales[0]
+    outside = math.prod(f.full_size / f.size for f in shared)
+    _check_inside(sites, shared, outside)
+    return outside
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    return math.isclose(a, b, rel_tol=1e-12)
+
+
+def _check_inside(sites: list[dict[str, Any]], shared: list[Any], outside: Any) -> None:
+    """A subsampled plate that some latent is outside of leaves N/B inside the exponent: refuse it."""
+    kept = {f.name for f in shared}
+    for site in sites:
+        for frame in site["cond_indep_stack"]:
+            elsewhere = frame.vectorized and frame.name not in kept and frame.name != PARTICLES
+            if elsewhere and frame.full_size != frame.size:
+                outsiders = [
+                    s["name"] for s in sites if frame.name not in {f.name for f in s["cond_indep_stack"]}
+                ]
+                raise SettingError(
+                    f"this objective averages weights per datum, but '{outsiders[0]}' is outside the "
+                    f"subsampled plate '{frame.name}': use Trace_ELBO for programs with global latents, "
+                    "or pass the data whole (batch_size=None)"
+                )
+
+
+def _kept_dims(sites: list[dict[str, Any]], shared: list[Any]) -> tuple[list[int], int | None]:
+    """The batch dimensions to keep, leftmost first, and the particle dimension if there is one."""
+    particle = {f.dim for s in sites for f in s["cond_indep_stack"] if f.name == PARTICLES}
+    dims = sorted(particle | {f.dim for f in shared})
+    return dims, (min(particle) if particle else None)
+
+
+def _cells(site: dict[str, Any], scale: Any, dims: list[int]) -> Tensor:
+    """A site's log-density with all but `dims` summed out: one dimension for each of `dims`."""
+    inner = 1.0 if _same(site["scale"], scale) else site["scale"] / scale
+    log_prob = scale_and_mask(site["unscaled_log_prob"], scale=inner, mask=site["mask"])
+    depth = max([log_prob.dim(), *(-d for d in dims)])
+    log_prob = log_prob.reshape((1,) * (depth - log_prob.dim()) + tuple(log_prob.shape))
+    others = [d for d in range(-depth, 0) if d not in dims]
+    return log_prob.sum(others) if others else log_prob
+
+
+def _as_matrix(value: Tensor, particles: int | None) -> Tensor:
+    return value.reshape(value.shape[0] if particles is not None else 1, -1)
