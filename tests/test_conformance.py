@@ -1,0 +1,218 @@
+"""What every registered model must do. A new model gets all of this by an entry in CASES."""
+
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pyro
+import pytest
+import torch
+from sklearn.datasets import load_iris
+
+import pyrolvm
+from pyrolvm import PPCA, REGISTRY, VAE, BayesianFactorAnalysis, DataError, GaussianMixture, PowerVAE
+from pyrolvm.data.arrays import Batch
+from pyrolvm.inference.objectives import estimate, prepare
+from pyrolvm.inference.program import Program
+from pyrolvm.inference.structure import inspect_program
+from pyrolvm.plates import data_rows
+
+IRIS = torch.tensor(load_iris().data, dtype=torch.float32)
+IRIS = (IRIS - IRIS.mean(0)) / IRIS.std(0)
+BINARY = (IRIS > 0).float()
+
+CASES = {
+    "PPCA": (lambda: PPCA(4, 2), IRIS),
+    "PPCA, full guide": (lambda: PPCA(4, 2, guide="full"), IRIS),
+    "GaussianMixture, enumerated": (lambda: GaussianMixture(4, 3), IRIS),
+    "GaussianMixture, sampled": (
+        lambda: GaussianMixture(4, 3, covariance="diagonal", assignments="sampled", baseline="input"),
+        IRIS,
+    ),
+    "GaussianMixture, prior": (
+        lambda: GaussianMixture(4, 2, covariance="spherical", prior="conjugate"),
+        IRIS,
+    ),
+    "BayesianFactorAnalysis": (lambda: BayesianFactorAnalysis(4, 2), IRIS),
+    "BayesianFactorAnalysis, ard": (lambda: BayesianFactorAnalysis(4, 2, loadings_prior="ard"), IRIS),
+    "VAE, gaussian": (lambda: VAE(4, 2, "gaussian", hidden=(16,)), IRIS),
+    "VAE, bernoulli": (lambda: VAE(4, 2, hidden=(16,)), BINARY),
+    "VAE, convolutional": (
+        lambda: VAE(16, 2, "gaussian", encoder="conv", decoder="conv", image_shape=(1, 4, 4)),
+        0.3 * IRIS.repeat(1, 4),
+    ),
+    "PowerVAE": (lambda: PowerVAE(4, 2, eta=0.5, likelihood="gaussian", hidden=(16,)), IRIS),
+}
+QUIET = {"progress": False, "engine": "eager"}
+
+
+@pytest.fixture(params=CASES, name="case")
+def _case(request):
+    torch.manual_seed(1)
+    build, x = CASES[request.param]
+    return build, x
+
+
+def started(build, x):
+    torch.manual_seed(1)
+    model = build()
+    if isinstance(model, GaussianMixture):
+        model.initialise_from(x, seed=0)
+    return model
+
+
+def parameters(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_every_registered_model_is_here():
+    assert {name.split(",")[0] for name in CASES} == set(REGISTRY)
+
+
+def test_it_trains_and_the_bound_rises(case):
+    build, x = case
+    model = build()
+    before = parameters(model)
+    fitted = pyrolvm.fit(model, x, num_steps=150, batch_size=50, learning_rate=0.02, **QUIET)
+    elbo = fitted.history["elbo"]
+    rise = elbo.tail(30).mean() - elbo.head(10).mean()
+    assert rise > 3 * math.hypot(elbo.head(10).std() / math.sqrt(10), elbo.tail(30).std() / math.sqrt(30))
+    trained = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert trained == set(before), f"never trained: {set(before) - trained}"
+    assert fitted.num_data == len(x)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_all_parameters_exist_after_construction(case):
+    build, x = case
+    model = build()
+    before = [n for n, _ in model.named_parameters()]
+    fitted = pyrolvm.fit(model, x, num_steps=1, **QUIET)
+    assert [n for n, _ in model.named_parameters()] == before
+    assert list(fitted.program.parameters) == before
+
+
+def test_it_encodes_samples_saves_and_loads(case, tmp_path):
+    build, x = case
+    fitted = pyrolvm.fit(started(build, x), x, num_steps=3, **QUIET)
+    samples = fitted.sample(9)
+    assert samples.shape == (9, x.shape[1])
+    assert torch.isfinite(samples).all()
+    again = pyrolvm.load(fitted.save(tmp_path / "run"))
+    assert type(again.model) is type(fitted.model)
+    for name, tensor in fitted.program.tensors().items():
+        assert torch.equal(again.program.tensors()[name], tensor)
+    assert torch.equal(again.sample(9), samples)
+    if [s for s in fitted.structure.local_latents if not s.enumerated]:
+        code = fitted.encode(x[:7])
+        assert code.shape[0] == 7
+        assert torch.equal(again.encode(x[:7]), code)
+        assert fitted.reconstruct(x[:7]).shape == (7, x.shape[1])
+    for value in fitted.posterior(x[:7], 5).values():
+        assert value.shape[0] == 5
+        assert torch.isfinite(value.double()).all()
+
+
+def test_two_instances_stay_apart(case):
+    """Trained in turn, each ends where it ends alone; deep copies too."""
+    build, x = case
+    options = {"num_steps": 6, "learning_rate": 0.05, **QUIET}
+    first = started(build, x)
+    second, alone = copy.deepcopy(first), copy.deepcopy(first)
+    pyrolvm.fit(alone, x, seed=1, **options)
+    pyrolvm.fit(first, x, seed=1, **options)
+    untouched = parameters(second)
+    assert all(torch.equal(p, untouched[n]) for n, p in second.named_parameters())
+    pyrolvm.fit(second, x, seed=2, **options)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, dict(alone.named_parameters())[name])
+
+
+def test_minibatch_bounds_are_unbiased_for_the_full_one(case):
+    build, x = case
+    model = started(build, x)
+    program, rows = Program(model), torch.arange(len(x))
+    batch = Batch((x,))
+    program.initialise(batch, (len(x), rows), seed=0)
+    objective = prepare(None, inspect_program(program, batch, (len(x), rows)))
+
+    def bounds(partition):
+        parts = []
+        for indices in partition:
+            with data_rows(len(x), indices):
+                result = estimate(objective, program.model, program.guide, (x[indices],))
+            parts.append(result.bound.item() / len(x))
+        return np.mean(parts)
+
+    with program.scope(), torch.no_grad():
+        torch.manual_seed(0)
+        full = [bounds([rows]) for _ in range(60)]
+        mini = [bounds(torch.randperm(len(x)).split(30)) for _ in range(60)]
+    error = math.hypot(np.std(full, ddof=1), np.std(mini, ddof=1)) / math.sqrt(60)
+    assert abs(np.mean(full) - np.mean(mini)) < 4 * error + 1e-5 * abs(np.mean(full))
+
+
+def test_the_same_seed_gives_the_same_numbers(case):
+    build, x = case
+    curves = [
+        pyrolvm.fit(started(build, x), x, num_steps=4, batch_size=16, seed=5, **QUIET).history["elbo"]
+        for _ in range(2)
+    ]
+    pd.testing.assert_series_equal(*curves)
+
+
+def test_float64_runs_through(case):
+    build, x = case
+    fitted = pyrolvm.fit(started(build, x), x.double(), num_steps=2, dtype=torch.float64, **QUIET)
+    assert fitted.sample(2).dtype is torch.float64
+    assert all(p.dtype is torch.float64 for p in fitted.model.parameters())
+
+
+def test_frozen_parameters_stay_frozen(case):
+    build, x = case
+    model = started(build, x)
+    name, frozen = next(iter(model.named_parameters()))
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    fitted = pyrolvm.fit(model, x, num_steps=3, learning_rate=0.1, **QUIET)
+    assert torch.equal(frozen, before)
+    assert not frozen.requires_grad
+    assert name not in fitted.program.parameters
+
+
+def test_plain_svi_trains_it_too(case):
+    """A model file is a complete Pyro program; a second instance is trained as well as the first."""
+    build, x = case
+    for _ in range(2):
+        model = started(build, x)
+        before = parameters(model)
+        rows = torch.arange(len(x))
+        program = Program(model)
+        program.initialise(Batch((x,)), (len(x), rows), seed=0)
+        objective = prepare(None, inspect_program(program, Batch((x,)), (len(x), rows)))
+        svi = pyro.infer.SVI(model.model, model.guide, pyro.optim.Adam({"lr": 0.01}), objective)
+        svi.step(x)
+        assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    pyro.clear_param_store()
+
+
+@pytest.mark.parametrize("spoil", ["nan", "infinity", "width", "empty", "text"])
+def test_bad_data_are_one_clear_line(case, spoil):
+    build, x = case
+    bad = x.clone()
+    if spoil == "nan":
+        bad[3, 1] = float("nan")
+    elif spoil == "infinity":
+        bad[3, 1] = float("inf")
+    elif spoil == "width":
+        bad = torch.cat([x, x[:, :1]], 1)
+    elif spoil == "empty":
+        bad = x[:0]
+    else:
+        bad = pd.DataFrame({"a": ["x"] * 5})
+    with pytest.raises(DataError) as error:
+        pyrolvm.fit(build(), bad, num_steps=1, **QUIET)
+    assert "\n" not in str(error.value)
+    if spoil in ("nan", "infinity"):
+        assert "row 3, column 1" in str(error.value)
