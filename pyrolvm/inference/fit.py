@@ -21,6 +21,7 @@ from pyrolvm.inference.evaluation import HeldOutBound
 from pyrolvm.inference.fitted import FittedModel, suit
 from pyrolvm.inference.objectives import prepare
 from pyrolvm.inference.optimizers import OptimizerSpec
+from pyrolvm.inference.plateau import Plateau
 from pyrolvm.inference.program import Program
 from pyrolvm.inference.progress import progress_bar
 from pyrolvm.inference.random import EVALUATION, INITIALISATION, derived_seed, noise_state, seeded
@@ -47,6 +48,7 @@ def fit(
     batch_size: int | None = None,
     validation: Any = None,
     validate_every: int | None = None,
+    patience: int | None = None,
     kl_warmup: float = 0.0,
     device: str = "auto",
     dtype: torch.dtype | None = None,
@@ -78,6 +80,8 @@ def fit(
     batch_size: rows per step, by a plan that visits every row once per pass; None passes the data whole.
     validation: held-out data like `data`, or the share of rows to hold out; its bound is computed with the
         same noise every `validate_every` steps (a pass over the data by default).
+    patience: stop when the held-out bound has not risen by more than its noise from `patience` evaluations to the
+        next `patience` (after any KL warm-up), and keep the best parameters; None trains to the end.
     kl_warmup: share of the steps over which the KL's weight rises linearly to 1.
     device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or "mps".
     dtype: torch.float32 by default.
@@ -137,6 +141,7 @@ def fit(
         settings=_settings(step, plan, seed, batch),
         validate=HeldOutBound(step, held_out, seed) if held_out is not None else None,
         validate_every=_cadence(validate_every, plan, steps) if held_out is not None else 0,
+        plateau=_plateau(patience, held_out, step),
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         checkpoint_seconds=checkpoint_seconds,
         on_nan=on_nan,
@@ -216,6 +221,16 @@ def _cadence(validate_every: int | None, plan: BatchPlan, steps: int) -> int:
     """Every pass over the data; with the data whole, fifty times in the run."""
     every = validate_every or (plan.num_steps(1) if plan.batch_size is not None else max(1, steps // 50))
     return min(every, steps)
+
+
+def _plateau(patience: int | None, held_out: Batch | None, step: Step) -> Plateau | None:
+    if patience is None:
+        return None
+    if held_out is None:
+        raise SettingError("patience watches the held-out bound: give validation=0.1 or held-out data")
+    if not isinstance(patience, int) or patience < 2:
+        raise SettingError(f"patience must be a whole number of at least 2 evaluations, not {patience!r}")
+    return Plateau(patience, first_step=step.warmup_steps)
 
 
 def _first_step(step: Step, rows: Tensor, seed: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 import torch
@@ -46,6 +48,13 @@ class History:
             return float("nan")
         values = np.concatenate([c[:, self.columns.index(column)] for c in self._chunks[-num_steps:]])
         return float(values[-num_steps:].mean())
+
+    def rows(self, after: int = 0) -> Iterator[dict[str, float | int | None]]:
+        """The steps later than `after`, one dict each; None where a column has no value."""
+        for chunk in self._chunks:
+            for row in chunk[chunk[:, 0] > after] if chunk[-1, 0] > after else ():
+                values = [None if np.isnan(v) else float(v) for v in row]
+                yield dict(zip(self.columns, [int(row[0]), *values[1:]], strict=True))
 
     def frame(self) -> pd.DataFrame:
         """The record as a table; columns that were never used are left out."""

@@ -23,6 +23,7 @@ from pyrolvm.inference.checkpoint import read_tensors, write_tensors
 from pyrolvm.inference.divergence import explain, skip_bad_steps
 from pyrolvm.inference.engine import Engine, Step, TrainingState
 from pyrolvm.inference.history import History
+from pyrolvm.inference.plateau import Plateau
 from pyrolvm.inference.progress import Bar
 
 CHUNK_SECONDS = 0.25
@@ -59,6 +60,7 @@ class Training:
     history: History = field(default_factory=History)
     validate: Callable[[], float] | None = None
     validate_every: int = 0
+    plateau: Plateau | None = None
     checkpoint: Path | None = None
     checkpoint_seconds: float = 30.0
     on_nan: str = "raise"
@@ -88,6 +90,11 @@ class Training:
             raise KeyboardInterrupt(self._how_to_go_on()) from None
         self.stopped_because = self.stopped_because or f"all {self.num_steps} steps done"
         self.save_checkpoint()
+        if self.plateau is not None and self.plateau.best_parameters:
+            self.step.program.load(self.plateau.best_parameters)
+            self.stopped_because += (
+                f"; parameters are those of step {self.plateau.best_step}, the best held out"
+            )
 
     def _size(self, wanted: int) -> int:
         """Steps of the next chunk: to the end, or to the next held-out bound, at the most."""
@@ -134,7 +141,10 @@ class Training:
     def _after_chunk(self, bar: Bar) -> None:
         step = self.state.step
         if self.validate is not None and self.validate_every and step and step % self.validate_every == 0:
-            self.history.record_validation(self.validate())
+            value = self.validate()
+            self.history.record_validation(value)
+            if self.plateau is not None:
+                self.stopped_because = self.plateau.add(step, value, self.state.parameters) or ""
         bar.update(step, **{"ELBO": self.history.recent("elbo")})
         report = Report(step, self.num_steps, self.history, self.state)
         for callback in self.callbacks:
@@ -145,6 +155,8 @@ class Training:
         if self.checkpoint is None:
             return
         tensors = self.state.flatten() | {"history": self.history.tensor()}
+        if self.plateau is not None:
+            tensors |= self.plateau.flatten()
         write_tensors(self.checkpoint / CHECKPOINT_FILE, tensors, {"settings": self.settings})
 
     def load_checkpoint(self) -> None:
@@ -159,6 +171,9 @@ class Training:
                     f"{key}={here!r}: use the same settings, or another folder"
                 )
         self.history = History.from_tensor(tensors.pop("history"))
+        saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith("plateau/")}
+        if self.plateau is not None:
+            self.plateau.unflatten(saved, self.step.program.device)
         self.state = TrainingState.unflatten(tensors, self.step.program.device)
         self.step.program.load(self.state.parameters)
 
