@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -68,14 +69,29 @@ class LatentVariableModel(nn.Module):
 
 def check_finite(x: Tensor) -> None:
     """Raise `DataError` naming the first row and column of `x` [rows, ...] that is not finite."""
-    if not x.is_floating_point() or bool(torch.isfinite(x).all()):
+    where = first_row_where(x, lambda part: ~torch.isfinite(part)) if x.is_floating_point() else None
+    if where is None:
         return
-    where = (~torch.isfinite(x)).nonzero()[0].tolist()
     value = x[tuple(where)].item()
     raise DataError(
         f"the data hold {value} at row {where[0]}, column {tuple(where[1:]) if len(where) != 2 else where[1]}: "
         "drop or fill such rows first, e.g. x[np.isfinite(x).all(axis=1)]"
     )
+
+
+def first_row_where(x: Tensor, wrong: Callable[[Tensor], Tensor]) -> list[int] | None:
+    """The index of the first entry of `x` [rows, ...] that `wrong` marks, or None.
+
+    Looks at some rows at a time: data mapped from a file may be larger than memory.
+    """
+    first = 0
+    for part in x.split(max(1, 2**22 // max(1, x[:1].numel()))) if x.dim() else (x,):
+        marks = wrong(part)
+        if bool(marks.any()):
+            row, *rest = marks.nonzero()[0].tolist()
+            return [first + row, *rest]
+        first += len(part)
+    return None
 
 
 def check_columns(x: Tensor, data_dim: int, model: str) -> None:

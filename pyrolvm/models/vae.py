@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrolvm.errors import DataError, SettingError
-from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
+from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite, first_row_where
 from pyrolvm.models.networks import (
     SCALE_FLOOR,
     check_decoder,
@@ -150,10 +150,10 @@ class VAE(LatentVariableModel):
 
 def check_binary(x: Tensor) -> None:
     """Raise `DataError` naming the first entry of x [rows, columns] that is neither 0 nor 1."""
-    other = (x != 0) & (x != 1)
-    if not bool(other.any()):
+    where = first_row_where(x, lambda part: (part != 0) & (part != 1))
+    if where is None:
         return
-    row, column = other.nonzero()[0].tolist()
+    row, column = where
     low, high = x.min().item(), x.max().item()
     raise DataError(
         f"a Bernoulli decoder needs zeros and ones, but row {row}, column {column} is "
