@@ -13,6 +13,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
@@ -36,6 +37,8 @@ class Draws:
     predictive: observed site -> [S, B, ...], drawn anew from p(x | z).
     pointwise: observed site -> log p(x | z), [S, B, ...], nats.
     log_prior, log_likelihood, log_guide: [S, cells], nats per datum, unscaled; None for prior draws.
+    global_log_prior, global_log_guide: the rest, log p and log q outside the data plate, [S] nats (not per
+        datum); None for prior draws.
     shared: the values outside the data plate as the guide made them, to be used again for other rows.
     """
 
@@ -45,6 +48,8 @@ class Draws:
     log_prior: Tensor | None = None
     log_likelihood: Tensor | None = None
     log_guide: Tensor | None = None
+    global_log_prior: Tensor | None = None
+    global_log_guide: Tensor | None = None
     shared: list[dict[str, Tensor]] = field(default_factory=list)
 
     @property
@@ -111,18 +116,25 @@ def posterior_draws(
 
 
 def prior_draws(
-    program: Program, structure: Structure, batch: Batch, num_samples: int, *, vectorized: bool, total: int
+    program: Program,
+    structure: Structure,
+    batch: Batch,
+    num_samples: int,
+    *,
+    vectorized: bool,
+    total: int,
+    shared: list[dict[str, Tensor]] | None = None,
 ) -> Draws:
     """(x, z) ~ p(x, z) for as many rows as `batch` has. `log_likelihood` is that of the batch's x."""
     run = _Pair(program, structure, batch, total)
     if vectorized:
-        return run.prior(num_samples)
-    return _stack([run.prior(None) for _ in range(num_samples)])
+        return run.prior(num_samples, (shared or [{}])[0])
+    return _stack([run.prior(None, values) for values in shared or [{}] * num_samples])
 
 
 def can_vectorize(program: Program, structure: Structure, batch: Batch, total: int) -> bool:
     """Whether draws under a further plate have the log-densities of the same draws taken one by one."""
-    if structure.data_plate is not None and batch.num_rows > 3:
+    if structure.data_plate is not None and not structure.per_datum and batch.num_rows > 3:
         batch = batch.take(torch.arange(3))
     run = _Pair(program, structure, batch, total)
     try:
@@ -136,7 +148,7 @@ def can_vectorize(program: Program, structure: Structure, batch: Batch, total: i
 
 def _slice(run: _Pair, index: int) -> dict[str, Tensor]:
     """The latents of one of the last vectorised draws, shaped as without the extra plate."""
-    sites = {s["name"]: s for s in sample_sites(run.last_guide)}
+    sites = {s["name"]: s for trace in run.last for s in sample_sites(trace) if not s["is_observed"]}
     values = {}
     for name, site in sites.items():
         own = len(site["fn"].event_shape)
@@ -155,7 +167,7 @@ class _Pair:
         self.rows = (max(total, len(rows)) if structure.data_plate else len(rows), rows)
         if structure.data_plate is not None and structure.data_plate.full_size == structure.data_plate.size:
             self.rows = (len(rows), rows)
-        self.last_guide: Trace = Trace()
+        self.last: tuple[Trace, Trace] = (Trace(), Trace())
 
     def _wrapped(self, function: Callable, num_samples: int | None) -> Callable:
         if num_samples is None:
@@ -172,7 +184,7 @@ class _Pair:
             model = self._trace(
                 pyro.poutine.replay(self._wrapped(self.program.model, num_samples), trace=guide)
             )
-            self.last_guide = guide
+            self.last = model, guide
             return _with_log_prob(model, guide)
 
     def fixed(self, values: dict[str, Tensor]) -> tuple[Trace, Trace]:
@@ -185,59 +197,76 @@ class _Pair:
     def draws(self, model: Trace, guide: Trace) -> Draws:
         shared = self._shared_values(guide)
         densities = log_densities(model, guide, skip=shared)
+        zeros = torch.zeros_like(densities.log_prior[:, 0])
         return Draws(
-            values={s["name"]: self._tidy(s, s["value"]) for s in self._latents(guide)},
-            predictive={s["name"]: self._tidy(s, s["fn"].sample()) for s in _observed(model)},
+            values={s["name"]: tidy(self.structure, s, s["value"]) for s in self._latents(guide)},
+            predictive={s["name"]: tidy(self.structure, s, s["fn"].sample()) for s in _observed(model)},
             pointwise={
-                s["name"]: self._tidy(s, s["unscaled_log_prob"], event=False) for s in _observed(model)
+                s["name"]: tidy(self.structure, s, s["unscaled_log_prob"], event=False)
+                for s in _observed(model)
             },
             log_prior=densities.log_prior,
             log_likelihood=densities.log_likelihood,
             log_guide=densities.log_guide,
+            global_log_prior=_total(model, shared, zeros),
+            global_log_guide=_total(guide, shared, zeros),
             shared=[shared],
         )
 
-    def _shared_values(self, guide: Trace) -> dict[str, Tensor]:
-        """What the guide draws outside the data plate; nothing, if there is no such plate."""
+    def _shared_values(self, trace: Trace) -> dict[str, Tensor]:
+        """What is drawn outside the data plate; nothing, if there is no such plate."""
         plate = self.structure.data_plate
         if plate is None:
             return {}
-        sites = sample_sites(guide)
+        sites = [s for s in sample_sites(trace) if not s["is_observed"]]
         return {
             s["name"]: s["value"] for s in sites if all(f.name != plate.name for f in s["cond_indep_stack"])
         }
 
-    def prior(self, num_samples: int | None) -> Draws:
-        with self.program.scope(self.rows):
+    def prior(self, num_samples: int | None, fixed: dict[str, Tensor]) -> Draws:
+        with self.program.scope(self.rows), Fixed(fixed):
             model = self._trace(self._wrapped(self.program.model, num_samples))
             model.compute_log_prob()
         densities = log_densities(model, Trace())
         return Draws(
-            values={s["name"]: self._tidy(s, s["value"]) for s in self._latents(model)},
-            predictive={s["name"]: self._tidy(s, s["fn"].sample()) for s in _observed(model)},
+            values={s["name"]: tidy(self.structure, s, s["value"]) for s in self._latents(model)},
+            predictive={s["name"]: tidy(self.structure, s, s["fn"].sample()) for s in _observed(model)},
             log_likelihood=densities.log_likelihood,
+            shared=[self._shared_values(model)],
         )
 
     def _latents(self, trace: Trace) -> Iterator[dict[str, Any]]:
         names = {s.name for s in self.structure.sites if not s.observed}
         return (s for s in sample_sites(trace) if s["name"] in names and not s["is_observed"])
 
-    def _tidy(self, site: dict[str, Any], value: Tensor, *, event: bool = True) -> Tensor:
-        """[S, plates..., event...] without the singleton dimensions of plates the site is not in."""
-        event_dims = len(site["fn"].event_shape) if event else 0
-        nesting = self.structure.max_plate_nesting
-        frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
-        sizes = [frames[d].size if d in frames else 1 for d in range(-nesting - 1, 0)]
-        tail = tuple(value.shape[value.dim() - event_dims :])
-        value = value.expand(torch.broadcast_shapes(value.shape, (*sizes, *tail)))
-        keep = [n for d, n in zip(range(-nesting, 0), sizes[1:], strict=True) if d in frames]
-        return value.reshape(sizes[0], *keep, *tail)
+
+def tidy(structure: Structure, site: Any, value: Tensor, *, event: bool = True) -> Tensor:
+    """A site's value as [S, plates..., event...], without singleton dimensions of plates the site is not in.
+
+    The data plate is the first of them; the others stand as in the program. Of log-densities, `event=False`.
+    """
+    event_dims = len(site["fn"].event_shape) if event else 0
+    nesting, plate = structure.max_plate_nesting, structure.data_plate
+    frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
+    sizes = [frames[d].size if d in frames else 1 for d in range(-nesting - 1, 0)]
+    tail = tuple(value.shape[value.dim() - event_dims :])
+    value = value.expand(torch.broadcast_shapes(value.shape, (*sizes, *tail)))
+    keep = [d for d in range(-nesting, 0) if d in frames]
+    value = value.reshape(sizes[0], *(sizes[d] for d in keep), *tail)
+    return value.movedim(1 + keep.index(plate.dim), 1) if plate and plate.dim in keep else value
 
 
 def _with_log_prob(model: Trace, guide: Trace) -> tuple[Trace, Trace]:
     model.compute_log_prob()
     guide.compute_log_prob()
     return model, guide
+
+
+def _total(trace: Trace, names: Iterable[str], zeros: Tensor) -> Tensor:
+    """The log-densities of the named sites of a trace, summed onto `zeros` [S]: nats, unscaled."""
+    sites = [s for s in sample_sites(trace) if s["name"] in names]
+    terms = [scale_and_mask(s["unscaled_log_prob"], mask=s["mask"]) for s in sites]
+    return sum((t.reshape(len(zeros), -1).sum(-1) for t in terms), zeros)
 
 
 def _observed(trace: Trace) -> Iterable[dict[str, Any]]:
@@ -258,10 +287,11 @@ def concatenate(parts: list[Draws], *, dim: int, local: set[str] | None) -> Draw
         whole = {k for k in dicts[0] if dim == 1 and local is not None and k not in local}
         return {k: dicts[0][k] if k in whole else torch.cat([d[k] for d in dicts], dim) for k in dicts[0]}
 
-    def cat(tensors: list[Tensor | None]) -> Tensor | None:
+    def cat(tensors: list[Tensor | None], dim: int = dim) -> Tensor | None:
         present = [t for t in tensors if t is not None]
         return torch.cat(present, dim) if present else None
 
+    draws = parts[:1] if dim == 1 else parts  # of rows, all have the same
     return Draws(
         join([p.values for p in parts]),
         join([p.predictive for p in parts]),
@@ -269,6 +299,8 @@ def concatenate(parts: list[Draws], *, dim: int, local: set[str] | None) -> Draw
         cat([p.log_prior for p in parts]),
         cat([p.log_likelihood for p in parts]),
         cat([p.log_guide for p in parts]),
+        cat([p.global_log_prior for p in draws], 0),
+        cat([p.global_log_guide for p in draws], 0),
         parts[0].shared,
     )
 

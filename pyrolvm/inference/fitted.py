@@ -126,34 +126,22 @@ class FittedModel:
         self,
         x: Any,
         method: str = "importance",
-        num_samples: int = 100,
+        num_samples: int | None = None,
         *,
         num_particles: int | None = None,
         seed: int = 0,
+        **annealing: Any,
     ) -> Tensor:
-        """log p(x) of each datum, [rows], nats: method "exact", "importance", "iwae" or "prior".
+        """log p(x) of each datum, [rows], nats: method "exact", "importance", "iwae", "prior" or "ais".
 
-        See `pyrolvm.inference.evidence` for what each computes.
+        num_samples: draws per datum (100 if None), or chains of "ais" (16). num_particles: the K of "iwae".
+        annealing: of "ais", num_steps=500, start="prior" or "guide", schedule="sigmoid", num_leapfrog=10.
+
+        See `pyrolvm.inference.evidence` for what each computes, and for `evidence_table`, which also gives
+        standard errors and diagnostics. Raises `SettingError` where a method cannot answer.
         """
-        if method not in evidence.METHODS:
-            raise SettingError(f"method='{method}' is not known: choose from {', '.join(evidence.METHODS)}")
-        if method == "exact":
-            parts = [evidence.exact_log_evidence(self.program.owner, b) for b in self._chunks(x, seed)]
-            return torch.cat(parts)
-        options: dict[str, Any] = {"num_samples": num_samples, "num_particles": num_particles}
-        return torch.cat(
-            [
-                evidence.estimate_log_evidence(
-                    self.program,
-                    self.structure,
-                    batch,
-                    method=method,
-                    vectorized=self.vectorized,
-                    total=self.num_rows,
-                    **options,
-                )
-                for batch in self._chunks(x, seed)
-            ]
+        return evidence.log_evidence(
+            self, x, method, num_samples, num_particles=num_particles, seed=seed, **annealing
         )
 
     @torch.no_grad()
@@ -162,19 +150,23 @@ class FittedModel:
 
         From the guide, or from the model alone with `prior=True`.
         """
-        _check_count("num_samples", num_samples)
-        parts: list[Draws] = []
-        for batch in self._chunks(x, seed, per_row=num_samples):
-            common: dict[str, Any] = {"vectorized": self.vectorized, "total": self.num_rows}
-            if prior:
-                parts.append(prior_draws(self.program, self.structure, batch, num_samples, **common))
-            else:  # all rows of a draw see the same global latents
-                shared = parts[0].shared if parts else None
-                parts.append(
-                    posterior_draws(self.program, self.structure, batch, num_samples, shared=shared, **common)
-                )
+        parts = list(self.draw_chunks(x, num_samples, prior=prior, seed=seed))
         local = {s.name for s in self.structure.sites if s.local}
         return concatenate(parts, dim=1, local=local) if len(parts) > 1 else parts[0]
+
+    @torch.no_grad()
+    def draw_chunks(
+        self, x: Any, num_samples: int = 100, *, prior: bool = False, seed: int = 0
+    ) -> Iterator[Draws]:
+        """The parts of `draws`, some rows of `x` at a time; all see the same draws of the global latents."""
+        _check_count("num_samples", num_samples)
+        take = prior_draws if prior else posterior_draws
+        common: dict[str, Any] = {"vectorized": self.vectorized, "total": self.num_rows}
+        shared = None
+        for batch in self._chunks(x, seed, per_row=num_samples):
+            part = take(self.program, self.structure, batch, num_samples, shared=shared, **common)
+            shared = shared or part.shared
+            yield part
 
     @property
     def vectorized(self) -> bool:
@@ -184,11 +176,14 @@ class FittedModel:
                 self._vectorized = can_vectorize(self.program, self.structure, self.example, self.num_rows)
         return self._vectorized
 
-    def save(self, path: str | Path) -> Path:
-        """Write the run folder: config.json, parameters.safetensors, history.csv. See `pyrolvm.load`."""
+    def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
+        """Write the run folder: config.json, parameters.safetensors, history.csv. See `pyrolvm.load`.
+
+        extra: JSON-able notes on the run (its data, its command), kept in config.json under "run".
+        """
         from pyrolvm.inference.folder import save_run
 
-        return save_run(self, Path(path))
+        return save_run(self, Path(path), extra)
 
     def batch(self, x: Any) -> Batch:
         """`x` as the program's arguments: on its device, of its dtype, refused if it does not fit."""

@@ -38,8 +38,11 @@ if TYPE_CHECKING:
 CONFIG, PARAMETERS, HISTORY = "config.json", "parameters.safetensors", "history.csv"
 
 
-def save_run(fitted: FittedModel, path: Path) -> Path:
-    """Write the run folder; every file is replaced in one step, other files in it are left alone."""
+def save_run(fitted: FittedModel, path: Path, extra: dict[str, Any] | None = None) -> Path:
+    """Write the run folder; every file is replaced in one step, other files in it are left alone.
+
+    `extra` is kept in config.json under "run"; `load_run` does not look at it.
+    """
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file: name a folder to save the run in")
     example = dict(fitted.example.tensors())
@@ -48,7 +51,7 @@ def save_run(fitted: FittedModel, path: Path) -> Path:
     try:
         write_tensors(path / PARAMETERS, tensors)
         write_atomically(path / HISTORY, lambda p: fitted.history.to_csv(p, index=False))
-        write_json(path / CONFIG, _config(fitted))
+        write_json(path / CONFIG, _config(fitted) | ({"run": extra} if extra is not None else {}))
     except OSError as error:
         raise RunFolderError(f"the run could not be written to {path}: {error}") from None
     return path

@@ -45,10 +45,13 @@ class LogDensities:
         return self.log_likelihood + self.log_prior - self.log_guide
 
 
-def log_densities(model_trace: Trace, guide_trace: Trace, *, skip: Iterable[str] = ()) -> LogDensities:
+def log_densities(
+    model_trace: Trace, guide_trace: Trace, *, skip: Iterable[str] = (), keep: Iterable[str] | None = None
+) -> LogDensities:
     """Per-datum log-densities of a pair of traces with log_probs computed.
 
-    `skip` names sites that do not enter (global latents held fixed at the guide's draw).
+    `skip` names sites that do not enter (global latents held fixed at the guide's draw); `keep` the shared
+    plates whose cells stay apart, all of them if None.
     """
     skip = set(skip)
     in_model = [s for s in sample_sites(model_trace) if s["name"] not in skip]
@@ -56,7 +59,8 @@ def log_densities(model_trace: Trace, guide_trace: Trace, *, skip: Iterable[str]
     sites = in_model + in_guide
     shared = _shared_frames(sites)
     scale = _shared_scale(sites, shared)
-    dims, particles = _kept_dims(sites, shared)
+    kept = shared if keep is None else [f for f in shared if f.name in set(keep)]
+    dims, particles = _kept_dims(sites, kept)
 
     def gather(part: list[dict[str, Any]]) -> Tensor:
         terms = [_cells(site, scale, dims) for site in part]

@@ -11,7 +11,6 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, SettingError, data_plate
-from pyrolvm.inference import draws as draws_module
 from pyrolvm.inference.evidence import StreamingLogMeanExp
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(1)) @ torch.randn(
@@ -243,20 +242,3 @@ def test_exact_evidence_needs_a_closed_form():
 def test_wrong_columns_are_refused(ppca):
     with pytest.raises(pyrolvm.DataError, match=r"\[rows, 5\] but got \[40, 3\]"):
         ppca.encode(X[:, :3])
-
-
-def test_the_budget_bounds_what_is_drawn_at_once(ppca, monkeypatch):
-    import pyrolvm.inference.evidence as module
-
-    seen = []
-    original = draws_module.posterior_draws
-
-    def spy(program, structure, batch, count, **options):
-        seen.append(count * batch.num_rows * 5)
-        return original(program, structure, batch, count, **options)
-
-    monkeypatch.setattr(module, "posterior_draws", spy)
-    monkeypatch.setattr(module, "BUDGET", 2000)
-    ppca.log_evidence(X, num_samples=500)
-    assert len(seen) == 50
-    assert max(seen) <= 2000

@@ -1,0 +1,127 @@
+"""Estimators of log p(x), one value per datum, in nats.
+
+    exact       the model's own `log_marginal(x)`, or the sum over latents that are all discrete
+    importance  log (1/S) sum_s p(x, z_s) / q(z_s | x),         z_s ~ q(z | x)
+    iwae        the mean over S/K groups of the K-sample bound L_K (Burda et al. 2016), K = num_particles
+    prior       log (1/S) sum_s p(x | z_s),                     z_s ~ p(z)
+    ais         annealed importance sampling of S chains by Hamiltonian Monte Carlo (Neal 2001)
+
+All but the first underestimate log p(x) on average (Jensen), the less the more draws; `bidirectional` bounds
+it from above as well. Where a program has global latents these are drawn from the guide, so that the value
+is the log posterior predictive density of each datum. `evidence_table` says how far a value can be trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyrolvm.errors import SettingError
+from pyrolvm.inference.evidence.ais import SCHEDULES, Annealing, ais_evidence
+from pyrolvm.inference.evidence.bdmc import bidirectional
+from pyrolvm.inference.evidence.exact import exact_evidence
+from pyrolvm.inference.evidence.importance import check_samples, importance_evidence
+from pyrolvm.inference.evidence.psis import khat_threshold, pareto_khat
+from pyrolvm.inference.evidence.streams import StreamingLogMeanExp
+
+if TYPE_CHECKING:
+    from pyrolvm.inference.fitted import FittedModel
+
+METHODS = ("exact", "importance", "iwae", "prior", "ais")
+DRAWS, CHAINS = 100, 16
+
+COLUMNS = ("log_evidence", "standard_error", "effective_sample_size", "k_hat", "acceptance")
+
+
+@torch.no_grad()
+def log_evidence(
+    fitted: FittedModel,
+    x: Any,
+    method: str = "importance",
+    num_samples: int | None = None,
+    *,
+    num_particles: int | None = None,
+    seed: int = 0,
+    **annealing: Any,
+) -> Tensor:
+    """log p(x) of each datum, [rows], nats. `annealing`: the arguments of `Annealing`, for method="ais"."""
+    parts = _parts(fitted, x, method, num_samples, num_particles, annealing, seed, tails=False)
+    return torch.cat([part["log_evidence"] for part in parts])
+
+
+@torch.no_grad()
+def evidence_table(
+    fitted: FittedModel,
+    x: Any,
+    method: str = "importance",
+    num_samples: int | None = None,
+    *,
+    num_particles: int | None = None,
+    seed: int = 0,
+    **annealing: Any,
+) -> pd.DataFrame:
+    """log p(x) of each datum and how far it can be trusted: one row per datum.
+
+    Arguments as in `FittedModel.log_evidence`, whose values are the first column. Columns:
+
+    - log_evidence: nats.
+    - standard_error: of it, nats, by the delta method; of L_K over its groups. 0 if exact.
+    - effective_sample_size: (sum w)^2 / sum w^2 of the S weights, between 1 and S; over chains for "ais".
+    - k_hat: the shape of the weights' tail, for "importance", "iwae" and "prior" of at least 21 draws. Above
+      `khat_threshold(num_samples)` trust neither the value nor its error: the guide or the model is
+      poor there. See `pyrolvm.inference.evidence.psis`.
+    - acceptance: of the Hamiltonian moves, for "ais"; meant to be 0.65.
+
+    What a method does not say is NaN. Raises as `FittedModel.log_evidence` does.
+    """
+    parts = list(_parts(fitted, x, method, num_samples, num_particles, annealing, seed, tails=True))
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if method == "exact":
+        found["standard_error"] = torch.zeros_like(found["log_evidence"])
+    index = pd.RangeIndex(len(found["log_evidence"]), name="row")
+    return pd.DataFrame({n: found[n].double().cpu().numpy() for n in COLUMNS if n in found}, index).reindex(
+        columns=list(COLUMNS)
+    )
+
+
+def _parts(
+    fitted: FittedModel,
+    x: Any,
+    method: str,
+    num_samples: int | None,
+    num_particles: int | None,
+    annealing: dict[str, Any],
+    seed: int,
+    *,
+    tails: bool,
+) -> Iterator[dict[str, Tensor]]:
+    """Some rows' columns at a time."""
+    if method not in METHODS:
+        raise SettingError(f"method='{method}' is not known: choose from {', '.join(METHODS)}")
+    if annealing and method != "ais":
+        raise SettingError(f"{', '.join(annealing)} is for method='ais' only, not '{method}'")
+    if num_samples is None:
+        num_samples = CHAINS if method == "ais" else DRAWS
+    check_samples(method, num_samples, num_particles)
+    if method == "exact":
+        return exact_evidence(fitted, x, seed)
+    if method == "ais":
+        return ais_evidence(fitted, x, num_samples, Annealing(**annealing), seed)
+    return importance_evidence(fitted, x, method, num_samples, num_particles, seed, tails=tails)
+
+
+__all__ = [
+    "METHODS",
+    "SCHEDULES",
+    "Annealing",
+    "StreamingLogMeanExp",
+    "bidirectional",
+    "evidence_table",
+    "khat_threshold",
+    "log_evidence",
+    "pareto_khat",
+]

@@ -1,0 +1,156 @@
+"""Annealed importance sampling: a lower bound on log p(x) that need not trust the guide.
+
+From z_0 ~ p_0, the prior or the guide, through f_t = p_0^(1 - beta_t) p(x, z)^beta_t, 0 = beta_0 < ... < beta_T = 1,
+
+    log w = sum_t (beta_t - beta_{t-1}) [log p(x, z_{t-1}) - log p_0(z_{t-1})],      z_t ~ T_t(. | z_{t-1})
+
+with T_t a move of Hamiltonian Monte Carlo that leaves f_t invariant. Then E[w] = p(x), and the log of the
+mean of w over chains underestimates log p(x) on average, the less the more steps and chains. Run backwards
+from an exact draw of p(z | x), E[1 / w] = 1 / p(x), and the same mean overestimates it
+(`pyrolvm.inference.evidence.bdmc`).
+
+Step sizes are learned by a pilot run, one for each datum and part of the path, and then held: had they been
+adapted along the way, w would not be unbiased.
+
+Neal (2001), "Annealed importance sampling", Statistics and Computing 11.
+Wu, Burda, Salakhutdinov and Grosse (2017), "On the quantitative analysis of decoder-based generative
+models", ICLR, for the schedule and the use.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyrolvm.errors import SettingError
+from pyrolvm.inference.draws import refuse_enumeration
+from pyrolvm.inference.evidence.hmc import State, adapted, hmc_move
+from pyrolvm.inference.evidence.importance import check_guide
+from pyrolvm.inference.evidence.runs import Run, chunks
+from pyrolvm.inference.evidence.streams import StreamingLogMeanExp
+from pyrolvm.inference.evidence.target import STARTS, Target
+
+if TYPE_CHECKING:
+    from pyrolvm.inference.fitted import FittedModel
+
+SCHEDULES = ("sigmoid", "geometric", "linear")
+PILOT_CHAINS, PILOT_MOVES, PILOT_WARMUP = 4, 100, 20
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """How to anneal.
+
+    num_steps: T. start: "prior" or "guide". num_leapfrog: steps of one path.
+    schedule: "sigmoid" (slow at both ends), "geometric" (from 1e-4: slow where the data begin to tell), "linear".
+
+    Raises `SettingError` for a value that cannot be.
+    """
+
+    num_steps: int = 500
+    start: str = "prior"
+    schedule: str = "sigmoid"
+    num_leapfrog: int = 10
+
+    def __post_init__(self) -> None:
+        for name, known in (("start", STARTS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise SettingError(
+                    f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(known)}"
+                )
+        for name in ("num_steps", "num_leapfrog"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def betas(self) -> list[float]:
+        """beta_0 = 0 < ... < beta_T = 1. The sigmoid's is that of Wu et al. (2017), appendix A: over [-4, 4]."""
+        s = torch.linspace(0, 1, self.num_steps + 1, dtype=torch.float64)
+        if self.schedule == "geometric":
+            betas = 10 ** (-4 * (1 - s))
+        elif self.schedule == "sigmoid":
+            betas = torch.sigmoid(8 * s - 4)
+            betas = (betas - betas[0]) / (betas[-1] - betas[0])
+        else:
+            betas = s
+        return [0.0, *betas[1:-1].tolist(), 1.0]
+
+
+def ais_evidence(
+    fitted: FittedModel, x: Any, num_chains: int, annealing: Annealing, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    """For some rows at a time: log_evidence, standard_error, effective_sample_size and acceptance, each [rows]."""
+    check_annealable(fitted, annealing)
+    for run, _ in chunks(fitted, x, num_chains, seed):
+        step_sizes = pilot(run, annealing)
+        target = Target(run, num_chains, annealing.start)
+        log_weight, acceptance = forward(target, annealing, step_sizes)
+        stream = StreamingLogMeanExp.empty(log_weight)
+        stream.add(log_weight)
+        yield {
+            "log_evidence": stream.value,
+            "standard_error": stream.standard_error,
+            "effective_sample_size": stream.effective_sample_size,
+            "acceptance": acceptance,
+        }
+
+
+def forward(target: Target, annealing: Annealing, step_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """(log w [chains, rows] float64, mean acceptance [rows]) of chains from the start to the posterior."""
+    return _anneal(target, annealing, step_sizes, target.initial, 1)
+
+
+def backward(target: Target, annealing: Annealing, step_sizes: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of chains from exact posterior draws u [chains, rows, dim] back to the start."""
+    return _anneal(target, annealing, step_sizes, u, -1)
+
+
+def _anneal(
+    target: Target, annealing: Annealing, step_sizes: Tensor, u: Tensor, direction: int
+) -> tuple[Tensor, Tensor]:
+    """Weigh, move, weigh, ..., weigh: T weights and the T - 1 moves between them."""
+    betas = annealing.betas
+    increments = [b - a for a, b in itertools.pairwise(betas)][::direction]
+    stops = list(zip(betas[1:-1], step_sizes, strict=True))[::direction]
+    state = State.at(target.densities, u)
+    log_w, acceptance = increments[0] * state.log_ratio.double(), torch.zeros_like(state.log_ratio)
+    for increment, (beta, step_size) in zip(increments[1:], stops, strict=True):
+        state, accepted = hmc_move(target.densities, state, beta, step_size, annealing.num_leapfrog)
+        log_w = log_w + increment * state.log_ratio.double()
+        acceptance = acceptance + accepted
+    return log_w, acceptance.mean(0) / max(len(stops), 1)
+
+
+def pilot(run: Run, annealing: Annealing, held: dict[str, Tensor] | None = None) -> Tensor:
+    """Step sizes [num_steps - 1, rows] whose acceptance is near its target, from a shorter run of few chains."""
+    betas = annealing.betas[1:-1]
+    if not betas:
+        return torch.empty(0, run.num_rows, device=run.program.device)
+    target = Target(run, PILOT_CHAINS, annealing.start, held)
+    state = State.at(target.densities, target.initial)
+    step_size = torch.full((run.num_rows,), 0.5, device=run.program.device)
+    for _ in range(PILOT_WARMUP):
+        state, acceptance = hmc_move(target.densities, state, betas[0], step_size, annealing.num_leapfrog)
+        step_size = adapted(step_size, acceptance)
+    found, every = [], -(-len(betas) // PILOT_MOVES)
+    for beta in betas[::every]:
+        state, acceptance = hmc_move(target.densities, state, beta, step_size, annealing.num_leapfrog)
+        step_size = adapted(step_size, acceptance)
+        found.append(step_size)
+    return torch.stack(found).repeat_interleave(every, 0)[: len(betas)]
+
+
+def check_annealable(fitted: FittedModel, annealing: Annealing) -> None:
+    """Raise where chains cannot run at once, or there is nothing to start from."""
+    refuse_enumeration(fitted.structure, "method='ais'")
+    check_guide(fitted.structure, "ais", annealing.start == "prior")
+    if not fitted.vectorized:
+        raise SettingError(
+            "method='ais' runs all chains at once, but this program's draws cannot be taken under a further plate "
+            "on the left: let it index dimensions from the right ([..., k]), or use method='importance'"
+        )

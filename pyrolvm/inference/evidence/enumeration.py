@@ -1,0 +1,96 @@
+"""log p(x) by summing out discrete latents: exact, per datum.
+
+    log p(x_n) = log sum_k p(k) p(x_n | k)
+
+with the sums done by Pyro's plated variable elimination (Obermeyer et al. 2019, "Tensor variable
+elimination for plated factor graphs"): chains and nested plates cost no more than they must.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.packed import pack
+from pyro.ops.rings import LogRing
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyrolvm.errors import ProgramError
+from pyrolvm.inference.evidence.runs import Run
+from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.weights import PARTICLES
+
+
+def summed_out(run: Run, num_samples: int | None, given: Any, held: dict[str, Tensor]) -> Tensor:
+    """log of the sum of p(x, z) over every latent that `given` fixes no value of: [draws, rows] nats.
+
+    Raises `ProgramError` if the sum joins data together.
+    """
+    first_free = -2 - run.structure.max_plate_nesting
+    handlers = (
+        given,
+        lambda f: poutine.infer_config(f, _enumerate_in_parallel),
+        lambda f: poutine.enum(f, first_available_dim=first_free),
+    )
+    trace = run.model(num_samples, *handlers)
+    trace.symbolize_dims()
+    plate = run.structure.data_plate
+    keep = {PARTICLES: num_samples or 1, **({plate.name: run.num_rows} if plate else {})}
+    sizes = {
+        trace.plate_to_symbol[name]: size for name, size in keep.items() if name in trace.plate_to_symbol
+    }
+    total = torch.zeros([*sizes.values()], device=run.program.device)
+    for ordinal, terms in _contracted(run, trace, held).items():
+        if plate is not None and trace.plate_to_symbol[plate.name] not in ordinal:
+            raise ProgramError(
+                "a discrete latent outside the data plate is summed out, so that the data depend on each other "
+                "and have no evidence each: draw it in the guide"
+            )
+        total = sum((_aligned(term, sizes) for term in terms), total)
+    return total.reshape(num_samples or 1, run.num_rows)
+
+
+def enumerable(fn: Any) -> bool:
+    """Whether a distribution can list its values: finitely many, and not a vector of independent ones."""
+    if getattr(fn, "reinterpreted_batch_ndims", 0) > 0:
+        return False
+    return bool(getattr(fn, "has_enumerate_support", False))
+
+
+def _enumerate_in_parallel(site: Any) -> Any:
+    return {"enumerate": "parallel"} if not site["is_observed"] and enumerable(site["fn"]) else {}
+
+
+def _contracted(run: Run, trace: Trace, held: dict[str, Tensor]) -> dict[frozenset, list[Tensor]]:
+    """Plates -> log-factors in which nothing is left to sum out."""
+    plate, sizes = run.structure.data_plate, dict[str, int]()
+    factors: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
+    for site in sample_sites(trace):
+        if site["name"] in held:
+            continue
+        frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+        outside = next((f.full_size / f.size for f in frames if plate and f.name == plate.name), 1.0)
+        factor = scale_and_mask(site["unscaled_log_prob"], site["scale"] / outside, site["mask"])
+        factor = pack(factor, site["infer"]["_dim_to_symbol"])
+        ordinal = frozenset(trace.plate_to_symbol[f.name] for f in frames)
+        factors.setdefault(ordinal, []).append(factor)
+        sizes.update(zip(factor._pyro_dims, factor.shape, strict=True))
+    summed = set(sizes) - set(trace.plate_to_symbol.values())
+    return contract_tensor_tree(factors, summed, ring=LogRing(dim_to_size=sizes))
+
+
+def _aligned(term: Any, sizes: dict[str, int]) -> Tensor:
+    """A packed term with all but the dimensions in `sizes` summed out, in their order and of full size."""
+    dims = term._pyro_dims
+    others = [i for i, d in enumerate(dims) if d not in sizes]
+    term = term.sum(others) if others else term
+    left = [d for d in dims if d in sizes]
+    order = sorted(range(len(left)), key=lambda i: list(sizes).index(left[i]))
+    term = term.permute(order)
+    shape = [sizes[d] if d in left else 1 for d in sizes]
+    return term.reshape(shape).expand([*sizes.values()])

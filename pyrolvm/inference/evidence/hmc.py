@@ -1,0 +1,94 @@
+"""Hamiltonian Monte Carlo on many independent targets at once: chains x data.
+
+    H(u, v) = -log f(u) + |v|^2 / 2,     f_beta(u) = start(u) (joint(u) / start(u))^beta
+
+One move draws v ~ Normal(0, I), follows H for L leapfrog steps and accepts with probability
+min(1, exp(H - H')), which leaves f_beta invariant whatever the step size (Neal 2011, section 5.3.2.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""u [chains, rows, dim] -> (log start, log ratio = log joint - log start), each [chains, rows]."""
+
+TARGET_ACCEPTANCE = 0.65
+JITTER = 0.2
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the chains are: u [chains, rows, dim], with its log-densities [chains, rows]."""
+
+    u: Tensor
+    log_start: Tensor
+    log_ratio: Tensor
+
+    @classmethod
+    def at(cls, densities: LogDensities, u: Tensor) -> State:
+        """The state at u."""
+        with torch.no_grad():
+            return cls(u, *densities(u))
+
+    def log_density(self, beta: float) -> Tensor:
+        """log f_beta, [chains, rows]."""
+        return self.log_start + beta * self.log_ratio
+
+
+def hmc_move(
+    densities: LogDensities, state: State, beta: float, step_size: Tensor, num_leapfrog: int
+) -> tuple[State, Tensor]:
+    """One move of every chain at inverse temperature beta: the new state, and acceptance [chains, rows].
+
+    `step_size` [rows] is scaled at random by up to a fifth, alike for the whole path, lest a path closes on
+    itself. A path that leaves where the density is finite is rejected.
+    """
+    chains, rows, _ = state.u.shape
+    jitter = 1 + JITTER * (2 * torch.rand(chains, rows, device=state.u.device) - 1)
+    step = (step_size * jitter).to(state.u.dtype).unsqueeze(-1)  # [chains, rows, 1]
+    v = torch.randn_like(state.u)
+    before = -state.log_density(beta) + 0.5 * v.square().sum(-1)
+    end, v = _leapfrog(densities, state, v, beta, step, num_leapfrog)
+    after = -end.log_density(beta) + 0.5 * v.square().sum(-1)
+    acceptance = (before - after).nan_to_num(nan=-torch.inf).exp().clamp(max=1.0)
+    accepted = torch.rand_like(acceptance) < acceptance
+    return _where(accepted, end, state), acceptance
+
+
+def _leapfrog(
+    densities: LogDensities, state: State, v: Tensor, beta: float, step: Tensor, num_leapfrog: int
+) -> tuple[State, Tensor]:
+    """v += e/2 g(u);  L times: u += e v, v += e g(u);  v -= e/2 g(u)."""
+    gradient, _ = _gradient(densities, state.u, beta)
+    v, u = v + 0.5 * step * gradient, state.u
+    for _ in range(num_leapfrog):
+        u = u + step * v
+        gradient, state = _gradient(densities, u, beta)
+        v = v + step * gradient
+    return state, v - 0.5 * step * gradient
+
+
+def _gradient(densities: LogDensities, u: Tensor, beta: float) -> tuple[Tensor, State]:
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        log_start, log_ratio = densities(u)
+        (gradient,) = torch.autograd.grad((log_start + beta * log_ratio).sum(), u)
+    return gradient, State(u.detach(), log_start.detach(), log_ratio.detach())
+
+
+def _where(accepted: Tensor, new: State, old: State) -> State:
+    return State(
+        torch.where(accepted.unsqueeze(-1), new.u, old.u),
+        torch.where(accepted, new.log_start, old.log_start),
+        torch.where(accepted, new.log_ratio, old.log_ratio),
+    )
+
+
+def adapted(step_size: Tensor, acceptance: Tensor, rate: float = 0.5) -> Tensor:
+    """A larger step [rows] where acceptance [chains, rows] was above its target, a smaller where below."""
+    return step_size * (rate * (acceptance.mean(0) - TARGET_ACCEPTANCE)).exp()

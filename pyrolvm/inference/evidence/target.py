@@ -1,0 +1,156 @@
+"""A Pyro program as the densities that annealing moves between, in unconstrained coordinates.
+
+Each local latent z is T(u) with T = `biject_to(support)`, so that with start p_0(z) = p(z) or q(z | x)
+
+    log start(u) = log p_0(T(u)) + log |T'(u)|,      log ratio(u) = log p(x, T(u)) - log p_0(T(u))
+
+where the Jacobian cancels in the ratio. All latents of a datum are one vector u [dim].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrolvm.errors import SettingError
+from pyrolvm.inference.draws import Fixed
+from pyrolvm.inference.evidence.runs import Run
+from pyrolvm.inference.structure import sample_sites
+
+STARTS = ("prior", "guide")
+
+
+class Unconstrained(Messenger):
+    """Give sites the values T(u), and keep log |T'(u)| of each."""
+
+    def __init__(self, u: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.u = u
+        self.values: dict[str, Tensor] = {}
+        self.log_abs_det: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.u and not msg["is_observed"]:
+            T = biject_to(msg["fn"].support)
+            self.values[name] = T(self.u[name])
+            self.log_abs_det[name] = T.log_abs_det_jacobian(self.u[name], self.values[name])
+            msg["value"], msg["done"] = self.values[name], True
+
+
+class Target:
+    """`start` ("prior" or "guide") and joint density of a run's rows for `chains` chains.
+
+    held: values of the latents outside the data plate, drawn from the guide if None.
+    initial: u [chains, rows, dim] drawn from the start.
+
+    Raises `SettingError` for discrete latents, none at all, or a guide without a density to start from.
+    """
+
+    def __init__(
+        self, run: Run, chains: int, start: str = "prior", held: dict[str, Tensor] | None = None
+    ) -> None:
+        self.run, self.chains, self.start = run, chains, start
+        self.held = run.held_draw(chains) if held is None else held
+        guide = run.guide(chains, Fixed(self.held)) if start == "guide" else Trace()
+        drawn = {s["name"]: s["value"] for s in sample_sites(guide)} if start == "guide" else {}
+        model = run.model(chains, Fixed({**drawn, **self.held}))
+        self.sites = {s["name"]: s for s in _annealed(model, self.held)}
+        self.auxiliary = {s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary")}
+        self.shapes: dict[str, torch.Size] = {}
+        self.initial = self.coordinates({name: s["value"] for name, s in self.sites.items()})
+        if start == "guide":
+            self._check_guide(guide)
+
+    def coordinates(self, values: dict[str, Tensor]) -> Tensor:
+        """u [chains, rows, dim] of latents' values [chains, rows, ...]."""
+        u = {}
+        for name, site in self.sites.items():
+            value = values[name].reshape(site["value"].shape)
+            u[name] = biject_to(site["fn"].support).inv(value)
+            self.shapes[name] = u[name].shape
+        return torch.cat([self._by_row(u[name]) for name in self.sites], -1)
+
+    def densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(log start, log ratio) at u [chains, rows, dim]: each [chains, rows], nats."""
+        place = Unconstrained(self._by_site(u))
+        model = self.run.model(self.chains, Fixed(self.held), place)
+        guide = self._guide_at(place) if self.start == "guide" else Trace()
+        found = self.run.densities(model, guide, self.held)
+        jacobian = sum(self._by_row(self._full(t)).sum(-1) for t in place.log_abs_det.values())
+        if self.start == "guide":
+            return found.log_guide + jacobian, found.log_weight
+        return found.log_prior + jacobian, found.log_likelihood
+
+    def _guide_at(self, place: Unconstrained) -> Trace:
+        """The guide with its draws at the place: an AutoGuide's are made at the auxiliary site."""
+        values = dict(self.held)
+        for name, value in place.values.items():
+            auxiliary = f"{name}_unconstrained"
+            made = auxiliary in self.auxiliary
+            values.update({auxiliary: place.u[name]} if made else {name: value})
+        return self.run.guide(self.chains, Fixed(values))
+
+    def _check_guide(self, guide: Trace) -> None:
+        """Its density at its own draws must be the one it said when it drew them."""
+        said = self.run.log_guide(guide, self.held)
+        place = Unconstrained(self._by_site(self.initial))
+        self.run.model(self.chains, Fixed(self.held), place)
+        found = self.run.log_guide(self._guide_at(place), self.held)
+        points = [s["name"] for s in sample_sites(guide) if type(s["fn"]).__name__ == "Delta"]
+        pointless = [n for n in points if n in self.sites and f"{n}_unconstrained" not in self.auxiliary]
+        if pointless or not torch.allclose(said, found, rtol=1e-2, atol=1e-2):
+            raise SettingError(
+                "the guide's density cannot be evaluated away from its own draws (a point mass, or a draw made "
+                f"from auxiliary ones) for {', '.join(pointless or self.sites)}: use start='prior'"
+            )
+
+    # ------------------------------------------------------------------ one vector per datum
+
+    @property
+    def _row_dim(self) -> int | None:
+        """Which dimension of a value [chains, plates..., event...] the data are along."""
+        plate = self.run.structure.data_plate
+        return None if plate is None else 1 + self.run.structure.max_plate_nesting + plate.dim
+
+    def _by_row(self, t: Tensor) -> Tensor:
+        """[chains, plates..., event...] -> [chains, rows, dim]."""
+        t = t if self._row_dim is None else t.movedim(self._row_dim, 1)
+        return t.reshape(self.chains, self.run.num_rows, -1)
+
+    def _by_site(self, u: Tensor) -> dict[str, Tensor]:
+        """[chains, rows, dim] -> each latent's coordinates in the shape the program gives them."""
+        sizes = [math.prod(s) // (self.chains * self.run.num_rows) for s in self.shapes.values()]
+        found = {}
+        for (name, shape), part in zip(self.shapes.items(), u.split(sizes, -1), strict=True):
+            moved = torch.empty(shape, device="meta")
+            moved = moved if self._row_dim is None else moved.movedim(self._row_dim, 1)
+            value = part.reshape(moved.shape)
+            found[name] = value if self._row_dim is None else value.movedim(1, self._row_dim)
+        return found
+
+    def _full(self, t: Tensor) -> Tensor:
+        """A tensor over the plates only, with all of their dimensions."""
+        plates = 1 + self.run.structure.max_plate_nesting
+        return t.reshape((1,) * (plates - t.dim()) + tuple(t.shape))
+
+
+def _annealed(model: Trace, held: dict[str, Tensor]) -> list[dict[str, Any]]:
+    sites = [s for s in sample_sites(model) if not s["is_observed"] and s["name"] not in held]
+    if not sites:
+        raise SettingError(
+            "method='ais' anneals latents of each datum, and this program has none: use 'exact'"
+        )
+    for site in sites:
+        if site["fn"].support.is_discrete:
+            raise SettingError(
+                f"method='ais' moves latents along gradients, but '{site['name']}' is discrete: use "
+                "method='importance', or 'exact' if it has few values"
+            )
+    return sites
