@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrolvm import models
+from pyrolvm.diagnostics import to_inference_data
 from pyrolvm.errors import (
     DataError,
     DivergenceError,
@@ -47,5 +48,6 @@ __all__ = [
     "data_plate",
     "fit",
     "load",
+    "to_inference_data",
     *models.__all__,
 ]

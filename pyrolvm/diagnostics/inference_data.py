@@ -1,0 +1,167 @@
+"""A fit as ArviZ sees it: InferenceData on ArviZ 0.23, an xarray DataTree on ArviZ 1.x.
+
+Draws of a guide are independent, so they stand as one chain: r-hat and effective sample sizes say nothing
+about them, and `az.summary(idata, kind="stats")` is the summary that means something. How far the guide is from
+the posterior is another question: see `pyrolvm.diagnose`.
+
+`pyrolvm.diagnostics.tables` names the dimensions, `to_arviz` is the one place that knows which ArviZ is installed.
+This is the only file that imports arviz, and it does so when called: importing pyrolvm stays quick and quiet.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyrolvm.diagnostics.tables import Tables
+    from pyrolvm.inference.fitted import FittedModel
+
+GROUPS = (
+    "posterior",
+    "posterior_predictive",
+    "prior",
+    "prior_predictive",
+    "log_likelihood",
+    "observed_data",
+    "sample_stats",
+)
+
+
+def to_inference_data(
+    fitted: FittedModel,
+    x: Any,
+    *,
+    num_samples: int = 500,
+    groups: Sequence[str] = GROUPS,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
+) -> Any:
+    """Draws for the rows of `x` as an `arviz.InferenceData` (ArviZ 0.23) or `xarray.DataTree` (ArviZ 1.x).
+
+    The same `seed` gives the same numbers as `fitted.draws(x, num_samples, seed=seed)`. Draws are one chain:
+    [1, num_samples, ...]. All log-densities are in nats.
+
+    Groups
+    ------
+    posterior: every latent site, local ones [chain, draw, row, event...], global ones without row. Latents that
+        the model sums out are drawn from p(z | x, other latents).
+    posterior_predictive, prior_predictive: data drawn anew, [chain, draw, row, event...].
+    prior: every latent, from the model alone.
+    log_likelihood: log p(x | z) of each observed site, [chain, draw, row]; where latents are summed out, the sum.
+    observed_data: the observed values, [row, event...].
+    sample_stats: `log_p` and `log_q` [chain, draw], the joint log p(x, z) and log q(z) over the rows of `x`, as
+        `az.loo_approximate_posterior` takes them; `log_p_row` and `log_q_row` [chain, draw, row], the part of
+        each datum given the global latents.
+
+    Dimensions: a plate gives its name ("data"); the entries of a row are "feature", with the table's column names
+    as coordinates; a latent vector `z` has "z_dim", and the categories of a discrete `z` are "z_category". Other
+    sites take these names for axes of the same length, if only one name has it ("loadings": feature, z_dim).
+    A table's own index becomes the coordinate of the rows.
+
+    LOO is for latents that the data share. With a latent per datum, 1 / E[1 / p(x_n | z_n)] stands for log p(x_n) and
+    converges badly (k-hat says so): compare such models by `fitted.log_evidence(x)`.
+
+    Parameters
+    ----------
+    groups: those wanted. What is not is not kept in memory; predictions and likelihoods hold
+        num_samples x rows (x features) numbers.
+    dims: site -> names of its event dimensions, where the names above do not suit.
+
+    Raises `SettingError` for an unknown group or dims that do not fit, `ProgramError` if the model sums out
+    latents that are not inside its data plate, and `DataError` for data that do not fit.
+    """
+    from pyrolvm.diagnostics.collect import collect
+    from pyrolvm.diagnostics.tables import build_tables
+
+    wanted = _known(groups)
+    found = collect(fitted, x, num_samples, wanted, seed)
+    tables = build_tables(
+        found.arrays,
+        found.layouts,
+        row_dim=found.row_dim,
+        row_names=found.row_names,
+        columns=fitted.columns or found.columns,
+        dims=dims,
+        attrs=found.attrs,
+    )
+    return to_arviz(tables)
+
+
+def _known(groups: Sequence[str]) -> tuple[str, ...]:
+    from pyrolvm.errors import SettingError
+
+    groups = (groups,) if isinstance(groups, str) else tuple(groups)
+    unknown = [g for g in groups if g not in GROUPS]
+    if unknown or not groups:
+        what = f"groups has '{unknown[0]}', which is not known" if unknown else "groups is empty"
+        raise SettingError(f"{what}: choose from {', '.join(GROUPS)}")
+    return tuple(g for g in GROUPS if g in groups)
+
+
+def to_arviz(tables: Tables) -> Any:
+    """An `arviz.InferenceData` with ArviZ 0.23, an `xarray.DataTree` with ArviZ 1.x."""
+    import xarray
+
+    datasets = {}
+    for group, variables in tables.groups.items():
+        nats = group in ("log_likelihood", "sample_stats")
+        data = {k: (dims, value, {"units": "nats"} if nats else {}) for k, (dims, value) in variables.items()}
+        used = {d for dims, _ in variables.values() for d in dims}
+        coords = {k: v for k, v in tables.coords.items() if k in used}
+        datasets[group] = xarray.Dataset(data, coords, tables.attrs)
+    if arviz_is_modern():
+        return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=tables.attrs), **datasets})
+    with _quietly():
+        import arviz
+    groups: dict[str, Any] = datasets
+    return arviz.InferenceData(attrs=dict(tables.attrs), **groups)
+
+
+def arviz_is_modern() -> bool:
+    """Whether the installed ArviZ is 1.x, whose home is xarray's DataTree."""
+    return int(version("arviz").split(".")[0]) >= 1
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """ArviZ 0.23 announces 1.0 whenever it is imported."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
+        yield
+
+
+def save_inference_data(idata: Any, path: str | Path) -> Path:
+    """Write what `to_inference_data` gave as one netCDF file, in one step: the old file stays until then."""
+    from pyrolvm.inference.checkpoint import write_atomically
+
+    write_atomically(Path(path), lambda p: idata.to_netcdf(str(p), engine="h5netcdf"))
+    return Path(path)
+
+
+def load_inference_data(path: str | Path) -> Any:
+    """Read `save_inference_data`'s file into memory. Raises `RunFolderError` if it is missing or damaged."""
+    from pyrolvm.errors import RunFolderError
+
+    if not Path(path).is_file():
+        raise RunFolderError(f"{path} does not exist: write it with save_inference_data(idata, '{path}')")
+    try:
+        return _read(Path(path))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read as netCDF: {error}") from None
+
+
+def _read(path: Path) -> Any:
+    if arviz_is_modern():
+        import xarray
+
+        with xarray.open_datatree(path, engine="h5netcdf") as tree:
+            return tree.load()
+    with _quietly():
+        import arviz
+    with arviz.rc_context({"data.load": "eager"}):
+        return arviz.InferenceData.from_netcdf(str(path), engine="h5netcdf")

@@ -1,0 +1,236 @@
+"""A fit as ArviZ sees it: the same numbers as FittedModel.draws, named; and against closed forms."""
+
+import math
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import SCHOOLS_Y, GlobalMean, eight_schools
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+
+import pyrolvm
+from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, SettingError
+from pyrolvm.diagnostics import to_inference_data
+from pyrolvm.diagnostics.inference_data import GROUPS, arviz_is_modern
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)
+    import arviz as az
+
+QUIET = {"progress": False, "engine": "eager"}
+STILL = QUIET | {"num_steps": 1, "learning_rate": 1e-12}
+X = torch.randn(30, 5, generator=torch.Generator().manual_seed(1))
+TABLE = pd.DataFrame(X.numpy(), columns=list("abcde"), index=[f"row {i}" for i in range(30)])
+
+
+def dims(idata, group, name):
+    return idata[group][name].dims
+
+
+@pytest.fixture(scope="module")
+def ppca():
+    return pyrolvm.fit(PPCA.closed_form(X, 2, guide="full"), TABLE, **STILL)
+
+
+def test_every_group_has_its_dimensions_and_coordinates(ppca):
+    idata = to_inference_data(ppca, TABLE, num_samples=7)
+    draws = ("chain", "draw", "data")
+    assert idata["posterior"]["z"].shape == (1, 7, 30, 2)
+    assert dims(idata, "posterior", "z") == dims(idata, "prior", "z") == (*draws, "z_dim")
+    assert dims(idata, "posterior_predictive", "x") == (*draws, "feature")
+    assert dims(idata, "prior_predictive", "x") == (*draws, "feature")
+    assert dims(idata, "log_likelihood", "x") == draws
+    assert dims(idata, "observed_data", "x") == ("data", "feature")
+    assert dims(idata, "sample_stats", "log_p") == draws[:2]
+    assert dims(idata, "sample_stats", "log_q_row") == draws
+    assert list(idata["observed_data"]["feature"].values) == list("abcde")
+    assert list(idata["posterior"]["data"].values) == list(TABLE.index)
+    chosen = idata["observed_data"]["x"].sel(data="row 3", feature="c")
+    assert float(chosen) == pytest.approx(TABLE.loc["row 3", "c"])
+
+
+def test_attributes_say_where_the_numbers_are_from(ppca):
+    attrs = to_inference_data(ppca, TABLE, num_samples=2, groups=["posterior"], seed=4)["posterior"].attrs
+    assert attrs["model"] == "PPCA"
+    assert attrs["seed"] == 4
+    assert attrs["inference_library"] == "pyrolvm"
+    assert attrs["torch_version"] == torch.__version__
+    assert pd.Timestamp(attrs["created_at"]).tz is not None
+
+
+def test_values_are_those_of_draws_with_the_same_seed_in_any_chunks(ppca, monkeypatch):
+    import pyrolvm.inference.fitted as module
+
+    for budget in (2**22, 9 * 7 * 5):
+        monkeypatch.setattr(module, "BUDGET", budget)
+        idata = to_inference_data(ppca, X, num_samples=7, seed=3)
+        draws, prior = (ppca.draws(X, 7, seed=3, prior=p) for p in (False, True))
+        pairs = [
+            (idata["posterior"]["z"], draws.values["z"]),
+            (idata["posterior_predictive"]["x"], draws.predictive["x"]),
+            (idata["log_likelihood"]["x"], draws.pointwise["x"]),
+            (idata["prior"]["z"], prior.values["z"]),
+            (idata["prior_predictive"]["x"], prior.predictive["x"]),
+            (idata["sample_stats"]["log_q_row"], draws.log_guide),
+            (idata["sample_stats"]["log_p_row"], draws.log_prior + draws.log_likelihood),
+        ]
+        for found, expected in pairs:
+            np.testing.assert_array_equal(found.values[0], expected.numpy())
+        np.testing.assert_array_equal(idata["observed_data"]["x"].values, X.numpy())
+
+
+def test_likelihoods_and_log_densities_are_the_analytic_ones(ppca):
+    idata = to_inference_data(ppca, X, num_samples=5)
+    model = ppca.model
+    z = torch.from_numpy(idata["posterior"]["z"].values[0])
+    mean = z @ model.loadings.T + model.offset
+    expected = dist.Normal(mean, model.noise_scale).log_prob(X).sum(-1).detach().numpy()
+    np.testing.assert_allclose(idata["log_likelihood"]["x"].values[0], expected, rtol=1e-4, atol=1e-4)
+    stats = idata["sample_stats"]
+    # the guide is the exact posterior: log p(x, z) - log q(z | x) is log p(x) at every draw
+    evidence = model.log_marginal(X).detach().numpy()
+    difference = (stats["log_p_row"] - stats["log_q_row"]).values[0]
+    np.testing.assert_allclose(difference, np.broadcast_to(evidence, (5, 30)), atol=2e-3)
+    np.testing.assert_allclose((stats["log_p"] - stats["log_q"]).values, evidence.sum(), atol=0.05)
+    assert stats["log_p"].attrs["units"] == "nats"
+
+
+def test_loo_of_a_shared_latent_is_the_exact_one():
+    program, x = GlobalMean(), X[:, 0]
+    fitted = pyrolvm.fit(program.model, x, guide=program.guide, **STILL)
+    N = len(x)
+    with torch.no_grad():
+        fitted.program.load(
+            {"loc": (x.sum() / (N + 1)).reshape(()), "scale": torch.tensor(-0.5 * math.log(N + 1))}
+        )
+    idata = to_inference_data(
+        fitted, x, num_samples=2000, groups=["posterior", "log_likelihood", "sample_stats"]
+    )
+    assert dims(idata, "posterior", "m") == ("chain", "draw")
+    exact = dist.Normal((x.sum() - x) / N, math.sqrt(1 + 1 / N)).log_prob(x).sum().item()
+    result = az.loo(idata, pointwise=True)
+    assert (result.elpd if arviz_is_modern() else result.elpd_loo) == pytest.approx(exact, abs=0.1)
+    stats = idata["sample_stats"]
+    covariance = torch.eye(N) + 1
+    evidence = dist.MultivariateNormal(torch.zeros(N), covariance).log_prob(x).item()
+    np.testing.assert_allclose((stats["log_p"] - stats["log_q"]).values, evidence, atol=2e-3)
+
+
+def test_eight_schools_in_plain_pyro():
+    fitted = pyrolvm.fit(eight_schools, SCHOOLS_Y, guide=AutoNormal, num_steps=5, **QUIET)
+    idata = to_inference_data(fitted, SCHOOLS_Y, num_samples=6)
+    assert set(idata["posterior"].data_vars) == {"mu", "tau", "theta"}
+    assert dims(idata, "posterior", "theta") == dims(idata, "log_likelihood", "y")
+    assert dims(idata, "posterior", "theta") == ("chain", "draw", "school")
+    assert dims(idata, "posterior", "mu") == ("chain", "draw")
+    mu, tau, theta = (idata["posterior"][n].values[0] for n in ("mu", "tau", "theta"))
+    t = torch.from_numpy
+    log_p = dist.Normal(0.0, 5.0).log_prob(t(mu)) + dist.HalfCauchy(5.0).log_prob(t(tau))
+    log_p = log_p + dist.Normal(0.0, 1.0).log_prob(t(theta)).sum(-1)
+    log_p = log_p.numpy() + idata["log_likelihood"]["y"].values[0].sum(-1)
+    np.testing.assert_allclose(idata["sample_stats"]["log_p"].values[0], log_p, rtol=1e-5)
+    assert len(az.summary(idata, kind="stats")) == 10
+
+
+def test_a_table_of_the_shared_weights_is_by_feature_and_factor():
+    fitted = pyrolvm.fit(BayesianFactorAnalysis(5, 2, "ard"), TABLE, num_steps=1, **QUIET)
+    idata = to_inference_data(fitted, TABLE, num_samples=3, groups=("posterior", "prior"))
+    for group in ("posterior", "prior"):
+        assert dims(idata, group, "loadings") == ("chain", "draw", "feature", "z_dim")
+        assert dims(idata, group, "relevance") == ("chain", "draw", "z_dim")
+        assert dims(idata, group, "offset") == ("chain", "draw", "feature")
+    assert idata["posterior"]["loadings"].sel(feature="d").shape == (1, 3, 2)
+
+
+def test_a_vae_and_a_summary_of_some_of_its_latents():
+    fitted = pyrolvm.fit(VAE(5, 2, "gaussian", hidden=(4,)), X, num_steps=1, **QUIET)
+    idata = to_inference_data(fitted, X[:3], num_samples=20)
+    assert idata["posterior"]["z"].shape == (1, 20, 3, 2)
+    assert len(az.summary(idata, kind="stats", var_names=["z"])) == 6
+
+
+def test_a_guide_joint_over_the_data_has_totals_but_no_rows():
+    def model(x):
+        with pyro.plate("rows", 12):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, torch.zeros(12), guide=AutoMultivariateNormal, num_steps=2, **QUIET)
+    idata = to_inference_data(fitted, torch.zeros(12), num_samples=4)
+    assert set(idata["sample_stats"].data_vars) == {"log_p", "log_q"}
+    z = torch.from_numpy(idata["posterior"]["z"].values[0])
+    guide = fitted.program.guide
+    with fitted.program.scope():
+        expected = guide.get_posterior().log_prob(z).detach().numpy()
+    np.testing.assert_allclose(idata["sample_stats"]["log_q"].values[0], expected, rtol=1e-4)
+
+
+def test_only_what_is_wanted_is_drawn_and_kept(ppca, monkeypatch):
+    idata = to_inference_data(ppca, X, num_samples=3, groups=["posterior", "observed_data"])
+    found = {str(g).strip("/") for g in (idata.groups if arviz_is_modern() else idata.groups())} - {""}
+    assert found == {"posterior", "observed_data"}
+    monkeypatch.setattr(type(ppca), "draw_chunks", None)
+    to_inference_data(ppca, X, groups="observed_data")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": ["posterior", "warmup"]}, "'warmup', which is not known: choose from posterior, "),
+        ({"groups": []}, "groups is empty: choose from"),
+        ({"num_samples": 0}, "positive whole number"),
+        ({"dims": {"w": ["factor"]}}, "'w', which is not one of z, x"),
+        ({"dims": {"z": ["factor", "other"]}}, r"event dimensions are \[2\]: type a list of 1 different"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(ppca, options, message):
+    with pytest.raises(SettingError, match=message):
+        to_inference_data(ppca, X, **{"num_samples": 2, **options})
+
+
+def test_given_dimensions_are_used_everywhere(ppca):
+    idata = to_inference_data(ppca, X, num_samples=2, dims={"z": ["factor"]})
+    assert dims(idata, "posterior", "z")[-1] == "factor"
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (pd.RangeIndex(30), list(range(30))),
+        (pd.RangeIndex(10, 40), list(range(10, 40))),
+        (pd.Index(["same"] * 30), list(range(30))),
+        (pd.Index([None, *"abcdefghijklmnopqrstuvwxyz", 1, 2, 3]), None),
+        (pd.MultiIndex.from_product([["a", "b", "c"], range(10)]), None),
+        (pd.date_range("2020", periods=30), None),
+    ],
+)
+def test_the_tables_index_names_the_rows_if_it_can(ppca, index, expected):
+    idata = to_inference_data(ppca, TABLE.set_axis(index), num_samples=2, groups=["posterior"])
+    found = idata["posterior"]["data"].values
+    assert list(found) == (expected if expected is not None else list(found))
+    if isinstance(index, pd.MultiIndex):
+        assert found[0] == "('a', 0)"
+    if isinstance(index, pd.DatetimeIndex):
+        assert np.issubdtype(found.dtype, np.datetime64)
+
+
+def test_a_run_is_written_and_read_back(ppca, tmp_path):
+    from pyrolvm.diagnostics.inference_data import load_inference_data, save_inference_data
+
+    idata = to_inference_data(ppca, TABLE, num_samples=4)
+    again = load_inference_data(save_inference_data(idata, tmp_path / "inference_data.nc"))
+    for group in GROUPS:
+        for name, values in idata[group].data_vars.items():
+            np.testing.assert_array_equal(again[group][name].values, values.values)
+    assert again["posterior"].attrs == idata["posterior"].attrs
+
+
+def test_importing_the_package_does_not_import_arviz():
+    code = "import sys, pyrolvm, pyrolvm.diagnostics; sys.exit('arviz' in sys.modules or 'xarray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
