@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrolvm import models
-from pyrolvm.diagnostics import to_inference_data
+from pyrolvm.diagnostics import diagnose, to_inference_data
 from pyrolvm.errors import (
     DataError,
     DivergenceError,
@@ -46,6 +46,7 @@ __all__ = [
     "RunFolderError",
     "SettingError",
     "data_plate",
+    "diagnose",
     "fit",
     "load",
     "to_inference_data",

@@ -134,7 +134,7 @@ def prior_draws(
 
 def can_vectorize(program: Program, structure: Structure, batch: Batch, total: int) -> bool:
     """Whether draws under a further plate have the log-densities of the same draws taken one by one."""
-    if structure.data_plate is not None and not structure.per_datum and batch.num_rows > 3:
+    if structure.takes_any_rows and not structure.per_datum and batch.num_rows > 3:
         batch = batch.take(torch.arange(3))
     run = _Pair(program, structure, batch, total)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from pyrolvm.errors import DataError
@@ -46,6 +45,8 @@ def kmeans_clusters(x: Tensor, num_components: int, seed: int, num_starts: int) 
             f"use num_components={max(distinct, 1)} or fewer"
         )
     location, scale = moments(x)
+    from sklearn.cluster import KMeans  # a second to import
+
     kmeans = KMeans(num_components, n_init=num_starts, random_state=seed)
     views = [view.double().cpu().numpy() for view in (x, (x - location) / scale)]
     labels = [torch.as_tensor(kmeans.fit_predict(view), device=x.device) for view in views]

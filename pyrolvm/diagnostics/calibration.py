@@ -1,0 +1,245 @@
+"""Is the guide right on data that the model itself made?
+
+Simulation-based calibration (Talts et al. 2018, "Validating Bayesian inference algorithms with
+simulation-based calibration"): for (z, x) ~ p(z, x) and draws z_1, ..., z_S from the exact posterior
+p(z | x), the rank of z among the draws is uniform on 0, ..., S. Of a guide's draws the ranks also say how it
+is wrong: low or high for a shift, at both ends for a guide that is too narrow, in the middle for too wide.
+
+VSBC (Yao et al. 2018, "Yes, but did it work?", section 3.2) asks less of a guide, that its marginals are not
+shifted on average: the probabilities
+
+    p_j = Pr(z_s < z | x_j),    z_s ~ q(z | x_j),
+
+are then symmetric around 1/2, whether or not the guide is too narrow.
+
+Latents of each datum need one simulation of many rows, and no refit. Latents shared by all data need a
+refit for every simulated data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pyrolvm.diagnostics.simulated import Arrays, Simulation, simulations
+from pyrolvm.diagnostics.uniformity import chi_square_p, ecdf_band, kolmogorov_p, symmetry_p
+from pyrolvm.errors import ProgramError, SettingError
+from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
+
+RANKING = 1000  # a purpose of random numbers: the draws that are ranked share none with the simulations
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Ranks of true latents among the guide's draws, over R simulations.
+
+    ranks: int [R, quantities], 0 to num_samples. uniforms: (rank + U) / (num_samples + 1), U uniform, which is
+    uniform on [0, 1] if the guide is exact. probabilities: p_j of VSBC, rank / num_samples.
+    alpha: the level of `table`'s verdicts, all quantities together (Bonferroni).
+    """
+
+    ranks: pd.DataFrame
+    uniforms: pd.DataFrame
+    num_samples: int
+    alpha: float = 0.05
+
+    @property
+    def probabilities(self) -> pd.DataFrame:
+        """VSBC's p_j = Pr(z_s < z): [R, quantities]."""
+        return self.ranks / self.num_samples
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per quantity: p-values of uniformity and symmetry, and what the ranks look like.
+
+        `kolmogorov_p`, `chi_square_p`: uniform ranks; `symmetry_p`: no shift (VSBC). `mean` is 0.5 and `spread`
+        (sd over that of a uniform) is 1 for an exact guide: above 1 it is too narrow, below 1 too wide.
+        `verdict`: "calibrated", "shifted", "too narrow", "too wide" or "not uniform".
+        """
+        rows = {name: self._row(u.to_numpy()) for name, u in self.uniforms.items()}
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def _row(self, u: np.ndarray) -> dict[str, Any]:
+        level = self.alpha / max(self.ranks.shape[1], 1)
+        p = {"kolmogorov_p": kolmogorov_p(u), "chi_square_p": chi_square_p(u), "symmetry_p": symmetry_p(u)}
+        spread = float(u.std() * np.sqrt(12))
+        uniform = min(p["kolmogorov_p"], p["chi_square_p"]) >= level / 2
+        verdict = "calibrated" if uniform and p["symmetry_p"] >= level else "not uniform"
+        if p["symmetry_p"] < level:
+            verdict = "shifted"
+        elif not uniform and abs(spread - 1) > 2 / np.sqrt(len(u)):
+            verdict = "too narrow" if spread > 1 else "too wide"
+        return {**p, "mean": float(u.mean()), "spread": spread, "verdict": verdict}
+
+    @property
+    def passed(self) -> bool:
+        """Whether no quantity shows that the guide is wrong."""
+        return bool((self.table["verdict"] == "calibrated").all())
+
+    def histogram(self, quantity: Any, bins: int = 20) -> pd.DataFrame:
+        """Ranks in bins of equal width: `count`, and the `lower`, `upper` that 95 % of exact ones lie in."""
+        from scipy.stats import binom
+
+        u = self.uniforms[quantity].to_numpy()
+        counts, edges = np.histogram(u, bins=bins, range=(0, 1))
+        lower, upper = binom.ppf([0.025, 0.975], len(u), 1 / bins)
+        index = pd.Index(edges[:-1] * (self.num_samples + 1), name="rank")
+        return pd.DataFrame({"count": counts, "lower": lower, "upper": upper}, index=index)
+
+    def ecdf(self, quantity: Any, level: float = 0.95, points: int = 100) -> pd.DataFrame:
+        """`difference` of the ranks' distribution function and the uniform's, with a band for all points at once.
+
+        An exact guide leaves the band anywhere in 1 - `level` of such plots (Säilynoja et al. 2022).
+        """
+        u = np.sort(self.uniforms[quantity].to_numpy())
+        z = np.arange(1, points) / points
+        lower, upper = ecdf_band(len(u), points, level)
+        share = np.searchsorted(u, z, side="right") / len(u)
+        columns = {"difference": share - z, "lower": lower - z, "upper": upper - z}
+        return pd.DataFrame(columns, index=pd.Index(z, name="uniform"))
+
+    @property
+    def sentence(self) -> str:
+        """The findings in plain words."""
+        wrong = self.table[self.table["verdict"] != "calibrated"]
+        about = f"{len(self.ranks)} simulations, {self.num_samples} draws each"
+        if not len(wrong):
+            return f"The guide is calibrated on data of the model itself ({about})."
+        found = ", ".join(f"{name} {verdict}" for name, verdict in wrong["verdict"].head(8).items())
+        return f"The guide is wrong on data of the model itself ({about}): {found}" + (
+            f" and {len(wrong) - 8} more." if len(wrong) > 8 else "."
+        )
+
+    def __str__(self) -> str:
+        return f"{self.sentence}\n{self.table.to_string(float_format='%.3f')}"
+
+
+def calibration_of(truth: Arrays, draws: Arrays, *, seed: int = 0, alpha: float = 0.05) -> Calibration:
+    """Calibration from arrays: truth, name -> [R, ...]; draws, name -> [S, R, ...]. Ties are broken at random.
+
+    Raises `SettingError` if the shapes do not fit.
+    """
+    rng = np.random.default_rng(seed)
+    ranks, num_samples = {}, 0
+    for name, true in truth.items():
+        z = draws[name]
+        if z.shape[1:] != true.shape:
+            raise SettingError(
+                f"draws of '{name}' are {list(z.shape)}: [num_samples, *{list(true.shape)}] wanted"
+            )
+        num_samples, below, ties = len(z), (z < true).sum(0), (z == true).sum(0)
+        rank = (below + rng.integers(0, ties + 1)).reshape(len(true), -1)
+        labels = [name] if true.ndim == 1 else [f"{name}[{d}]" for d in range(rank.shape[1])]
+        ranks.update(dict(zip(labels, rank.T, strict=True)))
+    table = pd.DataFrame(ranks)
+    uniforms = (table + rng.random(table.shape)) / (num_samples + 1)
+    return Calibration(table, uniforms, num_samples, alpha)
+
+
+@torch.no_grad()
+def calibrate(
+    fitted: FittedModel,
+    x: Any = None,
+    *,
+    num_simulations: int | None = None,
+    num_samples: int = 200,
+    refit: Callable[[Any], FittedModel] | None = None,
+    map: Callable[..., Iterable[Any]] = map,
+    sites: list[str] | None = None,
+    rebuild: Callable[[Any, dict[str, torch.Tensor]], Any] | None = None,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> Calibration:
+    """Simulate (z, x) from the fitted model and rank the true z among the guide's draws.
+
+    Without `refit`: the local latents of an amortised guide, `num_simulations` (1000) rows in one go.
+    With it: the latents shared by all data, over `num_simulations` (100) data sets shaped like `x`, each
+    fitted anew. `refit` takes simulated data, as `fit` would, and returns a `FittedModel`.
+
+    Parameters
+    ----------
+    x: data whose rows (and covariates) the simulations are shaped by; the fit's own example if None.
+    num_samples: draws of the guide per simulation; ranks run from 0 to it.
+    map: how refits are run; `ProcessPoolExecutor(...).map` runs them in parallel if `refit` can be pickled.
+        Threads cannot: Pyro's parameter store is one per process.
+    sites: latents to rank; all (of the kind) by default.
+    rebuild: (arguments of `x`, simulated observed sites) -> arguments, for a program whose observed values
+        are not themselves arguments.
+    alpha: level of the verdicts, all quantities together.
+
+    Raises `ProgramError` if the guide is not amortised or no latent is left to rank, `SettingError` if the
+    simulated values cannot be put where the data were.
+    """
+    count = num_simulations or (100 if refit is not None else 1000)
+    names = sites or _ranked(fitted, refit is not None)
+    if refit is not None and x is None and fitted.structure.takes_any_rows:
+        raise SettingError("refits need data sets of the real size: pass the training data as x")
+    data = fitted.batch(x) if x is not None else fitted.example
+    with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
+        simulated = simulations(fitted, data, count, rebuild, rows=refit is None)
+        if refit is None:
+            truth, draws = _amortised(fitted, simulated, names, num_samples, seed)
+        else:
+            truth, draws = _refitted(simulated, names, num_samples, refit, map, seed)
+    return calibration_of(truth, draws, seed=seed, alpha=alpha)
+
+
+def _ranked(fitted: FittedModel, shared: bool) -> list[str]:
+    structure = fitted.structure
+    names = [
+        s.name for s in (structure.global_latents if shared else structure.local_latents) if not s.enumerated
+    ]
+    if not shared and structure.global_latents:
+        raise ProgramError(
+            f"'{structure.global_latents[0].name}' is shared by all data, so that its posterior is another one for "
+            "every simulated data set: pass refit=lambda x: pyrolvm.fit(model, x, ...)"
+        )
+    if not shared and structure.per_datum:
+        raise ProgramError(
+            f"the guide has parameters for each training row ('{structure.per_datum[0]}') and none for simulated "
+            "ones: pass refit=..., or use an amortised guide"
+        )
+    if not names:
+        kind = "shared by all data" if shared else "of each datum"
+        raise ProgramError(f"the program has no sampled latents {kind} to calibrate")
+    return names
+
+
+def _amortised(
+    fitted: FittedModel, simulated: Iterable[Simulation], names: list[str], num_samples: int, seed: int
+) -> tuple[Arrays, Arrays]:
+    [simulation] = simulated
+    found = fitted.draws(simulation.data, num_samples, seed=derived_seed(seed, RANKING)).values
+    return {n: simulation.truth[n] for n in names}, {n: found[n].cpu().double().numpy() for n in names}
+
+
+def _refitted(
+    simulated: Iterable[Simulation],
+    names: list[str],
+    num_samples: int,
+    refit: Callable[[Any], FittedModel],
+    run: Callable[..., Iterable[Any]],
+    seed: int,
+) -> tuple[Arrays, Arrays]:
+    every = list(simulated)
+    # noise of its own for each: common noise would make the ranks depend on each other
+    seeds = [derived_seed(seed, RANKING + i) for i in range(len(every))]
+    found = list(run(partial(_posterior_after, refit, names, num_samples), [s.data for s in every], seeds))
+    truth = {n: np.stack([s.truth[n] for s in every]) for n in names}
+    return truth, {n: np.stack([f[n] for f in found], axis=1) for n in names}
+
+
+def _posterior_after(
+    refit: Callable[[Any], FittedModel], names: list[str], num_samples: int, data: Any, seed: int
+) -> Arrays:
+    with torch.enable_grad():
+        fitted = refit(data)
+    found = fitted.draws(data, num_samples, seed=seed).values
+    return {n: found[n].detach().cpu().double().numpy() for n in names}

@@ -1,0 +1,244 @@
+"""How far codes and known factors of variation go together one to one.
+
+    mig          mutual information gap (Chen et al. 2018, equation 6)
+    sap          separated attribute predictability (Kumar et al. 2018)
+    dci_*        disentanglement, completeness, informativeness (Eastwood and Williams 2018)
+    factor_vae   majority vote on the code of least variance (Kim and Mnih 2018)
+    modularity   Ridgeway and Mozer (2018)
+
+All are near 1 at best. Settings are those of Locatello et al. (2019, "Challenging common assumptions in the
+unsupervised learning of disentangled representations"): 20 bins, 10,000 rows to fit on and 5,000 to test on,
+batches of 64. Where they fix factors by drawing new data, rows of the given data are drawn here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import entropy
+
+from pyrolvm.errors import DataError, SettingError
+
+METRICS = ("mig", "sap", "dci", "factor_vae", "modularity")
+BINS = 20
+BATCH = 64
+PRUNE_BELOW = 0.05
+TRAIN_ROWS, TEST_ROWS = 10_000, 5_000
+
+
+@dataclass(frozen=True)
+class Disentanglement:
+    """scores: by name, 0 to 1. matrices: what they are computed from, [codes, factors] each:
+    `mutual_information` (nats), `predictability` (of sap), `importance` (of dci).
+    """
+
+    scores: pd.Series
+    matrices: dict[str, pd.DataFrame]
+
+    @property
+    def sentence(self) -> str:
+        """The findings in plain words."""
+        found = ", ".join(f"{name} {score:.2f}" for name, score in self.scores.items())
+        words = f"Of 1 at best: {found}."
+        if "mutual_information" in self.matrices:
+            table = self.matrices["mutual_information"]
+            pairs = ", ".join(f"{factor} by {code}" for factor, code in table.idxmax().items())
+            words += f" Each factor is told best: {pairs}."
+        return words
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def disentanglement(
+    codes: Any,
+    factors: Any,
+    metrics: Sequence[str] = METRICS,
+    *,
+    continuous_factors: bool = False,
+    classifier: Callable[[], Any] | None = None,
+    seed: int = 0,
+) -> Disentanglement:
+    """Score codes against the factors that the data were made from.
+
+    codes: [rows, codes], such as `fitted.encode(x)`. factors: [rows, factors] whole numbers, or a table of them
+    (`Dataset.factors`). metrics: which; "dci" takes most of the time. continuous_factors: whether sap takes the
+    squared correlation instead of a classifier's accuracy. classifier: makes what dci predicts each factor by,
+    with `feature_importances_`; gradient-boosted trees by default.
+
+    Raises `DataError` for arrays that do not fit, missing values, or a factor that does not vary; `SettingError`
+    for an unknown metric.
+    """
+    unknown = [m for m in metrics if m not in METRICS]
+    if unknown or not metrics:
+        raise SettingError(f"metric {unknown or 'none'} is not known: choose from {', '.join(METRICS)}")
+    z, v, names = _arrays(codes, factors)
+    rng = np.random.default_rng(seed)
+    train, test = _split(len(z), rng)
+    scores: dict[str, float] = {}
+    matrices: dict[str, np.ndarray] = {}
+    if {"mig", "modularity"} & set(metrics):
+        matrices["mutual_information"] = mutual_information(z[train], v[train])
+    if "mig" in metrics:
+        scores["mig"] = mig(matrices["mutual_information"], _entropies(v[train]))
+    if "sap" in metrics:
+        linear = squared_correlation(z, v) if continuous_factors else predictability(z, v, train, test, seed)
+        matrices["predictability"] = linear
+        scores["sap"] = gap(matrices["predictability"])
+    if "dci" in metrics:
+        from sklearn.ensemble import GradientBoostingClassifier
+
+        make = classifier or (lambda: GradientBoostingClassifier(random_state=seed))
+        matrices["importance"], accuracy = importances(z, v, train, test, make)
+        scores["dci_disentanglement"] = dci_disentanglement(matrices["importance"])
+        scores["dci_completeness"] = dci_completeness(matrices["importance"])
+        scores["dci_informativeness"] = accuracy
+    if "factor_vae" in metrics:
+        scores["factor_vae"] = factor_vae_score(z, v, rng)
+    if "modularity" in metrics:
+        scores["modularity"] = modularity(matrices["mutual_information"])
+    labels = [f"z{i}" for i in range(z.shape[1])]
+    tables = {name: pd.DataFrame(m, index=labels, columns=names) for name, m in matrices.items()}
+    return Disentanglement(pd.Series(scores, name="score"), tables)
+
+
+def mutual_information(z: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """I(z_l; v_k) in nats, [codes, factors], of codes in 20 bins."""
+    bins = [np.digitize(c, np.histogram(c, BINS)[1][:-1]) for c in z.T]
+    from sklearn.metrics import mutual_info_score
+
+    return np.array([[mutual_info_score(f, c) for f in v.T] for c in bins])
+
+
+def mig(information: np.ndarray, entropies: np.ndarray) -> float:
+    """Mean over factors of (largest - second largest I(z_l; v_k)) / H(v_k)."""
+    return float((_top_two(information) / entropies).mean())
+
+
+def gap(scores: np.ndarray) -> float:
+    """Mean over factors of the largest less the second largest score [codes, factors]."""
+    return float(_top_two(scores).mean())
+
+
+def _top_two(scores: np.ndarray) -> np.ndarray:
+    padded = np.vstack([scores, np.zeros((1, scores.shape[1]))])  # of one code the second is nothing
+    ordered = np.sort(padded, axis=0)[::-1]
+    return ordered[0] - ordered[1]
+
+
+def predictability(
+    z: np.ndarray, v: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """Accuracy of a linear support vector machine on each code alone for each factor: [codes, factors]."""
+    found = np.zeros((z.shape[1], v.shape[1]))
+    for code in range(z.shape[1]):
+        for factor in range(v.shape[1]):
+            from sklearn.svm import LinearSVC
+
+            machine = LinearSVC(C=0.01, class_weight="balanced", random_state=seed)
+            machine.fit(z[train, code, None], v[train, factor])
+            found[code, factor] = machine.score(z[test, code, None], v[test, factor])
+    return found
+
+
+def squared_correlation(z: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Squared correlation of each code and factor, [codes, factors]; 0 for a code that does not vary."""
+    a, b = z - z.mean(0), v - v.mean(0)
+    variances = np.outer((a**2).sum(0), (b**2).sum(0))
+    return np.divide((a.T @ b) ** 2, variances, out=np.zeros_like(variances), where=variances > 1e-24)
+
+
+def importances(
+    z: np.ndarray, v: np.ndarray, train: np.ndarray, test: np.ndarray, make: Callable[[], Any]
+) -> tuple[np.ndarray, float]:
+    """How much each code helps to predict each factor, [codes, factors], and the mean test accuracy."""
+    models = [make().fit(z[train], factor[train]) for factor in v.T]
+    accuracy = [m.score(z[test], factor[test]) for m, factor in zip(models, v.T, strict=True)]
+    return np.abs(np.stack([m.feature_importances_ for m in models], 1)), float(np.mean(accuracy))
+
+
+def dci_disentanglement(importance: np.ndarray) -> float:
+    """Mean over codes, by their importance, of 1 - H(importance over factors) / log(factors)."""
+    if importance.shape[1] == 1:
+        return 1.0 if importance.sum() else 0.0
+    each = 1 - entropy(importance.T + 1e-11, base=importance.shape[1])
+    total = importance.sum()
+    weights = importance.sum(1) / total if total else np.full(len(importance), 1 / len(importance))
+    return float((each * weights).sum())
+
+
+def dci_completeness(importance: np.ndarray) -> float:
+    """Mean over factors, by their importance, of 1 - H(importance over codes) / log(codes)."""
+    return dci_disentanglement(importance.T)
+
+
+def factor_vae_score(
+    z: np.ndarray, v: np.ndarray, rng: np.random.Generator, num_train: int = 5_000, num_test: int = 2_500
+) -> float:
+    """Accuracy of the vote for the fixed factor by the code that then varies least, in units of its variance."""
+    variance = z.var(0, ddof=1)
+    active = np.flatnonzero(np.sqrt(variance) >= PRUNE_BELOW)
+    if not len(active):
+        return 0.0
+    groups = [
+        [rows for rows in (np.flatnonzero(factor == value) for value in np.unique(factor)) if len(rows) > 1]
+        for factor in v.T
+    ]
+    votes = np.zeros((2, len(active), v.shape[1]))
+    for i in range(num_train + num_test):
+        factor = rng.integers(v.shape[1])
+        rows = groups[factor][rng.integers(len(groups[factor]))]
+        batch = z[rng.choice(rows, BATCH)][:, active]
+        votes[int(i >= num_train), (batch.var(0, ddof=1) / variance[active]).argmin(), factor] += 1
+    said = votes[0].argmax(1)
+    return float(votes[1][np.arange(len(active)), said].sum() / num_test)
+
+
+def modularity(information: np.ndarray) -> float:
+    """Mean over codes of 1 - (sum of squared information beyond the largest) / (largest squared (K - 1))."""
+    squared = information**2
+    largest = squared.max(1)
+    others = (squared.sum(1) - largest) / max(information.shape[1] - 1, 1)
+    each = np.where(
+        largest > 0, 1 - others / np.where(largest > 0, largest, 1), 0.0
+    )  # an empty code has none
+    return float(each.mean())
+
+
+def _entropies(v: np.ndarray) -> np.ndarray:
+    from sklearn.metrics import mutual_info_score
+
+    return np.array([mutual_info_score(f, f) for f in v.T])
+
+
+def _split(rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    order = rng.permutation(rows)
+    cut = min(TRAIN_ROWS, rows * 2 // 3)
+    return order[:cut], order[cut : cut + TEST_ROWS]
+
+
+def _arrays(codes: Any, factors: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    z = np.asarray(codes.detach().cpu() if hasattr(codes, "detach") else codes, dtype=np.float64)
+    z = z.reshape(len(z), -1)
+    names = [str(c) for c in getattr(factors, "columns", [])]
+    v = np.asarray(factors.detach().cpu() if hasattr(factors, "detach") else factors)
+    if v.ndim != 2 or len(v) != len(z) or len(z) < 30:
+        raise DataError(
+            f"codes are {list(z.shape)} and factors {list(v.shape)}: give [rows, codes] and [rows, factors] of the "
+            "same 30 rows or more"
+        )
+    if not np.isfinite(z).all():
+        raise DataError("the codes hold values that are not finite")
+    if v.dtype.kind == "f" and not np.array_equal(v, np.round(v)):
+        raise DataError(
+            "factors must be whole numbers: bin continuous ones first, e.g. pd.cut(v, 10).cat.codes"
+        )
+    names = names or [f"factor{k}" for k in range(v.shape[1])]
+    still = [name for name, factor in zip(names, v.T, strict=True) if len(np.unique(factor)) < 2]
+    if still:
+        raise DataError(f"the factor '{still[0]}' does not vary: leave its column out")
+    return z, v.astype(np.int64), names

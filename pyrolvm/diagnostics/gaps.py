@@ -1,0 +1,215 @@
+"""Where the bound loses: to the family of the guide, or to amortisation.
+
+For each datum (Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders", section 3),
+with q* the best member of the family for this datum alone,
+
+    log p(x) - L[q]  =  (log p(x) - L[q*])  +  (L[q*] - L[q])
+    inference gap       approximation gap      amortisation gap
+
+q* is found by gradient on local variational parameters that start where the guide puts them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyrolvm.data.arrays import Batch
+from pyrolvm.diagnostics.gaussians import (
+    Gaussians,
+    LogJoint,
+    balanced_noise,
+    bound,
+    guide_gaussians,
+    refine,
+)
+from pyrolvm.diagnostics.pair import Pair, local_sites, row_chunks
+from pyrolvm.errors import ProgramError, SettingError
+from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
+
+FAMILIES = ("auto", "mean_field", "full")
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """The gaps of every datum, in nats.
+
+    table: one row per datum: `log_evidence`, `elbo` (the guide's), `elbo_best` (of the family), and the three
+        gaps; `standard_error` is that of `log_evidence`, 0 where it is exact.
+    family: "mean_field" or "full". of_guide: whether it is the guide's own family; if not, the amortisation gap
+        may be negative, the guide being richer than the family it is compared with.
+    """
+
+    table: pd.DataFrame
+    family: str
+    of_guide: bool
+
+    @property
+    def means(self) -> pd.Series:
+        """Every column's mean over the data, nats per datum."""
+        return self.table.mean()
+
+    @property
+    def sentence(self) -> str:
+        """The findings in plain words."""
+        m, family = self.means, self.family.replace("_", "-")
+        words = (
+            f"The bound is {m['inference_gap']:.2f} nats per datum below log p(x): {m['approximation_gap']:.2f} "
+            f"because q is a {family} Gaussian, {m['amortisation_gap']:.2f} because one network serves all data."
+        )
+        if not self.of_guide:
+            words += " The guide is of another family, so that the second number may be negative."
+        larger = (
+            "approximation_gap" if m["approximation_gap"] >= m["amortisation_gap"] else "amortisation_gap"
+        )
+        if m["inference_gap"] < 0.05:
+            return words
+        advice = {
+            "approximation_gap": "a richer family would help more than a larger encoder",
+            "amortisation_gap": "a larger encoder, longer training or refinement per datum would help most",
+        }
+        return f"{words[:-1]}; {advice[larger]}."
+
+    def __str__(self) -> str:
+        return f"{self.sentence}\n{self.means.to_string(float_format='%.3f')}"
+
+
+def evidence_gaps(
+    fitted: FittedModel,
+    x: Any,
+    family: str = "auto",
+    num_samples: int = 1000,
+    num_steps: int = 300,
+    learning_rate: float = 0.05,
+    *,
+    log_evidence: Tensor | None = None,
+    seed: int = 0,
+) -> Gaps:
+    """Split log p(x) - ELBO of every row of `x` into approximation and amortisation gap.
+
+    Parameters
+    ----------
+    family: "mean_field", "full", or "auto" for the guide's own.
+    num_samples: draws for every bound, common to the guide and its refinement; and for log p(x).
+    num_steps, learning_rate: of the refinement, in units of the guide's own scales.
+    log_evidence: log p(x) [rows] from elsewhere (annealed importance sampling, say). By default the model's
+        exact one if it has any, else an importance estimate from the best full-covariance Gaussian, which is
+        a lower bound on average, so that gaps are then too small rather than too large.
+
+    Raises `ProgramError` for latents that are not real, not of each datum, enumerated or shared by all data;
+    `SettingError` for an unknown family.
+    """
+    if family not in FAMILIES:
+        raise SettingError(f"family='{family}' is not known: choose from {', '.join(FAMILIES)}")
+    _check(fitted)
+    data = fitted.batch(x)
+    whole = bool(fitted.structure.per_datum) or not fitted.structure.takes_any_rows
+    known = _known_evidence(fitted, x, data, log_evidence)
+    parts, first = [], 0
+    with seeded(derived_seed(seed, EVALUATION), fitted.program.device), torch.enable_grad():
+        for rows in row_chunks(data, num_samples, fitted.program.device, whole):
+            part = _Refinement(Pair(fitted, rows), family, num_samples, num_steps, learning_rate)
+            given = None if known is None else known[first : first + rows.num_rows]
+            parts.append(part.table(given))
+            first += rows.num_rows
+    table = pd.concat(parts, ignore_index=True).rename_axis("row")
+    return Gaps(table, part.family, part.of_guide)
+
+
+def _check(fitted: FittedModel) -> None:
+    sites = local_sites(fitted, "an evidence gap")
+    shared = fitted.structure.global_latents
+    if shared:
+        raise ProgramError(
+            f"'{shared[0].name}' is shared by all data, so that the evidence is not a sum over them: gaps per datum "
+            "are for programs whose latents all stand in the data plate"
+        )
+    if any(s.discrete for s in sites):
+        raise ProgramError("gaps are for real latents, and this program has discrete ones")
+
+
+def _known_evidence(fitted: FittedModel, x: Any, data: Batch, given: Tensor | None) -> Tensor | None:
+    if given is not None:
+        if given.shape != (data.num_rows,):
+            raise SettingError(f"log_evidence is {list(given.shape)}: [{data.num_rows}] wanted, one per row")
+        return given.detach().double()
+    if getattr(fitted.program.owner, "log_marginal", None) is None:
+        return None
+    return fitted.log_evidence(x, "exact").double()
+
+
+class _Refinement:
+    """The guide on some rows, and the best of its family for each of them."""
+
+    def __init__(
+        self, pair: Pair, family: str, num_samples: int, num_steps: int, learning_rate: float
+    ) -> None:
+        self.pair, self.log_joint = pair, LogJoint(pair)
+        self.guide, own = guide_gaussians(pair)
+        self.family = ("full" if own == "other" else own) if family == "auto" else family
+        self.of_guide = self.family == own
+        self.options = (num_steps, learning_rate)
+        rows, dim = self.guide.loc.shape
+        self.noise = balanced_noise(num_samples, rows, dim, self.guide.loc)
+        self.gaussian = own != "other"
+
+    def table(self, log_evidence: Tensor | None) -> pd.DataFrame:
+        found = refine(self.log_joint, self.guide, self.family, *self.options)
+        with torch.no_grad():
+            start = self.guide.mean_field() if self.family == "mean_field" else self.guide
+            at_start, best = self._bound(start), self._bound(found)
+            # where the climb failed the start stands: the best of the family is at least as good
+            found = _choose(best >= at_start, found, start)
+            best = torch.maximum(best, at_start)
+            elbo = self._guide_bound(at_start)
+        error = torch.zeros_like(elbo)
+        if log_evidence is None:
+            log_evidence, error = self._importance(found)
+        columns = {
+            "log_evidence": log_evidence,
+            "standard_error": error,
+            "elbo": elbo,
+            "elbo_best": best,
+            "inference_gap": log_evidence - elbo,
+            "approximation_gap": log_evidence - best,
+            "amortisation_gap": best - elbo,
+        }
+        return pd.DataFrame({name: value.detach().cpu().numpy() for name, value in columns.items()})
+
+    def _bound(self, q: Gaussians) -> Tensor:
+        return bound(self.log_joint, q, self.noise)
+
+    def _guide_bound(self, at_start: Tensor) -> Tensor:
+        """The guide's own bound: under the common noise if it is Gaussian, else over draws of it."""
+        if self.gaussian:
+            return at_start if self.of_guide else self._bound(self.guide)
+        total = torch.zeros_like(at_start)
+        for model, guide in self.pair.draws(len(self.noise)):
+            weight = self.pair.log_prob(model, self.pair.is_local) - self.pair.log_prob(
+                guide, self.pair.is_local
+            )
+            total = total + weight.sum(0)
+        return total / len(self.noise)
+
+    def _importance(self, found: Gaussians) -> tuple[Tensor, Tensor]:
+        """log p(x) and its standard error, by draws from the best full-covariance Gaussian."""
+        q = found if self.family == "full" else refine(self.log_joint, found, "full", *self.options)
+        with torch.no_grad():
+            noise = torch.randn_like(self.noise)
+            log_weight = self.log_joint(q.at(noise)) - q.log_prob_at(noise).double()
+            value = log_weight.logsumexp(0) - math.log(len(noise))
+            error = (log_weight - value).exp().std(0) / math.sqrt(len(noise))
+        return value, error
+
+
+def _choose(where: Tensor, yes: Gaussians, no: Gaussians) -> Gaussians:
+    return Gaussians(
+        torch.where(where[:, None], yes.loc, no.loc),
+        torch.where(where[:, None, None], yes.scale_tril, no.scale_tril),
+    )

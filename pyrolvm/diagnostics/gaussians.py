@@ -1,0 +1,211 @@
+"""The best Gaussian for each datum: local variational parameters, refined by gradient from a guide's own.
+
+For z of all local latents together, [D] for each datum,
+
+    L_n(loc, C) = E_q[log p(x_n, z)] + H[q],    q = Normal(loc, C C'),    H = D/2 (1 + log 2 pi) + sum_i log C_ii
+
+with C diagonal ("mean_field") or lower triangular ("full"). Draws are antithetic and of identity second
+moment, so that E_q[log p] is exact, not estimated, where log p(x_n, z) is quadratic in z.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from pyrolvm.diagnostics.pair import Pair
+from pyrolvm.diagnostics.sites import NORMALS, latent_fn
+from pyrolvm.errors import ProgramError
+from pyrolvm.plates import arange_rows
+
+MOMENT_DRAWS = 500
+RATES = (4.0, 2.0, 1.0)
+"""Rounds of the climb, by their share of the learning rate; each takes its units from what the last one found."""
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """One Gaussian per datum: loc [rows, D], scale_tril [rows, D, D]."""
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def at(self, noise: Tensor) -> Tensor:
+        """z = loc + C noise: [draws, rows, D]."""
+        return self.loc + torch.einsum("nij,snj->sni", self.scale_tril, noise)
+
+    @property
+    def entropy(self) -> Tensor:
+        """H[q] in nats: [rows]."""
+        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return log_det + 0.5 * self.loc.shape[-1] * (1 + math.log(2 * math.pi))
+
+    def mean_field(self) -> Gaussians:
+        """The same means and variances without correlations."""
+        return Gaussians(self.loc, torch.diag_embed(self.scale_tril.square().sum(-1).sqrt()))
+
+    def log_prob_at(self, noise: Tensor) -> Tensor:
+        """log q(loc + C noise): [draws, rows]."""
+        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - log_det
+
+
+class LogJoint:
+    """log p(x_n, z) of the rows of one pair, as a function of z [draws, rows, D]."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair, self.sites = pair, pair.structure.local_latents
+        self._pairs: dict[int, Pair] = {}
+        for site in self.sites:
+            if len(site.plates) > 1:
+                raise ProgramError(
+                    f"'{site.name}' stands in plates besides the data plate ({', '.join(site.plates)}): its "
+                    "Gaussian gaps are not implemented; declare those dimensions by .to_event"
+                )
+        self.sizes = [math.prod(s.event_shape) for s in self.sites]
+        self.dim = sum(self.sizes)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """[draws, rows] in nats, float64."""
+        structure = self.pair.structure
+        if self.pair.fitted.vectorized:
+            return self._at(self.pair, z)
+        if not structure.takes_any_rows:
+            return torch.cat([self._at(self.pair, part) for part in z.split(1)])
+        # draws at once for networks that know no further dimension: as rows
+        return self._at(self._repeated(len(z)), z.reshape(1, -1, z.shape[-1])).reshape(z.shape[:2])
+
+    def _at(self, pair: Pair, z: Tensor) -> Tensor:
+        values = {}
+        for site, part in zip(self.sites, z.split(self.sizes, -1), strict=True):
+            value = part.reshape(*part.shape[:2], *site.event_shape)
+            values[site.name] = value if len(z) > 1 else value.squeeze(0)
+        return pair.log_prob(pair.model_at(values, len(z)), pair.is_local)
+
+    def _repeated(self, count: int) -> Pair:
+        if count not in self._pairs:
+            batch = self.pair.batch
+            rows = arange_rows(batch.num_rows, self.pair.program.device).repeat(count)
+            self._pairs[count] = Pair(self.pair.fitted, batch.take(rows))
+        return self._pairs[count]
+
+
+@torch.no_grad()
+def guide_gaussians(pair: Pair) -> tuple[Gaussians, str]:
+    """The guide's q(z | x) as Gaussians, and its family: "mean_field", "full" or "other".
+
+    Of "other" (several sites, flows) they are the Gaussians of its first two moments.
+    """
+    sites = pair.structure.local_latents
+    model, guide = pair.run(2)
+    for site in sites:
+        _check_real(model, site.name)
+    fn = latent_fn(guide, sites[0].name)["fn"] if len(sites) == 1 else None
+    found = _exact(fn, pair.batch.num_rows) if fn is not None else None
+    return found if found is not None else (_moments(pair), "other")
+
+
+def _check_real(model: Trace, name: str) -> None:
+    nodes: Any = model.nodes
+    support = nodes[name]["fn"].support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if type(support).__name__ not in ("_Real", "_RealVector"):
+        raise ProgramError(
+            f"'{name}' is not on the real line (its support is {support}), so no Gaussian fits it: gaps are for "
+            "real latents"
+        )
+
+
+def _exact(fn: Any, rows: int) -> tuple[Gaussians, str] | None:
+    full = isinstance(fn, NORMALS)
+    base = fn
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if not full and not isinstance(base, Normal):
+        return None
+    loc, scale = _rows_last(fn.mean, rows, 1), _rows_last(fn.variance.sqrt(), rows, 1)
+    tril = _rows_last(fn.scale_tril, rows, 2) if full else torch.diag_embed(scale)
+    return Gaussians(loc, tril), "full" if full else "mean_field"
+
+
+def _rows_last(value: Tensor, rows: int, event_dims: int) -> Tensor:
+    """[draws, rows, event...] or [rows, event...] of one draw as [rows, D] or [rows, D, D]."""
+    if event_dims == 2:
+        return value.expand(*value.shape[:-3], rows, *value.shape[-2:]).reshape(-1, rows, *value.shape[-2:])[
+            0
+        ]
+    first = value[0] if value.dim() > 1 and value.shape[0] == 2 and value.shape[1] == rows else value
+    return first.reshape(rows, -1)
+
+
+def _moments(pair: Pair) -> Gaussians:
+    drawn = []
+    for _, guide in pair.draws(MOMENT_DRAWS):
+        sites = pair.structure.local_latents
+        drawn.append(torch.cat([pair.values(guide, s.name) for s in sites], -1))
+    z = torch.cat(drawn)  # [draws, rows, D]
+    centred = z - z.mean(0)
+    covariance = torch.einsum("sni,snj->nij", centred, centred) / (len(z) - 1)
+    eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+    jitter = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * eye
+    return Gaussians(z.mean(0), torch.linalg.cholesky(covariance + jitter))
+
+
+def balanced_noise(num_samples: int, rows: int, dim: int, like: Tensor) -> Tensor:
+    """Standard normal [num_samples, rows, dim] in antithetic pairs, of identity second moment where it can be."""
+    half = torch.randn(max(1, num_samples // 2), rows, dim, dtype=like.dtype, device=like.device)
+    if len(half) >= 2 * dim:
+        second = torch.einsum("sni,snj->nij", half, half) / len(half)
+        root = torch.linalg.cholesky(second.double())
+        half = torch.linalg.solve_triangular(root, half.double().permute(1, 2, 0), upper=False).to(like.dtype)
+        half = half.permute(2, 0, 1)
+    return torch.cat([half, -half])
+
+
+def bound(log_joint: LogJoint, q: Gaussians, noise: Tensor) -> Tensor:
+    """L_n of every row, [rows] in nats, at given noise [draws, rows, D]."""
+    return log_joint(q.at(noise)).mean(0) + q.entropy
+
+
+def refine(
+    log_joint: LogJoint, start: Gaussians, family: str, num_steps: int, learning_rate: float
+) -> Gaussians:
+    """Climb L_n from `start` by Adam, in units of the scales found so far, the rate falling to zero."""
+    q = start.mean_field() if family == "mean_field" else start
+    for rate in RATES:
+        q = _climb(log_joint, q, family, max(1, num_steps // len(RATES)), rate * learning_rate)
+    return q
+
+
+def _climb(
+    log_joint: LogJoint, start: Gaussians, family: str, num_steps: int, learning_rate: float
+) -> Gaussians:
+    """loc = loc_0 + C_0 shift and C = C_0 (diag(exp(log_scale)) + lower), all three from zero."""
+    rows, dim = start.loc.shape
+    shift, log_scale = (torch.zeros_like(start.loc).requires_grad_() for _ in range(2))
+    lower = torch.zeros_like(start.scale_tril).requires_grad_()
+    leaves = [shift, log_scale] + ([lower] if family == "full" else [])
+    optimizer = torch.optim.Adam(leaves, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    draws = 2 * max(8, 2 * dim) if dim <= 16 else 32
+
+    def current() -> Gaussians:
+        step = torch.diag_embed(log_scale.exp()) + lower.tril(-1)
+        moved = (start.scale_tril @ shift.unsqueeze(-1)).squeeze(-1)
+        return Gaussians(start.loc + moved, start.scale_tril @ step)
+
+    for _ in range(num_steps):
+        loss = -bound(log_joint, current(), balanced_noise(draws, rows, dim, start.loc)).sum()
+        for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return current()

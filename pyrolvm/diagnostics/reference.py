@@ -1,0 +1,172 @@
+"""The guide against a Markov chain: NUTS on the same model, its learned parameters frozen.
+
+No-U-turn sampling (Hoffman and Gelman 2014) draws from the posterior itself, if it has converged: R-hat and
+the effective sample size of the reference stand in the table, and a bad reference says so. Differences
+are in units of the reference's standard deviation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pyro.infer import MCMC, NUTS
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+from pyrolvm.data.arrays import Batch
+from pyrolvm.diagnostics.pair import Pair
+from pyrolvm.errors import ProgramError, SettingError
+from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
+
+QUANTILES = (0.05, 0.95)
+R_HAT_LIMIT = 1.05
+LEAST_SAMPLES = 100
+
+
+@dataclass(frozen=True)
+class ReferenceComparison:
+    """The guide's posterior beside the reference's.
+
+    table: one row per (site, element): `mean`, `sd` of the guide, `reference_mean`, `reference_sd`; in units of
+        the reference's sd `mean_difference`, `q5_difference`, `q95_difference`, `wasserstein`; `sd_ratio`
+        (below 1: the guide is too narrow); `r_hat` and `effective_sample_size` of the reference;
+        `noise`, the standard error that the mean difference has of the two sets of draws.
+    draws: site -> [chains * draws, ...] of the reference.
+    """
+
+    table: pd.DataFrame
+    draws: dict[str, Tensor]
+    num_divergent: int
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether the reference converged: R-hat below 1.05, effective sample size above 100, no divergence."""
+        worst, least = self.table["r_hat"].max(), self.table["effective_sample_size"].min()
+        return bool(worst < R_HAT_LIMIT and least > LEAST_SAMPLES and self.num_divergent == 0)
+
+    @property
+    def sites(self) -> pd.DataFrame:
+        """One row per site: means of the absolute differences over its elements, and the mean sd ratio."""
+        columns = ["mean_difference", "q5_difference", "q95_difference", "wasserstein"]
+        table = self.table[columns].abs().assign(sd_ratio=self.table["sd_ratio"])
+        return table.groupby(level="site", sort=False).mean()
+
+    @property
+    def sentence(self) -> str:
+        """The findings in plain words."""
+        if not self.trustworthy:
+            return (
+                f"The reference itself is not to be trusted: largest R-hat {self.table['r_hat'].max():.2f}, smallest "
+                f"effective sample size {self.table['effective_sample_size'].min():.0f}, {self.num_divergent} "
+                "divergent transitions; give it more warm-up and draws before judging the guide by it."
+            )
+        site, element = list(self.table.index)[int(self.table["wasserstein"].argmax())]
+        parts = [
+            f"{name}: means off by {row['mean_difference']:.2f} sd on average, sd {row['sd_ratio']:.2f} times right"
+            for name, row in self.sites.iterrows()
+        ]
+        distance = self.table["wasserstein"].max()
+        return f"Against NUTS, {'; '.join(parts)}; farthest is {site}[{element}] (Wasserstein {distance:.2f} sd)."
+
+    def __str__(self) -> str:
+        return f"{self.sentence}\n{self.table.to_string(float_format='%.3f', max_rows=40)}"
+
+
+def compare_with_nuts(
+    fitted: FittedModel,
+    x: Any,
+    num_samples: int = 500,
+    warmup_steps: int = 300,
+    num_chains: int = 2,
+    *,
+    num_guide_samples: int = 2000,
+    seed: int = 0,
+) -> ReferenceComparison:
+    """Draw from p(z | x) of the fitted model by NUTS, and compare the guide's draws with it.
+
+    x: a few rows where all latents are of each datum; the training data whole where some are shared by all.
+    num_samples, warmup_steps: of each of `num_chains` chains, run one after the other.
+
+    Learned parameters stay as they are; enumerated latents are summed out. Generators and Pyro's global
+    state are left as found. Raises `ProgramError` for latents that NUTS cannot draw, `SettingError` for too
+    few draws or, with shared latents, for other rows than the training data's.
+    """
+    data = fitted.batch(x)
+    names = _check(fitted, data, num_samples, num_chains)
+    chains, divergent = _chains(Pair(fitted, data), names, num_samples, warmup_steps, num_chains, seed)
+    guide = fitted.draws(x, num_guide_samples, seed=seed).values
+    table = pd.concat([_compare(name, guide[name], chains[name]) for name in names])
+    return ReferenceComparison(table, {n: v.flatten(0, 1) for n, v in chains.items()}, divergent)
+
+
+def _check(fitted: FittedModel, data: Batch, num_samples: int, num_chains: int) -> list[str]:
+    structure = fitted.structure
+    if num_samples < 10 or num_chains < 1:
+        raise SettingError(
+            f"num_samples={num_samples} of num_chains={num_chains} chains are no reference: give 10 or more"
+        )
+    if structure.global_latents and data.num_rows != fitted.num_rows:
+        raise SettingError(
+            f"'{structure.global_latents[0].name}' is shared by all data, so that the guide's posterior is that of "
+            f"all {fitted.num_rows} training rows: pass these, not {data.num_rows} others"
+        )
+    latents = [s for s in structure.sites if not s.observed and not s.enumerated]
+    discrete = [s.name for s in latents if s.discrete]
+    if discrete or not latents:
+        what = f"'{discrete[0]}' is discrete" if discrete else "there are no latents"
+        raise ProgramError(
+            f"NUTS draws real latents and {what}: enumerate it in the model, or leave NUTS out"
+        )
+    return [s.name for s in latents]
+
+
+def _chains(
+    pair: Pair, names: list[str], num_samples: int, warmup_steps: int, num_chains: int, seed: int
+) -> tuple[dict[str, Tensor], int]:
+    """site -> [chains, draws, ...], and the number of divergent transitions."""
+    found, divergent = [], 0
+    for chain in range(num_chains):
+        noise = seeded(derived_seed(seed, EVALUATION + 1 + chain), pair.program.device)
+        with pair.program.scope(pair.rows), noise, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kernel = NUTS(pair.program.model, max_plate_nesting=pair.nesting)
+            mcmc = MCMC(kernel, num_samples, warmup_steps, disable_progbar=True)
+            mcmc.run(*pair.batch.args, **pair.batch.kwargs)
+            found.append({n: v.detach() for n, v in mcmc.get_samples().items()})
+            divergent += sum(len(v) for v in mcmc.diagnostics().get("divergences", {}).values())
+    return {n: torch.stack([f[n] for f in found]) for n in names}, divergent
+
+
+def _compare(name: str, guide: Tensor, chains: Tensor) -> pd.DataFrame:
+    """guide: [draws, ...]; chains: [chains, draws, ...]."""
+    q = guide.detach().reshape(len(guide), -1).cpu().double()
+    c = chains.reshape(*chains.shape[:2], -1).cpu().double()
+    p = c.flatten(0, 1)
+    sd, ess = p.std(0), effective_sample_size(c, 0, 1)
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    low, high = (q.quantile(levels, dim=0) - p.quantile(levels, dim=0)) / sd
+    distance = [wasserstein_distance(a, b) for a, b in zip(q.T.numpy(), p.T.numpy(), strict=True)]
+    noise = (q.var(0) / len(q) + p.var(0) / ess).sqrt() / sd
+    columns = {
+        "mean": q.mean(0),
+        "sd": q.std(0),
+        "reference_mean": p.mean(0),
+        "reference_sd": sd,
+        "mean_difference": (q.mean(0) - p.mean(0)) / sd,
+        "noise": noise,
+        "sd_ratio": q.std(0) / sd,
+        "q5_difference": low,
+        "q95_difference": high,
+        "wasserstein": torch.tensor(np.array(distance)) / sd,
+        "r_hat": split_gelman_rubin(c, 0, 1),
+        "effective_sample_size": ess,
+    }
+    index = pd.MultiIndex.from_product([[name], range(q.shape[1])], names=["site", "element"])
+    return pd.DataFrame({k: v.numpy() for k, v in columns.items()}, index=index)

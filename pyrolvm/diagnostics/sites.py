@@ -1,0 +1,84 @@
+"""One latent site of a pair of traces: its distribution in the guide, its mean, its KL from the prior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import (
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
+
+from pyrolvm.diagnostics.pair import Pair
+
+NORMALS = (MultivariateNormal, LowRankMultivariateNormal)
+
+
+def latent_fn(guide: Trace, name: str) -> dict[str, Any]:
+    """The guide's node that `name` is drawn at.
+
+    AutoGuides draw an unconstrained auxiliary and set the site to it: where the support is the real line
+    the auxiliary is the latent itself.
+    """
+    nodes: Any = guide.nodes
+    node, auxiliary = nodes[name], nodes.get(f"{name}_unconstrained")
+    if auxiliary is None or not isinstance(_base(node["fn"]), Delta):
+        return node
+    return auxiliary if torch.equal(auxiliary["value"], node["value"]) else node
+
+
+def latent_mean(pair: Pair, node: dict[str, Any]) -> Tensor:
+    """The mean of a guide's site given what it depends on, else its draw: [draws, rows, D]."""
+    fn, event_dims = node["fn"], len(node["fn"].event_shape)
+    try:
+        mean = fn.mean
+    except (NotImplementedError, AttributeError):
+        mean = torch.full((), torch.nan)
+    if mean.shape[mean.dim() - event_dims :] != fn.event_shape or not bool(torch.isfinite(mean).all()):
+        mean = node["value"].to(torch.get_default_dtype())
+    return pair.spread(node, mean, event_dims).double()
+
+
+def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, str]:
+    """KL(q || p) of each dimension of a site given the latents above it: [draws, rows, D] in nats, and its kind.
+
+    "exact": closed form. "marginal": closed form of each dimension's marginal, which do not add up to the
+    KL where q has correlations. "monte carlo": log q - log p at the draws, of the site as one where it does
+    not fall into dimensions (D = 1).
+    """
+    nodes: Any = model.nodes
+    q_node, p_node = latent_fn(guide, name), nodes[name]
+    q, kind = _marginals(q_node["fn"])
+    p, p_kind = _marginals(p_node["fn"])
+    event_dims = len(q_node["fn"].event_shape)
+    if q.event_shape or p.event_shape or "marginal" in p_kind:
+        log_q = pair.log_prob(guide, lambda s: s["name"] in (name, f"{name}_unconstrained"))
+        log_p = pair.log_prob(model, lambda s: s["name"] == name)
+        return (log_q - log_p).unsqueeze(-1), "monte carlo"
+    try:
+        return pair.spread(q_node, kl_divergence(q, p), event_dims).double(), kind
+    except NotImplementedError:
+        value = q_node["value"]
+        difference = q.log_prob(value) - p.log_prob(value)
+        return pair.spread(q_node, difference, event_dims).double(), "monte carlo"
+
+
+def _base(fn: Distribution) -> Distribution:
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def _marginals(fn: Distribution) -> tuple[Distribution, str]:
+    """The distribution of each dimension: a multivariate normal's marginals, else the base of an Independent."""
+    if isinstance(fn, NORMALS):
+        return Normal(fn.mean, fn.variance.sqrt(), validate_args=False), "marginal"
+    return _base(fn), "exact"

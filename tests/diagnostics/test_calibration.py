@@ -1,0 +1,196 @@
+"""Ranks and VSBC probabilities: against Gaussian distribution functions, and guides that are wrong on purpose."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import GlobalMean, LocalNormal
+from scipy.stats import norm
+
+import pyrolvm
+from pyrolvm import PPCA, ProgramError, SettingError, data_plate
+from pyrolvm.diagnostics.calibration import calibrate, calibration_of
+from pyrolvm.diagnostics.simulated import simulations
+from pyrolvm.diagnostics.uniformity import chi_square_p, ecdf_band, kolmogorov_p, symmetry_p
+
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+
+
+EXACT = math.sqrt(0.5)
+
+
+def local(shift=0.0, scale=EXACT):
+    """The exact posterior of LocalNormal is N(x/2, 1/2)."""
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x / 2 + shift, scale))
+
+    return pyrolvm.fit(LocalNormal().model, torch.randn(50), guide=guide, **FREEZE)
+
+
+def test_the_exact_guide_passes():
+    found = calibrate(local(), num_simulations=1000, num_samples=100)
+    assert found.passed
+    assert found.ranks.shape == (1000, 1)
+    assert found.ranks.to_numpy().min() >= 0
+    assert found.ranks.to_numpy().max() <= 100
+    assert "is calibrated" in found.sentence
+    table = found.ecdf("z")
+    assert ((table["difference"] >= table["lower"]) & (table["difference"] <= table["upper"])).all()
+    bins = found.histogram("z")
+    assert bins["count"].sum() == 1000
+    assert ((bins["count"] < bins["lower"]) | (bins["count"] > bins["upper"])).sum() <= 3
+
+
+@pytest.mark.parametrize(
+    ("guide", "verdict"),
+    [({"shift": 0.2}, "shifted"), ({"scale": 0.5}, "too narrow"), ({"scale": 1.0}, "too wide")],
+)
+def test_a_wrong_guide_fails_and_says_how(guide, verdict):
+    found = calibrate(local(**guide), num_simulations=1000, num_samples=100)
+    assert not found.passed
+    assert found.table.loc["z", "verdict"] == verdict
+    assert f"z {verdict}" in found.sentence
+    table = found.ecdf("z")
+    assert ((table["difference"] < table["lower"]) | (table["difference"] > table["upper"])).any()
+
+
+def test_a_narrow_but_centred_guide_passes_the_symmetry_test_and_a_shifted_one_fails_it():
+    narrow = calibrate(local(scale=0.5), num_simulations=1000, num_samples=100)
+    assert narrow.table.loc["z", "symmetry_p"] > 0.05
+    assert narrow.table.loc["z", "chi_square_p"] < 1e-6
+    shifted = calibrate(local(shift=0.2), num_simulations=1000, num_samples=100)
+    assert shifted.table.loc["z", "symmetry_p"] < 1e-6
+
+
+def test_vsbc_probabilities_are_the_gaussian_distribution_function():
+    fitted = local(shift=0.3, scale=0.6)
+    [simulation] = simulations(fitted, fitted.example, 400, rows=True)
+    draws = fitted.draws(simulation.data, 2000).values
+    z, x = simulation.truth["z"], simulation.data.double().numpy()
+    exact = norm.cdf((z - (x / 2 + 0.3)) / 0.6)
+    found = calibration_of({"z": z}, {"z": draws["z"].double().numpy()}).probabilities["z"]
+    error = np.sqrt(exact * (1 - exact) / 2000) + 1e-4
+    assert (np.abs(found - exact) / error).max() < 4.5  # of 400 normal numbers
+    # and (z, x) are those of the model: x - z and z standard normal, independent
+    assert np.cov(z, x)[0, 1] == pytest.approx(1.0, abs=4 * math.sqrt(3 / 400))
+
+
+def test_every_dimension_of_an_amortised_posterior_is_ranked():
+    x = torch.randn(60, 4) @ torch.randn(4, 4)
+    fitted = pyrolvm.fit(PPCA.closed_form(x, 2, guide="full"), x, **FREEZE)
+    found = calibrate(fitted, num_simulations=500)
+    assert list(found.ranks) == ["z[0]", "z[1]"]
+    assert found.passed
+    with torch.no_grad():
+        fitted.model.guide_log_scale.sub_(0.7)
+    assert list(calibrate(fitted, num_simulations=500).table["verdict"]) == ["too narrow"] * 2
+
+
+def exact_mean(x, spread=1.0, known=[]):  # noqa: B006
+    """GlobalMean with its exact posterior in place of training; fitted once, as a fit is not what is tested."""
+    if not known:
+        known.append(pyrolvm.fit(GlobalMean().model, x, guide=GlobalMean().guide, **FREEZE))
+    [fitted] = known
+    n, store = len(fitted.batch(x).args[0]), fitted.program.parameters
+    with torch.no_grad():
+        store["loc"].fill_(fitted.batch(x).args[0].sum() / (n + 1))
+        store["scale"].fill_(math.log(spread / math.sqrt(n + 1)))
+    return fitted
+
+
+def test_latents_shared_by_all_data_are_refitted():
+    x = torch.randn(10)
+    fitted = exact_mean(x)
+    options = {"num_simulations": 150, "num_samples": 50, "seed": 1}
+    good = calibrate(fitted, x, refit=exact_mean, **options)
+    assert good.passed
+    assert list(good.ranks) == ["m"]
+    bad = calibrate(fitted, x, refit=lambda x: exact_mean(x, 0.4), **options)
+    assert bad.table.loc["m", "verdict"] == "too narrow"
+
+
+def test_refits_can_run_elsewhere():
+    x = torch.randn(10)
+    seen = []
+
+    def run(job, data, seeds):
+        seen.append(len(data))
+        return map(job, data, seeds)
+
+    calibrate(exact_mean(x), x, refit=exact_mean, num_simulations=4, num_samples=5, map=run)
+    assert seen == [4]
+
+
+def test_the_tests_of_uniformity_keep_their_level():
+    rng = np.random.default_rng(0)
+    draws = rng.random((400, 200))
+    for test in (kolmogorov_p, chi_square_p, symmetry_p):
+        rejected = np.mean([test(u) < 0.05 for u in draws])
+        assert rejected == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 400)), test.__name__
+    lower, upper = ecdf_band(200)
+    z = np.arange(1, 100) / 100
+    inside = np.mean(
+        [
+            ((np.searchsorted(np.sort(u), z, side="right") / 200 - upper <= 1e-12).all())
+            and ((np.searchsorted(np.sort(u), z, side="right") / 200 - lower >= -1e-12).all())
+            for u in rng.random((1000, 200))
+        ]
+    )
+    assert inside == pytest.approx(0.95, abs=4 * math.sqrt(0.05 * 0.95 / 1000) + 0.01)
+
+
+def test_the_symmetry_test_keeps_its_level_where_numbers_are_symmetric_but_not_uniform():
+    rng = np.random.default_rng(1)
+    draws = rng.beta(0.5, 0.5, (400, 200))
+    rejected = np.mean([symmetry_p(u) < 0.05 for u in draws])
+    assert rejected == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 400))
+
+
+def test_ties_are_broken_at_random():
+    zeros = {"k": np.zeros(2000)}
+    found = calibration_of(zeros, {"k": np.zeros((9, 2000))})
+    assert found.ranks["k"].value_counts().min() > 140
+    assert found.passed
+
+
+def test_what_cannot_be_calibrated_is_refused_in_one_line():
+    x = torch.randn(10)
+    with pytest.raises(ProgramError, match="pass refit"):
+        calibrate(exact_mean(x))
+    with pytest.raises(SettingError, match="training data as x"):
+        calibrate(exact_mean(x), refit=exact_mean)
+    auto = pyrolvm.fit(LocalNormal().model, x, guide=pyro.infer.autoguide.AutoNormal, **FREEZE)
+    with pytest.raises(ProgramError, match="none for simulated"):
+        calibrate(auto)
+    with pytest.raises(SettingError, match=r"\[num_samples, \*\[3\]\] wanted"):
+        calibration_of({"z": np.zeros(3)}, {"z": np.zeros((5, 4))})
+
+
+def test_observed_values_that_are_no_argument_need_a_rebuild():
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + pyro.param("b", torch.tensor(0.0)), 1.0), obs=2 * x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x, math.sqrt(0.5)))
+
+    fitted = pyrolvm.fit(model, torch.randn(20), guide=guide, **FREEZE)
+    with pytest.raises(SettingError, match="pass rebuild"):
+        calibrate(fitted)
+    found = calibrate(fitted, rebuild=lambda arguments, simulated: simulated["x"] / 2)
+    assert found.passed
+
+
+def test_the_generators_are_left_as_found():
+    fitted = local()
+    before = torch.get_rng_state()
+    first = calibrate(fitted, num_simulations=30, num_samples=9)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.ranks.equals(calibrate(fitted, num_simulations=30, num_samples=9).ranks)

@@ -1,0 +1,212 @@
+"""What the latents carry: against the closed forms of linear models, and decoders that do not listen."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import LocalNormal
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+
+import pyrolvm
+from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, ProgramError, SettingError, data_plate
+from pyrolvm.data.simulators import simulate_ppca
+from pyrolvm.diagnostics import collapse as module
+from pyrolvm.diagnostics.collapse import collapse_report
+
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+X = torch.as_tensor(simulate_ppca(1500, 6, 2, noise_scale=1.0, seed=1).values).float()
+
+
+@pytest.fixture(scope="module")
+def ppca():
+    return pyrolvm.fit(PPCA.closed_form(X, 2), X, **FREEZE)
+
+
+@pytest.fixture(scope="module")
+def report(ppca):
+    return collapse_report(ppca, X)
+
+
+def information(model):
+    """I(x, z) = 1/2 log det (I + W' W / sigma^2) under the model."""
+    W, sigma = model.loadings.detach(), model.noise_scale.item()
+    return 0.5 * torch.logdet(torch.eye(W.shape[1]) + W.T @ W / sigma**2).item()
+
+
+def test_kl_of_each_dimension_is_the_closed_form_at_the_maximum_of_the_likelihood(ppca, report):
+    # there the aggregated covariance of q is the prior's, so that KL_i = 1/2 log M_ii / sigma^2 on the data
+    W, sigma = ppca.model.loadings.detach(), ppca.model.noise_scale.item()
+    expected = 0.5 * torch.log((W.T @ W).diagonal() / sigma**2 + 1)
+    found = torch.tensor(report.dimensions["kl"].to_numpy())
+    torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=0)
+    assert found.sum().item() == pytest.approx(information(ppca.model), abs=2e-3)
+    assert set(report.dimensions["kl_kind"]) == {"exact"}
+
+
+def test_information_and_marginal_kl_are_those_of_the_linear_model(ppca, report):
+    error = report.standard_error
+    assert report.mutual_information == pytest.approx(
+        information(ppca.model), abs=4 * error["mutual_information"] + 0.03
+    )
+    # the aggregated posterior is the prior at the optimum, up to the N components of the mixture
+    assert report.marginal_kl == pytest.approx(0.0, abs=4 * error["marginal_kl"] + 0.03)
+    assert report.average_kl == report.mutual_information + report.marginal_kl
+    assert report.average_kl == pytest.approx(report.dimensions["kl"].sum(), abs=4 * error["average_kl"])
+    assert not report.saturated
+    assert report.active_units == 2
+    assert report.collapsed_share == 0
+    assert report.decoder_uses_latents
+    assert "2 of 2 latent dimensions are active and 0 are collapsed" in report.sentence
+
+
+def test_variance_of_the_means_is_the_closed_form(ppca, report):
+    means = (X - ppca.model.offset.detach()) @ ppca.model.guide_loadings.detach().T
+    variance = means.var(0, correction=0)
+    found = torch.tensor(report.dimensions["mean_variance"].to_numpy())
+    torch.testing.assert_close(found.float(), variance, atol=1e-4, rtol=1e-4)
+    first = torch.tensor(report.dimensions["mean_variance_first"].to_numpy())
+    torch.testing.assert_close(first.float(), means[:500].var(0, correction=0), atol=1e-4, rtol=1e-4)
+
+
+def test_a_shifted_guide_has_its_shift_in_the_marginal_kl():
+    # q(z) = N(1, 1) for x ~ N(0, 2) and q = N(x/2 + 1, 1/2): KL(q(z) || p) = 1/2, I = 1/2 log 2
+    def model(x):
+        LocalNormal().model(x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x / 2 + 1, math.sqrt(0.5)))
+
+    x = math.sqrt(2) * torch.randn(2000, generator=torch.Generator().manual_seed(3))
+    report = collapse_report(pyrolvm.fit(model, x, guide=guide, **FREEZE), x)
+    error = report.standard_error
+    # the data are themselves a sample: their mean moves q(z) by 1/sqrt(N)
+    assert report.marginal_kl == pytest.approx(0.5, abs=4 * error["marginal_kl"] + 0.05)
+    assert report.mutual_information == pytest.approx(
+        0.5 * math.log(2), abs=4 * error["mutual_information"] + 0.02
+    )
+
+
+class Deaf(nn.Module):
+    """A decoder that ignores z."""
+
+    def __init__(self, data_dim):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(data_dim))
+
+    def forward(self, z):
+        return self.bias.expand(*z.shape[:-1], -1)
+
+
+def test_a_decoder_that_ignores_z_is_said_to():
+    torch.manual_seed(0)
+    vae = VAE(6, 3, "gaussian", encoder="linear", decoder=Deaf(6))
+    fitted = pyrolvm.fit(vae, X, **FREEZE)
+    report = collapse_report(fitted, X[:300])
+    assert report.active_units > 0  # the encoder still moves: only the exchange finds it out
+    assert report.shuffle_loss == 0
+    assert not report.decoder_uses_latents
+    assert "does not use the latents" in report.sentence
+
+
+def test_dimensions_at_the_prior_are_collapsed():
+    class Half(nn.Module):
+        def forward(self, x):
+            loc = torch.stack([x[..., 0], 0 * x[..., 0]], -1)
+            return loc, torch.full_like(loc, 1.0)
+
+    fitted = pyrolvm.fit(VAE(6, 2, "gaussian", encoder=Half(), decoder="linear"), X, **FREEZE)
+    report = collapse_report(fitted, X[:400])
+    assert list(report.dimensions["active"]) == [True, False]
+    assert list(report.dimensions["active_first"]) == [True, False]
+    assert list(report.dimensions["collapsed"]) == [False, True]
+    assert report.dimensions["mean_variance"].iloc[1] == 0
+    assert "z[1]" in report.sentence
+
+
+def test_information_cannot_exceed_the_logarithm_of_the_data_and_says_so():
+    class Sharp(nn.Module):
+        def forward(self, x):
+            return x[..., :2], torch.full_like(x[..., :2], 1e-3)
+
+    fitted = pyrolvm.fit(VAE(6, 2, "gaussian", encoder=Sharp(), decoder="linear"), X, **FREEZE)
+    report = collapse_report(fitted, X[:100])
+    assert report.mutual_information == pytest.approx(math.log(100), abs=1e-6)
+    assert report.saturated
+    assert "log N = 4.61" in report.sentence
+
+
+def test_chunks_and_loops_change_nothing_but_the_draws(ppca, report, monkeypatch):
+    monkeypatch.setattr("pyrolvm.diagnostics.pair.BUDGET", 6 * 20 * 64)
+    monkeypatch.setattr("pyrolvm.diagnostics.mixture.BUDGET", 5000)
+    chunked = collapse_report(ppca, X[:500])
+    monkeypatch.undo()
+    ppca._vectorized = False
+    looped = collapse_report(ppca, X[:500])
+    ppca._vectorized = True
+    whole = collapse_report(ppca, X[:500])
+    for other in (chunked, looped):
+        for name in ("average_kl", "mutual_information", "marginal_kl"):
+            error = math.hypot(other.standard_error[name], whole.standard_error[name])
+            assert getattr(other, name) == pytest.approx(getattr(whole, name), abs=4 * error)
+        assert (other.dimensions["kl"] - whole.dimensions["kl"]).abs().max() < 1e-5
+
+
+def test_sites_that_depend_on_each_other_run_the_guide_at_the_given_draws():
+    # z2 ~ N(0, 1), z1 | z2 ~ N(z2, 1), x | z1 ~ N(z1, 1) with its exact posterior: KL = I(x; z1, z2) at x ~ N(0, 3)
+    def model(x):
+        with data_plate(x):
+            z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
+            z1 = pyro.sample("z1", dist.Normal(z2, 1.0))
+            pyro.sample("x", dist.Normal(z1, 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            slope = pyro.param("slope", torch.tensor(2 / 3))
+            z1 = pyro.sample("z1", dist.Normal(slope * x, math.sqrt(2 / 3)))
+            pyro.sample("z2", dist.Normal(z1 / 2, math.sqrt(0.5)))
+
+    x = math.sqrt(3) * torch.randn(600, generator=torch.Generator().manual_seed(4))
+    fitted = pyrolvm.fit(model, x, guide=guide, **FREEZE)
+    found = collapse_report(fitted, x)
+    error = found.standard_error
+    assert found.mutual_information == pytest.approx(
+        0.5 * math.log(3), abs=4 * error["mutual_information"] + 0.03
+    )
+    assert found.average_kl == pytest.approx(0.5 * math.log(3), abs=4 * error["average_kl"] + 0.05)
+    # z2 is active through z1: E[z2 | x] = x / 3, variance 1/3 over x
+    assert found.dimensions["mean_variance"].loc[("z2", 0)] == pytest.approx(x.var().item() / 9, rel=0.15)
+
+
+def test_guides_of_other_kinds():
+    fitted = pyrolvm.fit(LocalNormal().model, X[:50, 0], guide=AutoNormal, **FREEZE)
+    report = collapse_report(fitted, X[:50, 0])
+    assert set(report.dimensions["kl_kind"]) == {"exact"}
+    factors = BayesianFactorAnalysis(6, 2)
+    report = collapse_report(pyrolvm.fit(factors, X, **FREEZE), X[:50])
+    assert set(report.dimensions["kl_kind"]) == {"marginal"}
+    assert list(report.dimensions.index.names) == ["site", "dimension"]
+
+
+def test_what_cannot_be_reported_is_refused_in_one_line(ppca):
+    with pytest.raises(SettingError, match="at least 2"):
+        collapse_report(ppca, X[:1])
+    with pytest.raises(SettingError, match="num_samples=1"):
+        collapse_report(ppca, X[:9], num_samples=1)
+    model = PPCA(6, 2)
+    marginal = pyrolvm.fit(model.marginal_model, X, guide=lambda x: None, **FREEZE)
+    with pytest.raises(ProgramError, match="none in its data plate"):
+        collapse_report(marginal, X)
+    with pytest.raises(ProgramError, match="enumerated"):
+        collapse_report(pyrolvm.fit(pyrolvm.GaussianMixture(6, 2), X, **FREEZE), X)
+    assert module.FIRST_ROWS == 500
+
+
+def test_the_generators_are_left_as_found(ppca):
+    before = torch.get_rng_state()
+    first = collapse_report(ppca, X[:40])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.mutual_information == collapse_report(ppca, X[:40]).mutual_information

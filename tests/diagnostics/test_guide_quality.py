@@ -1,0 +1,139 @@
+"""The diagnosis: what it says of right and wrong guides, and of programs it is not defined for."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import GlobalMean, LocalNormal, eight_schools
+from pyro.infer.autoguide import AutoMultivariateNormal
+
+import pyrolvm
+from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, GaussianMixture, PowerVAE, data_plate
+from pyrolvm.diagnostics.guide_quality import diagnose
+from pyrolvm.diagnostics.reference import compare_with_nuts
+
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) @ torch.randn(
+    4, 4, generator=torch.Generator().manual_seed(1)
+)
+
+
+def test_an_exact_guide_is_said_to_be_close():
+    model = PPCA.closed_form(X, 2, guide="full")
+    fitted = pyrolvm.fit(model, X, **FREEZE)
+    found = diagnose(fitted, X, 500, gaps=True)
+    exact = model.log_marginal(X).mean().item()
+    assert found.good
+    assert found.threshold == pytest.approx(1 - 1 / math.log10(500))
+    assert found.method == "exact"
+    assert f"log p(x) is {exact:.2f} nats per datum (exact), and the bound {exact:.2f}" in found.paragraph
+    assert "every datum are all the same: the guide is the posterior" in found.paragraph
+    assert "shared by all" not in found.paragraph
+    assert found.collapse.active_units == 2
+    assert abs(found.gaps.means["inference_gap"]) < 1e-3
+    assert found.predictive is not None
+    assert not found.not_done
+    assert str(found).startswith(found.paragraph)
+
+
+def test_rows_where_the_guide_is_wrong_are_named_and_the_wording_is_honest():
+    def guide(x):
+        with data_plate(x):
+            narrow = torch.where(x > 2.5, 0.35, 1.1) * math.sqrt(0.5)
+            pyro.sample("z", dist.Normal(x / 2, narrow))
+
+    x = torch.linspace(-2, 2, 40)
+    x[[7, 23]] = 3.0
+    found = diagnose(pyrolvm.fit(LocalNormal().model, x, guide=guide, **FREEZE), x, 1000)
+    assert set(found.worst.index[:2]) == {7, 23}
+    assert int((found.k_hat["k_hat"] > found.threshold).sum()) == 2
+    assert not found.good
+    assert "above it for 2" in found.paragraph
+    assert "the approximation is poor or the model is wrong" in found.paragraph
+    k = found.k_hat["k_hat"].max()
+    assert f"({k:.2f})" in found.paragraph
+
+
+def test_large_data_are_looked_at_in_part_with_their_own_row_numbers():
+    vae = VAE(4, 2, "gaussian", hidden=(8,))
+    found = diagnose(pyrolvm.fit(vae, X, **FREEZE), X, 100, max_rows=15)
+    assert len(found.rows) == len(found.k_hat) == len(found.evidence) == 15
+    assert list(found.k_hat.index) == list(found.rows)
+    assert found.rows.max() > 15
+    assert "15 of 40 data, drawn at random" in found.paragraph
+    assert found.method == "importance sampling"
+
+
+def test_latents_shared_by_all_data_have_one_khat():
+    x = X[:, 0]
+    fitted = pyrolvm.fit(GlobalMean().model, x, guide=GlobalMean().guide, **FREEZE)
+    with torch.no_grad():
+        fitted.program.parameters["loc"].fill_(x.sum() / 41)
+        fitted.program.parameters["scale"].fill_(-0.5 * math.log(41))
+    short = compare_with_nuts(fitted, x, 100, 50)
+    right = diagnose(fitted, x, 500, reference=short)
+    assert right.k_hat is None
+    assert right.good
+    assert "the guide is the posterior" in right.paragraph
+    assert right.reference is short
+    assert short.sentence in right.paragraph
+    assert set(right.not_done) == {"k-hat per datum", "collapse"}
+    with torch.no_grad():
+        fitted.program.parameters["scale"].add_(0.2)
+    wide = diagnose(fitted, x, 500)
+    assert wide.good
+    assert "close to their posterior" in wide.paragraph
+    with torch.no_grad():
+        fitted.program.parameters["loc"].add_(1.0)
+    wrong = diagnose(fitted, x, 500)
+    assert not wrong.good
+    assert "the approximation is poor or the model is wrong" in wrong.paragraph
+    assert "shared by all data (m) k-hat is" in wrong.paragraph
+
+
+@pytest.mark.parametrize("kind", ["mixture", "factors", "joint"])
+def test_every_kind_of_program_gets_a_diagnosis(kind):
+    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
+    if kind == "mixture":
+        model = GaussianMixture(4, 2)
+        model.initialise_from(X)
+        found = diagnose(pyrolvm.fit(model, X, **FREEZE), X, 100)
+        assert found.method == "exact"
+        assert found.k_hat is None
+        assert "enumerated" in found.not_done["collapse"]
+    elif kind == "factors":
+        factors = BayesianFactorAnalysis(4, 2)
+        factors.initialise_from(X)
+        found = diagnose(pyrolvm.fit(factors, X, **FREEZE), X, 100)
+        assert len(found.k_hat) == 40
+    else:
+        fitted = pyrolvm.fit(eight_schools, y, guide=AutoMultivariateNormal, **FREEZE)
+        found = diagnose(fitted, y, 100)
+        assert "all data at once" in found.paragraph
+    assert found.paragraph
+
+
+def test_a_tempered_model_is_not_said_to_have_a_log_p_of_x():
+    model = PowerVAE(4, 2, beta=2.0, likelihood="gaussian", hidden=(8,))
+    found = diagnose(pyrolvm.fit(model, X, **FREEZE), X, 50)
+    assert found.tempered
+    assert "the log evidence of the tempered model is" in found.paragraph
+    assert "log p(x) is" not in found.paragraph
+
+
+def test_the_generators_are_left_as_found():
+    fitted = pyrolvm.fit(VAE(4, 2, "gaussian", hidden=(8,)), X, **FREEZE)
+    before = torch.get_rng_state()
+    first = diagnose(fitted, X, 50)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.paragraph == diagnose(fitted, X, 50).paragraph
+
+
+def test_the_model_that_cannot_make_the_data_is_said_to():
+    model = PPCA.closed_form(X, 2, guide="full")
+    x = X.clone()
+    x[3, 1] = 80.0
+    found = diagnose(pyrolvm.fit(model, X, **FREEZE), x, 100, statistics={"largest": torch.max})
+    assert "does not make data like these: largest larger" in found.paragraph

@@ -1,0 +1,96 @@
+"""NUTS as a reference: against exact posteriors, for guides that are right, shifted or too wide."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import GlobalMean, LocalNormal
+
+import pyrolvm
+from pyrolvm import GaussianMixture, ProgramError, SettingError, data_plate
+from pyrolvm.diagnostics.reference import compare_with_nuts
+
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+SHORT = {"num_samples": 200, "warmup_steps": 100, "num_chains": 2}
+
+
+def test_a_wide_and_shifted_guide_is_measured_in_units_of_the_posterior():
+    x = torch.linspace(-2, 2, 6)
+    program = LocalNormal(shift=0.3)  # N(x/2 + 0.3, 1); the posterior is N(x/2, 1/2)
+    fitted = pyrolvm.fit(program.model, x, guide=program.guide, **FREEZE)
+    with torch.no_grad():
+        fitted.program.parameters["shift"].fill_(0.3)
+    found = compare_with_nuts(fitted, x, **SHORT)
+    assert found.trustworthy
+    table = found.table
+    assert list(table.index) == [("z", i) for i in range(6)]
+    reference = (table["reference_mean"] - x.numpy() / 2) / math.sqrt(0.5)
+    assert (reference.abs() * table["effective_sample_size"] ** 0.5 < 4).all()
+    off = (table["mean_difference"] - 0.3 * math.sqrt(2)).abs()
+    assert (off < 4 * table["noise"]).all()
+    # the sd of a sd is about 1 / sqrt(2 ess), for six of them 4 of these
+    assert table["sd_ratio"].to_numpy() == pytest.approx(math.sqrt(2), rel=4 / math.sqrt(2 * 100))
+    assert (table["wasserstein"] > 0.2).all()
+    assert "sd 1.4" in found.sentence
+    assert list(found.sites.index) == ["z"]
+
+
+def test_the_exact_guide_of_a_shared_latent():
+    x = torch.randn(20, generator=torch.Generator().manual_seed(0)) + 1
+    program = GlobalMean()
+    fitted = pyrolvm.fit(program.model, x, guide=program.guide, **FREEZE)
+    with torch.no_grad():
+        fitted.program.parameters["loc"].fill_(x.sum() / 21)
+        fitted.program.parameters["scale"].fill_(-0.5 * math.log(21))
+    found = compare_with_nuts(fitted, x, **SHORT)
+    row = found.table.loc[("m", 0)]
+    assert found.trustworthy
+    assert abs(row["mean_difference"]) < 4 * row["noise"]
+    assert row["sd_ratio"] == pytest.approx(1, abs=4 / math.sqrt(2 * 100))
+    assert row["wasserstein"] < 0.25
+    assert found.draws["m"].shape == (400,)
+
+
+def test_a_bad_reference_says_so():
+    def model(x):  # two far modes, which short chains do not leave
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 10.0))
+            pyro.sample("x", dist.Normal(z.abs() + pyro.param("b", torch.tensor(0.0)), 0.1), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    x = torch.full((6,), 10.0)
+    fitted = pyrolvm.fit(model, x, guide=guide, **FREEZE)
+    found = compare_with_nuts(fitted, x, 40, 40, 2)
+    assert not found.trustworthy
+    assert "not to be trusted" in found.sentence
+
+
+def test_global_state_and_parameters_are_left_as_found():
+    x = torch.linspace(-1, 1, 3)
+    fitted = pyrolvm.fit(LocalNormal().model, x, guide=LocalNormal().guide, **FREEZE)
+    before, values = torch.get_rng_state(), {k: v.clone() for k, v in fitted.program.parameters.items()}
+    first = compare_with_nuts(fitted, x, 10, 5, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(v, values[k]) for k, v in fitted.program.parameters.items())
+    assert first.table.equals(compare_with_nuts(fitted, x, 10, 5, 1).table)
+
+
+def test_enumerated_latents_are_summed_out_and_sampled_discrete_ones_refused():
+    x = torch.randn(20, 2)
+    fitted = pyrolvm.fit(GaussianMixture(2, 2, assignments="sampled"), x, **FREEZE)
+    with pytest.raises(ProgramError, match="'z' is discrete"):
+        compare_with_nuts(fitted, x)
+
+
+def test_other_data_than_the_training_data_are_refused_for_shared_latents():
+    x = torch.randn(20)
+    fitted = pyrolvm.fit(GlobalMean().model, x, guide=GlobalMean().guide, **FREEZE)
+    with pytest.raises(SettingError, match="all 20 training rows"):
+        compare_with_nuts(fitted, x[:5])
+    with pytest.raises(SettingError, match="no reference"):
+        compare_with_nuts(fitted, x, 2)

@@ -1,0 +1,145 @@
+"""k-hat: per datum, so that it does not grow with their number, and one for what all share."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import GlobalMean, LocalNormal, eight_schools
+from pyro.infer.autoguide import AutoMultivariateNormal
+
+import pyrolvm
+from pyrolvm import PPCA, BayesianFactorAnalysis, ProgramError, SettingError, data_plate
+from pyrolvm.diagnostics.tails import global_khat, local_khat
+
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+
+
+def local(ratio, num_rows):
+    """A guide centred at the posterior, N(x/2, 1/2), of `ratio` times its deviation."""
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x / 2, ratio * math.sqrt(0.5)))
+
+    return pyrolvm.fit(LocalNormal().model, torch.linspace(-2, 2, num_rows), guide=guide, **FREEZE)
+
+
+@pytest.mark.parametrize(("ratio", "low", "high"), [(0.5, 0.65, 0.85), (0.95, 0.0, 0.25)])
+def test_khat_of_each_datum_is_that_of_its_guide(ratio, low, high):
+    # 1 - ratio^2 in the limit, shrunk towards 1/2; the intervals of Pyro's own test of psis_diagnostic
+    x = torch.linspace(-2, 2, 100)
+    table = local_khat(local(ratio, 100), x, 2000)
+    assert len(table) == 100
+    assert low < table["k_hat"].mean() < high
+
+
+def test_khat_does_not_grow_with_the_number_of_data():
+    few = local_khat(local(0.9, 10), torch.linspace(-2, 2, 10))
+    many = local_khat(local(0.9, 3000), torch.linspace(-2, 2, 3000))
+    error = many["k_hat"].std() * math.sqrt(1 / 10 + 1 / 3000)
+    assert few["k_hat"].mean() == pytest.approx(many["k_hat"].mean(), abs=4 * error)
+    assert many["k_hat"].mean() < 0.7
+
+
+def test_the_exact_guide_has_the_exact_evidence_and_equal_weights():
+    x = torch.linspace(-2, 2, 40)
+    table = local_khat(local(1.0, 40), x, 200)
+    exact = LocalNormal.log_evidence(x).numpy()
+    assert table["log_evidence"].to_numpy() == pytest.approx(exact, abs=1e-5)
+    assert table["elbo"].to_numpy() == pytest.approx(exact, abs=1e-5)
+    assert table["effective_sample_size"].to_numpy() == pytest.approx(200.0, rel=1e-5)
+
+
+def test_chunks_and_loops_agree(monkeypatch):
+    x = torch.randn(60, 4) @ torch.randn(4, 4)
+    fitted = pyrolvm.fit(PPCA.closed_form(x, 2), x, **FREEZE)
+    whole = local_khat(fitted, x, 100)
+    monkeypatch.setattr("pyrolvm.diagnostics.pair.BUDGET", 100 * 4 * 7)
+    chunked = local_khat(fitted, x, 100)
+    fitted._vectorized = False
+    looped = local_khat(fitted, x, 100)
+    for other in (chunked, looped):
+        assert other["log_evidence"].to_numpy() == pytest.approx(whole["log_evidence"].to_numpy(), abs=1e-3)
+
+
+def mean_fit(x, ratio):
+    program = GlobalMean()
+    fitted = pyrolvm.fit(program.model, x, guide=program.guide, **FREEZE)
+    n, store = len(x), fitted.program.parameters
+    with torch.no_grad():
+        store["loc"].fill_(x.sum() / (n + 1))
+        store["scale"].fill_(math.log(ratio / math.sqrt(n + 1)))
+    return fitted
+
+
+def test_latents_shared_by_all_data_have_one_khat_whatever_their_number():
+    found = []
+    for n in (10, 1000):
+        x = torch.randn(n, generator=torch.Generator().manual_seed(0))
+        narrow = global_khat(mean_fit(x, 0.5), x, 20_000)
+        assert narrow.names == ("m",)
+        assert 0.6 < narrow.k_hat < 0.9
+        assert global_khat(mean_fit(x, 0.95), x, 2000).k_hat < 0.35
+        found.append(narrow.k_hat)
+    # the same noise, scaled to each posterior, has the same weights
+    assert found[0] == pytest.approx(found[1], abs=0.01)
+
+
+def both(x):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with data_plate(x):
+        z = pyro.sample("z", dist.Normal(m, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide_of_both(ratio, n, mean):
+    # p(m | x): precision 1 + n / 2; p(z | x, m) = N((x + m) / 2, 1 / 2)
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(float(mean)))
+        m = pyro.sample("m", dist.Normal(loc, ratio / math.sqrt(1 + n / 2)))
+        with data_plate(x):
+            pyro.sample("z", dist.Normal((x + m) / 2, math.sqrt(0.5)))
+
+    return guide
+
+
+def test_the_latents_of_each_datum_are_integrated_out():
+    x = torch.randn(30, generator=torch.Generator().manual_seed(1))
+    mean = x.sum() / 2 / (1 + 30 / 2)
+    narrow = pyrolvm.fit(both, x, guide=guide_of_both(0.5, 30, mean), **FREEZE)
+    assert 0.6 < global_khat(narrow, x, 20_000, 2).k_hat < 0.9  # the guide of z is exact: two draws suffice
+    assert local_khat(narrow, x, 200)["effective_sample_size"].min() > 199
+    good = pyrolvm.fit(both, x, guide=guide_of_both(1.0, 30, mean), **FREEZE)
+    assert global_khat(good, x, 500, 2).k_hat < 0.5
+
+
+def test_there_is_no_khat_where_it_would_be_that_of_noise_and_it_says_why():
+    x = torch.randn(40, 5)
+    factors = pyrolvm.fit(BayesianFactorAnalysis(5, 2), x, **FREEZE)
+    noisy = global_khat(factors, x, 50, 3)
+    assert noisy.k_hat is None
+    assert "nats of noise" in noisy.reason
+    assert "20 were given" in global_khat(factors, x[:20]).reason
+    ppca = pyrolvm.fit(PPCA(5, 2), x, **FREEZE)
+    assert "no latents are shared" in global_khat(ppca, x).reason
+
+
+def test_a_guide_of_all_data_at_once_has_no_khat_per_datum():
+    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
+    joint = pyrolvm.fit(eight_schools, y, guide=AutoMultivariateNormal, **FREEZE)
+    assert "all data at once" in global_khat(joint, y).reason
+    with pytest.raises(ProgramError, match="AutoNormal"):
+        local_khat(joint, y)
+
+
+def test_points_have_no_khat():
+    x = torch.randn(20)
+    fitted = pyrolvm.fit(GlobalMean().model, x, guide=pyro.infer.autoguide.AutoDelta, **FREEZE)
+    assert "at points" in global_khat(fitted, x).reason
+
+
+def test_too_few_draws_are_refused():
+    with pytest.raises(SettingError, match="at least 25"):
+        local_khat(local(1.0, 5), torch.zeros(5), 10)
