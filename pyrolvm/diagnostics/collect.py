@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
-from pyrolvm.diagnostics.enumerated import TOGETHER, enumerated_chunks, enumerated_sites
 from pyrolvm.diagnostics.tables import Arrays, Layout
-from pyrolvm.inference.draws import Draws, Fixed, tidy
+from pyrolvm.inference.draws import Draws, tidy
+from pyrolvm.inference.enumerated import TOGETHER, enumerated_sites
 from pyrolvm.inference.fitted import FittedModel
 from pyrolvm.inference.folder import model_record, versions
+from pyrolvm.inference.handlers import Fixed
 from pyrolvm.inference.structure import Structure, sample_sites
 
 POSTERIOR = {"posterior", "posterior_predictive", "log_likelihood", "sample_stats"}
@@ -72,7 +72,8 @@ def collect(fitted: FittedModel, x: Any, num_samples: int, groups: Sequence[str]
     parts = _Parts({s.name for s in fitted.structure.sites if s.local} | {TOGETHER, *ROWS})
     layouts = _observe(fitted, batch, parts)
     if POSTERIOR & set(groups):
-        for draws in _posterior_chunks(fitted, batch, num_samples, layouts, seed):
+        enumerated_sites(fitted.structure)  # those that cannot be drawn are refused, not left at the prior
+        for draws in fitted.draw_chunks(batch, num_samples, seed=seed):
             parts.add_draws(draws, "posterior", "posterior_predictive", groups)
             parts.add("log_likelihood", draws.pointwise, groups)
             parts.add("sample_stats", _densities(draws), groups)
@@ -87,21 +88,11 @@ def collect(fitted: FittedModel, x: Any, num_samples: int, groups: Sequence[str]
     return Collected(arrays, layouts, name, row_names(x), batch.columns, _attrs(fitted, seed))
 
 
-def _posterior_chunks(
-    fitted: FittedModel, batch: Batch, num_samples: int, layouts: dict[str, Layout], seed: int
-) -> Iterator[Draws]:
-    summed = enumerated_sites(fitted.structure)
-    if not summed:
-        return fitted.draw_chunks(batch, num_samples, seed=seed)
-    states = math.prod(layouts[name].categories or 2 for name in summed)
-    return enumerated_chunks(fitted, batch, num_samples, states=states, seed=seed)
-
-
 @torch.no_grad()
 def _observe(fitted: FittedModel, x: Batch, parts: _Parts) -> dict[str, Layout]:
     """The layout of every site, from the model run at the guide's means; its observed values go to `parts`."""
     layouts: dict[str, Layout] = {}
-    for batch in fitted._chunks(x, seed=0):
+    for batch in fitted._chunks(x):
         guide = fitted._guide_trace(batch)
         with fitted._scope(batch), Fixed({s["name"]: s["value"] for s in sample_sites(guide)}):
             trace = pyro.poutine.trace(fitted.program.model).get_trace(*batch.args, **batch.kwargs)

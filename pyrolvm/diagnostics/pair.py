@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.draws import BUDGET, Fixed, Means
+from pyrolvm.inference.draws import BUDGET
 from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.handlers import Fixed, Means
 from pyrolvm.inference.structure import Site, sample_sites
 from pyrolvm.inference.weights import PARTICLES
 from pyrolvm.plates import arange_rows

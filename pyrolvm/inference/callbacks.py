@@ -43,7 +43,7 @@ class TensorBoard:
     def __call__(self, report: Report) -> None:
         """Write the steps since the last chunk."""
         for row in report.history.rows(after=self._written):
-            step = int(row.pop("step"))
+            step = row.pop("step")
             for name, value in row.items():
                 if value is not None:
                     self._writer.add_scalar(name, value, step)

@@ -14,13 +14,12 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.handlers import Fixed
 from pyrolvm.inference.program import Program
 from pyrolvm.inference.structure import Structure, sample_sites
 from pyrolvm.inference.weights import PARTICLES, log_densities
@@ -58,43 +57,6 @@ class Draws:
         if self.log_prior is None or self.log_likelihood is None or self.log_guide is None:
             raise ProgramError("draws from the prior have no importance weights: draw from the posterior")
         return self.log_likelihood + self.log_prior - self.log_guide
-
-
-class Fixed(Messenger):
-    """Give sites these values, in model or guide."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-
-
-class Means(Messenger):
-    """Give every latent site the mean of its distribution instead of a draw."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and msg["value"] is None:
-            msg["value"], msg["done"] = location(msg["fn"]), True
-
-
-def location(fn: Any) -> Tensor:
-    """The mean of a distribution; its mode if it is discrete, an average of draws if it knows neither."""
-    if getattr(fn, "has_enumerate_support", False):
-        return fn.mode if _has(fn, "mode") else fn.enumerate_support()[0]
-    if _has(fn, "mean"):
-        return fn.mean
-    return fn.sample((256,)).mean(0)
-
-
-def _has(fn: Any, name: str) -> bool:
-    try:
-        value = getattr(fn, name)
-    except (NotImplementedError, AttributeError):
-        return False
-    return bool(torch.isfinite(value).all()) if value.is_floating_point() else True
 
 
 def posterior_draws(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,14 @@ from torch import Tensor
 from pyrolvm.data.arrays import Batch, as_batch
 from pyrolvm.errors import DataError, ProgramError, SettingError
 from pyrolvm.inference import evidence
-from pyrolvm.inference.draws import (
-    BUDGET,
-    Draws,
-    Fixed,
-    Means,
-    can_vectorize,
-    concatenate,
-    location,
-    posterior_draws,
-    prior_draws,
-)
+from pyrolvm.inference.draws import BUDGET, Draws, can_vectorize, concatenate, posterior_draws, prior_draws
+from pyrolvm.inference.enumerated import can_be_drawn, enumerated_draws
+from pyrolvm.inference.generation import Generator
+from pyrolvm.inference.handlers import Fixed, Means, location
 from pyrolvm.inference.program import Program
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 from pyrolvm.inference.structure import Structure, sample_sites
-from pyrolvm.plates import arange_rows, data_rows
+from pyrolvm.plates import arange_rows
 
 Values = Tensor | dict[str, Tensor]
 
@@ -83,11 +77,14 @@ class FittedModel:
         depends on others gets them at their means.
         """
         names = [s.name for s in self.structure.local_latents if not s.enumerated]
+        if not names and hasattr(self.program.owner, "responsibilities"):
+            return torch.cat([self.program.owner.responsibilities(*b.args) for b in self._chunks(x)])
         if not names:
             raise ProgramError(
                 "this program has no local latents in its guide, so there is nothing to encode"
             )
-        parts = [self._locations(b, names) for b in self._chunks(x, seed)]
+        with self._noise(seed):
+            parts = [self._locations(b, names) for b in self._chunks(x)]
         return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in names})
 
     @torch.no_grad()
@@ -103,7 +100,8 @@ class FittedModel:
     @torch.no_grad()
     def reconstruct(self, x: Any, *, seed: int = 0) -> Values:
         """The mean of p(x | z) at the guide's means: [rows, ...], a dict if several sites are observed."""
-        parts = [self._reconstruction(b) for b in self._chunks(x, seed)]
+        with self._noise(seed):
+            parts = [self._reconstruction(b) for b in self._chunks(x)]
         return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
@@ -114,11 +112,12 @@ class FittedModel:
         `mean=True`, the mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
         """
         _check_count("num_samples", num_samples)
-        with seeded(derived_seed(seed, EVALUATION), self.program.device):
-            if self._generates_rows and not self.structure.global_latents:
-                return _one_or_all(self._generate(num_samples, mean))
-            parts = [self._generate(1, mean) for _ in range(num_samples)]
-        join = torch.cat if self._generates_rows else torch.stack
+        generate = Generator(self.program, self.structure, self.example, self.num_rows)
+        with self._noise(seed):
+            if generate.makes_rows and not self.structure.global_latents:
+                return _one_or_all(generate(num_samples, mean=mean))
+            parts = [generate(1, mean=mean) for _ in range(num_samples)]
+        join = torch.cat if generate.makes_rows else torch.stack
         return _one_or_all({n: join([p[n] for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
@@ -160,13 +159,23 @@ class FittedModel:
     ) -> Iterator[Draws]:
         """The parts of `draws`, some rows of `x` at a time; all see the same draws of the global latents."""
         _check_count("num_samples", num_samples)
-        take = prior_draws if prior else posterior_draws
-        common: dict[str, Any] = {"vectorized": self.vectorized, "total": self.num_rows}
         shared = None
-        for batch in self._chunks(x, seed, per_row=num_samples):
-            part = take(self.program, self.structure, batch, num_samples, shared=shared, **common)
+        states = math.prod(s.num_states for s in self.structure.sites)
+        for index, batch in enumerate(self._chunks(x, per_row=num_samples * states)):
+            with self._noise(seed, index):
+                part = self._draws(batch, num_samples, prior, shared)
             shared = shared or part.shared
             yield part
+
+    def _draws(
+        self, batch: Batch, num_samples: int, prior: bool, shared: list[dict[str, Tensor]] | None
+    ) -> Draws:
+        arguments: Any = (self.program, self.structure, batch, num_samples)
+        options: dict[str, Any] = {"total": self.num_rows, "shared": shared}
+        if not prior and can_be_drawn(self.structure):
+            return enumerated_draws(*arguments, **options)
+        take = prior_draws if prior else posterior_draws
+        return take(*arguments, vectorized=self.vectorized, **options)
 
     @property
     def vectorized(self) -> bool:
@@ -209,18 +218,18 @@ class FittedModel:
                 f"the columns {data.columns} are not those the model was fitted to: pass x[{self.columns}]"
             )
 
-    def _chunks(self, x: Any, seed: int, per_row: int = 1) -> Iterator[Batch]:
-        """The rows of `x` in chunks that fit the memory budget, each run under generators of its own."""
+    def _chunks(self, x: Any, per_row: int = 1) -> list[Batch]:
+        """The rows of `x` in chunks that fit the memory budget."""
         batch = self.batch(x)
         if not self.structure.takes_any_rows or self.structure.per_datum:
-            chunks = [batch]
-        else:
-            width = max(1, sum(t.numel() for _, t in batch.tensors()) // max(batch.num_rows, 1))
-            size = max(1, BUDGET // (width * per_row))
-            chunks = [batch.take(r) for r in arange_rows(batch.num_rows, self.program.device).split(size)]
-        for index, chunk in enumerate(chunks):
-            with seeded(derived_seed(seed, EVALUATION + index), self.program.device):
-                yield chunk
+            return [batch]
+        width = max(1, sum(t.numel() for _, t in batch.tensors()) // max(batch.num_rows, 1))
+        size = max(1, BUDGET // (width * per_row))
+        return [batch.take(r) for r in arange_rows(batch.num_rows, self.program.device).split(size)]
+
+    def _noise(self, seed: int, chunk: int = 0) -> Any:
+        """Generators of their own for a chunk; the caller's are left as found."""
+        return seeded(derived_seed(seed, EVALUATION + chunk), self.program.device)
 
     def _locations(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
         trace = self._guide_trace(batch)
@@ -248,41 +257,6 @@ class FittedModel:
             model = pyro.poutine.trace(self.program.model).get_trace(*batch.args, **batch.kwargs)
         return {s["name"]: location(s["fn"]) for s in sample_sites(model) if s["is_observed"]}
 
-    @property
-    def _generates_rows(self) -> bool:
-        """Whether the model takes None to generate rows (else it is run on its data, unconditioned)."""
-        return self.structure.takes_any_rows and len(self.example.args) == 1 and not self.example.kwargs
-
-    def _generate(self, num_rows: int, mean: bool) -> dict[str, Tensor]:
-        model, arguments = self._generator(num_rows)
-        names = [s.name for s in self.structure.global_latents]
-        rows = arange_rows(num_rows if self._generates_rows else self.example.num_rows, self.program.device)
-        with self.program.scope((len(rows), rows)):
-            guide = self._global_values(names)
-            with Fixed(guide):
-                trace = pyro.poutine.trace(model).get_trace(*arguments.args, **arguments.kwargs)
-        wanted = {s.name for s in self.structure.observed}
-        sites = [s for s in sample_sites(trace) if s["name"] in wanted]
-        return {s["name"]: location(s["fn"]) if mean else s["value"] for s in sites}
-
-    def _generator(self, num_rows: int) -> tuple[Callable, Batch]:
-        if self._generates_rows and _accepts_none(self.program.model):
-            return self.program.model, Batch((None,), {})
-        if self._generates_rows:
-            example = self.example.take(arange_rows(num_rows) % self.example.num_rows)
-            return pyro.poutine.uncondition(self.program.model), example
-        return pyro.poutine.uncondition(self.program.model), self.example
-
-    def _global_values(self, names: list[str]) -> dict[str, Tensor]:
-        if not names:
-            return {}
-        rows = arange_rows(self.example.num_rows, self.program.device)
-        with data_rows(self.num_rows, rows):
-            guide = pyro.poutine.trace(self.program.guide).get_trace(
-                *self.example.args, **self.example.kwargs
-            )
-        return {s["name"]: s["value"] for s in sample_sites(guide) if s["name"] in names}
-
 
 def suit(model: Any, batch: Batch) -> Batch:
     """Let the model look at its data: counts become floating, what it cannot have generated is refused."""
@@ -296,11 +270,6 @@ def suit(model: Any, batch: Batch) -> Batch:
         batch = dataclasses.replace(batch, args=(first, *batch.args[1:]))
     check(first)
     return batch
-
-
-def _accepts_none(model: Callable) -> bool:
-    """A model of the suite's contract generates when it is given None."""
-    return hasattr(getattr(model, "__self__", None), "data_plate")
 
 
 def _check_count(name: str, value: int) -> None:

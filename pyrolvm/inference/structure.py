@@ -37,7 +37,7 @@ class Plate:
 
 @dataclass(frozen=True)
 class Site:
-    """A sample site: shapes as in the batch that was looked at."""
+    """A sample site: shapes as in the batch that was looked at. `num_states`: those summed over if enumerated."""
 
     name: str
     observed: bool
@@ -47,6 +47,7 @@ class Site:
     event_shape: tuple[int, ...]
     plates: tuple[str, ...]
     enumerated: bool = False
+    num_states: int = 1
     discrete: bool = False
 
 
@@ -149,6 +150,7 @@ def _traces(program: Program, batch: Batch, rows: tuple[int, Tensor]) -> tuple[T
 def _site(site: dict[str, Any], plate: Plate | None) -> Site:
     frames = [f for f in site["cond_indep_stack"] if f.vectorized]
     fn = site["fn"]
+    enumerated = site["infer"].get("enumerate") is not None and not site["is_observed"]
     return Site(
         name=site["name"],
         observed=bool(site["is_observed"]),
@@ -157,7 +159,8 @@ def _site(site: dict[str, Any], plate: Plate | None) -> Site:
         batch_shape=tuple(fn.batch_shape),
         event_shape=tuple(fn.event_shape),
         plates=tuple(f.name for f in frames),
-        enumerated=site["infer"].get("enumerate") is not None and not site["is_observed"],
+        enumerated=enumerated,
+        num_states=len(fn.enumerate_support(expand=False)) if enumerated else 1,
         discrete=not site["is_observed"] and _is_discrete(fn),
     )
 

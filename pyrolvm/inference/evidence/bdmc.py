@@ -25,11 +25,11 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.draws import Fixed
 from pyrolvm.inference.evidence.ais import Annealing, backward, check_annealable, forward, pilot
 from pyrolvm.inference.evidence.runs import Run, chunk_sizes, chunks
 from pyrolvm.inference.evidence.streams import StreamingLogMeanExp
 from pyrolvm.inference.evidence.target import Target
+from pyrolvm.inference.handlers import Fixed
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 from pyrolvm.inference.structure import sample_sites
 

@@ -9,9 +9,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.draws import Fixed
 from pyrolvm.inference.evidence.enumeration import enumerable, summed_out
 from pyrolvm.inference.evidence.runs import Run, chunks
+from pyrolvm.inference.handlers import Fixed
 from pyrolvm.inference.structure import sample_sites
 
 if TYPE_CHECKING:

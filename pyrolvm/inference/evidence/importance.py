@@ -19,11 +19,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.draws import Fixed, refuse_enumeration
+from pyrolvm.inference.draws import refuse_enumeration
 from pyrolvm.inference.evidence.enumeration import summed_out
 from pyrolvm.inference.evidence.psis import khat_of_largest, tail_length
 from pyrolvm.inference.evidence.runs import Run, can_repeat, chunks
 from pyrolvm.inference.evidence.streams import LargestWeights, StreamingBound, StreamingLogMeanExp
+from pyrolvm.inference.handlers import Fixed
 from pyrolvm.inference.structure import Structure, sample_sites
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.draws import Fixed
 from pyrolvm.inference.evidence.runs import Run
+from pyrolvm.inference.handlers import Fixed
 from pyrolvm.inference.structure import sample_sites
 
 STARTS = ("prior", "guide")

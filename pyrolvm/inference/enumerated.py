@@ -9,7 +9,7 @@ so that predictions go on from a k that the datum speaks for, and likelihoods ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,11 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.draws import Draws, Fixed, _Pair, _with_log_prob, tidy
-from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.draws import Draws, _Pair, _with_log_prob, tidy
+from pyrolvm.inference.handlers import Fixed
+from pyrolvm.inference.program import Program
 from pyrolvm.inference.structure import Structure, sample_sites
 
 TOGETHER = "observed"
@@ -42,17 +44,26 @@ def enumerated_sites(structure: Structure) -> list[str]:
     return [s.name for s in sites]
 
 
-@torch.no_grad()
-def enumerated_chunks(
-    fitted: FittedModel, x: Any, num_samples: int, *, states: int, seed: int
-) -> Iterator[Draws]:
-    """As `FittedModel.draw_chunks`, with the summed-out latents drawn from their exact posterior."""
-    shared: dict[str, Tensor] = {}
-    for batch in fitted._chunks(x, seed, per_row=num_samples * states):
-        pair = _Enumerated(fitted.program, fitted.structure, batch, fitted.num_rows)
-        draws = pair.enumerated_draws(num_samples, shared)
-        shared = draws.shared[0]
-        yield draws
+def can_be_drawn(structure: Structure) -> bool:
+    """Whether there are latents that are summed out, all of them datum by datum."""
+    try:
+        return bool(enumerated_sites(structure))
+    except ProgramError:
+        return False
+
+
+def enumerated_draws(
+    program: Program,
+    structure: Structure,
+    batch: Batch,
+    num_samples: int,
+    *,
+    total: int,
+    shared: list[dict[str, Tensor]] | None = None,
+) -> Draws:
+    """As `posterior_draws`, with the summed-out latents drawn from their exact posterior."""
+    pair = _Enumerated(program, structure, batch, total)
+    return pair.enumerated_draws(num_samples, (shared or [{}])[0])
 
 
 class _Enumerated(_Pair):
