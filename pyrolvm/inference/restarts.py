@@ -1,0 +1,138 @@
+"""Several fits from different starting values, and the one with the best bound.
+
+Bounds of latent variable models have many local optima; mixtures are the plainest case (McLachlan and
+Peel 2000, "Finite mixture models", section 2.12).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from pyrolvm.data.arrays import as_batch
+from pyrolvm.errors import DivergenceError, SettingError
+from pyrolvm.inference.engine import Step
+from pyrolvm.inference.evaluation import HeldOutBound
+from pyrolvm.inference.fit import fit
+from pyrolvm.inference.fitted import FittedModel, suit
+from pyrolvm.inference.objectives import prepare
+from pyrolvm.inference.optimizers import OptimizerSpec
+from pyrolvm.inference.random import EVALUATION, derived_seed
+
+LAST_SHARE = 0.1
+"""The share of the steps that the final bound is averaged over, where nothing is held out."""
+
+
+def fit_restarts(
+    build: Callable[[int], Any], data: Any, *, num_restarts: int = 10, seed: int = 0, **fit_options: Any
+) -> tuple[FittedModel, pd.DataFrame]:
+    """Fit `build(seed)`, `build(seed + 1)`, ... and keep the fit with the best final bound.
+
+    Parameters
+    ----------
+    build: seed -> a new model (or a pair (model, guide)), its starting values drawn from that seed alone.
+    data: as for `fit`, which is called with the same seed, so that a row of the table can be had again by
+        `fit(build(seed), data, seed=seed, ...)`.
+    num_restarts: how many.
+    seed: of the first; it also decides which rows a share `validation` holds out, the same for all.
+    fit_options: of `fit`. With `checkpoint`, each restart keeps its own folder `restart-<number>` there.
+
+    Returns
+    -------
+    The best fit, and one row per restart, best first: `restart`, `seed`, `bound` in nats per datum (nan if
+    it diverged), `steps`, `seconds`, `outcome`. The bound is that of the held-out data under the same noise
+    for all restarts if `validation` is given, else the mean over the last tenth of the steps.
+
+    Raises
+    ------
+    SettingError: `num_restarts` is not a positive whole number; and all that `fit` raises, where a
+        `DivergenceError` is raised only if every restart diverged.
+    """
+    if not isinstance(num_restarts, int) or num_restarts < 1:
+        raise SettingError(f"num_restarts must be a positive whole number, not {num_restarts!r}")
+    data, fit_options = _hold_out(data, fit_options, seed)
+    contest = _Contest(data, fit_options, seed)
+    for restart in range(num_restarts):
+        contest.enter(restart, build)
+    if contest.best is None:
+        raise DivergenceError(f"all {num_restarts} restarts diverged; the last one: {contest.outcome}")
+    return contest.best, contest.table()
+
+
+@dataclass
+class _Contest:
+    """The restarts so far, and the best of them; the others are not kept in memory."""
+
+    data: Any
+    options: dict[str, Any]
+    seed: int
+    best: FittedModel | None = None
+    best_bound: float = -float("inf")
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    outcome: str = ""
+
+    def enter(self, restart: int, build: Callable[[int], Any]) -> None:
+        """Fit one restart and keep it if it leads."""
+        seed, start = self.seed + restart, time.perf_counter()
+        row: dict[str, Any] = {"restart": restart, "seed": seed, "bound": float("nan"), "steps": 0}
+        try:
+            fitted = self._fit(build(seed), restart, seed)
+        except DivergenceError as error:
+            self.outcome = f"diverged: {error}"
+        else:
+            row["bound"], row["steps"] = self._bound(fitted), len(fitted.history)
+            self.outcome = fitted.stopped_because
+            if row["bound"] > self.best_bound:
+                self.best, self.best_bound = fitted, row["bound"]
+        self.rows.append(row | {"seconds": time.perf_counter() - start, "outcome": self.outcome})
+
+    def table(self) -> pd.DataFrame:
+        """All restarts, best first; the diverged ones last."""
+        return pd.DataFrame(self.rows).sort_values("bound", ascending=False, ignore_index=True)
+
+    def _fit(self, built: Any, restart: int, seed: int) -> FittedModel:
+        model, guide = built if isinstance(built, tuple) else (built, self.options.get("guide"))
+        options = self.options | {"guide": guide, "seed": seed}
+        if options.get("checkpoint") is not None:
+            options["checkpoint"] = Path(options["checkpoint"]) / f"restart-{restart}"
+        return fit(model, self.data, **options)
+
+    def _bound(self, fitted: FittedModel) -> float:
+        if self.options.get("validation") is not None:
+            return self._held_out_bound(fitted)
+        elbo = fitted.history["elbo"]
+        return float(elbo.tail(max(1, round(LAST_SHARE * len(elbo)))).mean())
+
+    def _held_out_bound(self, fitted: FittedModel) -> float:
+        """The bound of the fit's parameters, by the noise of the first seed: the same for all restarts."""
+        program, structure = fitted.program, fitted.structure
+        batch = suit(program.owner, as_batch(self.options["validation"], program.dtype, program.device))
+        objective = prepare(self.options.get("objective"), structure)
+        step = Step(
+            program, structure, objective, OptimizerSpec(), batch, minibatch=True, num_rows=fitted.num_rows
+        )
+        return HeldOutBound(step, batch, self.seed)()
+
+
+def _hold_out(data: Any, options: dict[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
+    """Take a share `validation` out of the data once, so that all restarts are judged by the same rows."""
+    share = options.get("validation")
+    if not isinstance(share, float):
+        return data, options
+    batch = as_batch(data, options.get("dtype") or torch.float32)
+    batch.check_rows()
+    count = round(share * batch.num_rows)
+    if not 0 < count < batch.num_rows:
+        raise SettingError(
+            f"validation={share} of {batch.num_rows} rows leaves {count} to hold out: give a share such as 0.1"
+        )
+    generator = torch.Generator().manual_seed(derived_seed(seed, EVALUATION))
+    order = torch.randperm(batch.num_rows, generator=generator)
+    held_out = batch.take(order[:count].sort().values)
+    return batch.take(order[count:].sort().values), options | {"validation": held_out}
