@@ -131,25 +131,25 @@ def fit(
             f"the guide has parameters for each training row ('{structure.per_datum[0]}') and none for held-out "
             "ones: leave validation out, or use an amortised guide"
         )
-    running, note = choose_engine(engine, step, steps)
-    training = Training(
-        step,
-        running,
-        plan,
-        running.initial_state(noise_state(seed, target)),
-        steps,
-        settings=_settings(step, plan, seed, batch),
-        validate=HeldOutBound(step, held_out, seed) if held_out is not None else None,
-        validate_every=_cadence(validate_every, plan, steps) if held_out is not None else 0,
-        plateau=_plateau(patience, held_out, step),
-        checkpoint=Path(checkpoint) if checkpoint is not None else None,
-        checkpoint_seconds=checkpoint_seconds,
-        on_nan=on_nan,
-        callbacks=callbacks,
-    )
-    if resume:
-        _resume(training)
-    with progress_bar(_title(model), steps, done=training.state.step, enabled=progress) as bar:
+    with progress_bar(_title(model), steps, enabled=progress) as bar:
+        running, note = choose_engine(engine, step, steps, on_compile=bar.note)
+        training = Training(
+            step,
+            running,
+            plan,
+            running.initial_state(noise_state(seed, target)),
+            steps,
+            settings=_settings(step, plan, seed, batch),
+            validate=HeldOutBound(step, held_out, seed) if held_out is not None else None,
+            validate_every=_cadence(validate_every, plan, steps) if held_out is not None else 0,
+            plateau=_plateau(patience, held_out, step),
+            checkpoint=Path(checkpoint) if checkpoint is not None else None,
+            checkpoint_seconds=checkpoint_seconds,
+            on_nan=on_nan,
+            callbacks=callbacks,
+        )
+        if resume:
+            _resume(training)
         training.run(bar)
     return FittedModel(
         program,
@@ -158,7 +158,7 @@ def fit(
         settings=training.settings | {"num_steps": steps},
         example=_few(batch) if structure.takes_any_rows and not structure.per_datum else batch,
         num_rows=total_rows,
-        engine=note,
+        engine=getattr(running, "note", note),  # an engine that fell back says so itself
         stopped_because=training.stopped_because,
         columns=batch.columns,
     )

@@ -14,6 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class Bar:
     """What a loop tells its watcher; this one says nothing."""
 
+    def begin(self, done: int) -> None:
+        """Steps start now, after `done` that a run before this one took."""
+
     def update(self, done: int, **fields: Any) -> None:
         """`done` steps are finished."""
 
@@ -22,9 +25,13 @@ class Bar:
 
 
 class _RichBar(Bar):
-    def __init__(self, progress: Progress, task: Any, done: int) -> None:
+    def __init__(self, progress: Progress, task: Any) -> None:
         self.progress, self.task = progress, task
+        self.begin(0)
+
+    def begin(self, done: int) -> None:
         self.first, self.start = done, time.perf_counter()
+        self.progress.update(self.task, completed=done)
 
     def update(self, done: int, **fields: Any) -> None:
         speed = (done - self.first) / max(time.perf_counter() - self.start, 1e-9)
@@ -36,7 +43,7 @@ class _RichBar(Bar):
 
 
 @contextmanager
-def progress_bar(title: str, total: int, *, done: int = 0, enabled: bool = True) -> Iterator[Bar]:
+def progress_bar(title: str, total: int, *, enabled: bool = True) -> Iterator[Bar]:
     """A bar on standard error if that is a terminal and `enabled`; else a silent one."""
     console = Console(stderr=True)
     if not (enabled and console.is_terminal):
@@ -50,4 +57,4 @@ def progress_bar(title: str, total: int, *, done: int = 0, enabled: bool = True)
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=False) as progress:
-        yield _RichBar(progress, progress.add_task(title, total=total, completed=done, text=""), done)
+        yield _RichBar(progress, progress.add_task(title, total=total, text=""))

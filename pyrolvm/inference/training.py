@@ -70,6 +70,7 @@ class Training:
     def run(self, bar: Bar) -> None:
         """Train; on an interrupt, write a checkpoint and say how to go on."""
         size, saved = 8, time.monotonic()
+        bar.begin(self.state.step)
         good: TrainingState | None = None
         try:
             with _termination_as_interrupt():
