@@ -1,0 +1,192 @@
+"""The compiled engine: steps traced once, then run without Python; on the CPU and on CUDA.
+
+The first step of a run is eager: it gives the optimiser's state the shapes and starting values that torch
+gives it. From then on the state's tensors are the buffers that the compiled step writes to, so that
+either engine can go on from the other's state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyrolvm.errors import ProgramError
+from pyrolvm.inference.engine.eager import EagerEngine
+from pyrolvm.inference.engine.loops import CudaLoop, Loop
+from pyrolvm.inference.engine.native import NativeLoop, is_compiled
+from pyrolvm.inference.engine.state import TrainingState
+from pyrolvm.inference.engine.step import Step
+from pyrolvm.inference.engine.tracing import Slots, TracedStep, trace_step
+from pyrolvm.inference.random import generator_state, kept_generators, noise_state, set_generator_state
+
+CHECKED_STEPS = 2
+PROBED_STEPS = 2
+
+
+class CompiledEngine:
+    """Runs whole chunks of steps outside Python.
+
+    Parameters
+    ----------
+    step: what is trained.
+    on_compile: called with a sentence before a compilation of several seconds.
+    fall_back: run eagerly where compiling fails, and say why in `note`; else raise `ProgramError`.
+    traced: the step, if it has been traced before.
+    loop: what runs the traced step; by default native code on the CPU, a captured graph on CUDA.
+
+    Attributes
+    ----------
+    num_compilations: how often a step was compiled or captured: once, whatever the chunks' lengths.
+    note: which engine runs, and why.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        *,
+        on_compile: Callable[[str], None] | None = None,
+        fall_back: bool = False,
+        traced: TracedStep | None = None,
+        note: str = "compiled engine",
+        loop: Callable[[TracedStep, bool], Loop] | None = None,
+    ) -> None:
+        self.step = step
+        self.eager = EagerEngine(step)
+        self.on_compile = on_compile
+        self.fall_back = fall_back
+        self.note = note
+        self.num_compilations = 0
+        self._traced = traced or trace_step(step, *probe(step)[:2])
+        self._slots = _slots(self._traced)
+        self._loop: Loop | None = None
+        self._make_loop = loop or (CudaLoop if step.program.device.type == "cuda" else NativeLoop)
+        self._given_up = False
+        self._live: TrainingState | None = None
+
+    @property
+    def name(self) -> str:
+        """The engine that runs: "compiled", or "eager" after a fallback."""
+        return "eager" if self._given_up else "compiled"
+
+    def initial_state(self, random: dict[str, Tensor]) -> TrainingState:
+        """The state before the first step: the program's parameters as they are now."""
+        return self.eager.initial_state(random)
+
+    def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+        """As `EagerEngine.run`: one step for each row of `rows`; returns the new state and the terms."""
+        if self._given_up or not len(rows) or rows.shape[1] != len(self._traced.rows):
+            return self.eager.run(state, rows)
+        done: list[Tensor] = []
+        if not self._is_complete(state):
+            state, terms = self.eager.run(state, rows[:1])
+            rows, done = rows[1:], [terms]
+        if len(rows):
+            state, terms = self._run(state, rows) if self._loop else self._first_run(state, rows)
+            done.append(terms)
+        return state, torch.cat(done)
+
+    def _is_complete(self, state: TrainingState) -> bool:
+        return all(own.keys() <= state.optimizer.get(name, {}).keys() for name, own in self._slots.items())
+
+    def _first_run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+        """Compile, and see that the first steps give what eager steps give."""
+        before = state.clone()
+        _, expected = self.eager.run(state.clone(), rows[:CHECKED_STEPS])
+        self.step.program.load(before.parameters)  # so that `state` is whole if compiling is interrupted
+        try:
+            self._loop = self._compile()
+            self.num_compilations += 1
+            after, terms = self._run(before.clone(), rows)
+            _check_equal(terms[:CHECKED_STEPS], expected)
+        except Exception as error:
+            if not self.fall_back:
+                raise ProgramError(f"the compiled engine cannot run this program: {error}") from error
+            self._given_up = True
+            self.note = f"eager engine: compiling failed ({error})"
+            return self.eager.run(before, rows)
+        return after, terms
+
+    def _compile(self) -> Loop:
+        known = self._make_loop is NativeLoop and is_compiled(self._traced)
+        if self.on_compile is not None and not known:
+            self.on_compile("compiling the training step, once for this program and machine")
+        return self._make_loop(self._traced, self.step.minibatch)
+
+    def _run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+        assert self._loop is not None
+        self._adopt(state)
+        self._live = None  # until the chunk is done
+        device = self.step.program.device
+        controls = self.step.controls(state.step, len(rows))
+        with kept_generators(device):
+            set_generator_state(state.random, device)
+            parts = zip(rows.split(self._loop.capacity), controls.split(self._loop.capacity), strict=True)
+            terms = [self._part(self._loop, *part) for part in parts]
+            random = generator_state(device)
+        self._live = TrainingState(
+            self.step.program.tensors(),
+            {name: {k: t.to(where) for k, (t, where) in own.items()} for name, own in self._slots.items()},
+            state.step + len(rows),
+            random,
+        )
+        return self._live, torch.cat(terms)
+
+    def _part(self, loop: Loop, rows: Tensor, controls: Tensor) -> Tensor:
+        if self.step.minibatch:
+            loop.rows[: len(rows)].copy_(rows)
+        loop.controls[: len(rows)].copy_(controls)
+        loop.index.zero_()
+        loop.run(len(rows))
+        return loop.terms[: len(rows)].to("cpu", copy=True)
+
+    def _adopt(self, state: TrainingState) -> None:
+        if state is self._live:
+            return
+        self.step.program.load(state.parameters)
+        for name, own in self._slots.items():
+            for slot, (tensor, _) in own.items():
+                tensor.copy_(state.optimizer[name][slot])
+
+
+def probe(step: Step) -> tuple[Slots, Tensor, float]:
+    """Try some eager steps: the optimiser's slots after them, the rows used, seconds per step.
+
+    The program, its parameters and the generators are left as they were.
+    """
+    program = step.program
+    before = {k: v.detach().clone() for k, v in program.tensors().items()}
+    plate = step.structure.data_plate
+    rows = torch.arange(plate.size if step.minibatch and plate else step.num_rows, device=program.device)
+    engine = EagerEngine(step)
+    try:
+        state, _ = engine.run(engine.initial_state(noise_state(0, program.device)), rows.expand(1, -1))
+        start = time.perf_counter()
+        state, _ = engine.run(state, rows.expand(PROBED_STEPS, -1))
+        seconds = (time.perf_counter() - start) / PROBED_STEPS
+    finally:
+        program.load(before)
+    return state.optimizer, rows, seconds
+
+
+def _slots(traced: TracedStep) -> dict[str, dict[str, tuple[Tensor, torch.device]]]:
+    """Parameter -> slot -> the tensor that the step writes to, and the device that torch keeps it on."""
+    found: dict[str, dict[str, tuple[Tensor, torch.device]]] = {}
+    for key, tensor in zip(traced.names, traced.state, strict=True):
+        kind, _, name = key.partition("/")
+        if kind == "optimizer":
+            slot, _, owner = name.partition("/")
+            where = torch.device("cpu") if slot == "step" else tensor.device
+            found.setdefault(owner, {})[slot] = (tensor, where)
+    return found
+
+
+def _check_equal(terms: Tensor, expected: Tensor) -> None:
+    if not torch.allclose(terms, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+        worst = (terms - expected).abs().max().item()
+        raise ProgramError(
+            f"its bound differs from the eager one by {worst:.3g} nats: the program depends on something "
+            "that changes between steps and is no tensor of it, such as a Python counter or NumPy noise"
+        )

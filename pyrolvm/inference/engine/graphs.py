@@ -1,0 +1,326 @@
+"""torch's private and prototype parts, all that the engines use of them (torch 2.11 to 2.13).
+
+    record      run a function and write down its tensor operations          (make_fx)
+    functional  the same graph with side effects on its inputs only, at its end (functionalize)
+    cpp_source  a graph as C++ source                                        (inductor, cpp_wrapper)
+    compiler_command, header                                                 (inductor's C++ builder)
+    fused       a graph as fused kernels of its device                       (inductor)
+    borrowed    tensors as the pointers that such C++ takes                  (torch._C._aoti)
+
+Whatever is missing in another version of torch shows as an exception from here; the engines then run
+eagerly and say so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import re
+import shlex
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+
+# What makes the numbers those of eager torch, and what only makes compiling quicker.
+INDUCTOR_SETTINGS: dict[str, Any] = {
+    "fallback_random": True,  # draws are ATen's own, from the default generators
+    "size_asserts": False,  # shapes cannot change between steps
+    "cpp.vec_isa_ok": True,  # skips a trial compilation; a compiler that cannot fails at once
+    "cpp_wrapper": True,
+}
+# -O3 only takes longer: inductor vectorises the kernels itself
+FLAGS = {"-O3": "-O2", "-g1": "", "-Wall": "-w", "-pedantic": ""}
+REMOVED_OPS = ("_record_function", "_linalg_check_errors")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither warnings nor log lines of torch's compiler: they speak to its developers."""
+    loggers = [logging.getLogger(n) for n in (*logging.root.manager.loggerDict,) if n.startswith("torch._")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def record(
+    function: Callable[..., Any], inputs: Sequence[Tensor]
+) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The operations of `function(*inputs)`, run once on these very tensors, and the constants among them.
+
+    Whatever route leads the function to one of `inputs`, the graph has it as that input. The other tensors it
+    reads, its constants, are further inputs behind them.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(function)(*inputs)
+    for node in reversed(graph.graph.nodes):
+        # profiler marks, and a check that reads its result on the host
+        if any(name in str(node.target) for name in REMOVED_OPS) and not node.users:
+            graph.graph.erase_node(node)
+    return graph, _lift_constants(graph, inputs)
+
+
+def _lift_constants(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors that the graph holds become inputs; one that is an input by another name, that input."""
+    nodes = graph.graph
+    placeholders = [n for n in nodes.nodes if n.op == "placeholder"]
+    known = {_memory(t): p for t, p in zip(inputs, placeholders, strict=True)}
+    constants: list[Tensor] = []
+    for node in list(nodes.nodes):
+        if node.op != "get_attr":
+            continue
+        value: Any = getattr(graph, str(node.target))
+        if _memory(value) not in known:
+            with nodes.inserting_after(placeholders[-1]):
+                placeholders.append(nodes.placeholder(f"constant_{len(constants)}"))
+            constants.append(value)
+            known[_memory(value)] = placeholders[-1]
+        node.replace_all_uses_with(known[_memory(value)])
+        nodes.erase_node(node)
+    graph.recompile()
+    return tuple(constants)
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.device
+
+
+def written_inputs(graph: fx.GraphModule) -> list[int]:
+    """Positions of the inputs that the graph writes to in place, be it through a view."""
+    positions = {n: i for i, n in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
+    base: dict[fx.Node, fx.Node] = {}
+    written = set()
+    for node in graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            if isinstance(value, fx.Node) and argument.alias_info is not None:
+                base[node] = base.get(value, value)
+                if argument.alias_info.is_write and base[node] in positions:
+                    written.add(positions[base[node]])
+    return sorted(written)
+
+
+@_quiet()
+def functional(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The operations of `function(*inputs)` in inductor's terms, none in place but the final `copy_`."""
+    from torch._inductor import config
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with config.patch(INDUCTOR_SETTINGS), torch.no_grad():
+        # draws stay ATen's own, which the decompositions' are not
+        table = {k: v for k, v in select_decomp_table().items() if not _draws(k)}
+        table[torch.ops.aten.multinomial.default] = _multinomial
+        table[torch.ops.aten.bernoulli.default] = _bernoulli
+        pure = torch.func.functionalize(function, remove="mutations")
+        flat = make_fx(pure, decomposition_table=table, tracing_mode="fake")(*inputs)
+    _hoist_scalars(flat)
+    return flat
+
+
+COSTLY = (
+    "pow",
+    "exp",
+    "log",
+    "log1p",
+    "expm1",
+    "sqrt",
+    "rsqrt",
+    "tanh",
+    "sigmoid",
+    "lgamma",
+    "digamma",
+    "div",
+)
+
+
+def _hoist_scalars(graph: fx.GraphModule) -> None:
+    """Compute each costly scalar once, not again in the inner loop of every kernel that reads it.
+
+    Adam's bias corrections are two powers; inlined, they cost as much as the matrix products of a VAE.
+    """
+    operator = _realized()
+    costly: set[fx.Node] = set()
+    for node in list(graph.graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor) or value.dim():
+            continue
+        name = getattr(node.target, "_opname", "")
+        if name not in COSTLY and not any(n in costly for n in node.all_input_nodes):
+            continue
+        if not any(_is_large(user) for user in node.users):
+            costly.add(node)
+            continue
+        with graph.graph.inserting_after(node):
+            once = graph.graph.call_function(operator, (node,))
+        once.meta["val"] = value
+        for user in list(node.users):
+            if user is not once:
+                user.replace_input_with(node, once)
+    graph.recompile()
+
+
+def _is_large(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.numel() > 64
+
+
+@functools.cache
+def _realized() -> Any:
+    """An operator that does nothing but have inductor keep its argument in memory."""
+    from torch._inductor.lowering import register_lowering
+
+    @torch.library.custom_op("pyrolvm::realized", mutates_args=())
+    def realized(value: Tensor) -> Tensor:
+        return value.clone()
+
+    realized.register_fake(torch.empty_like)
+    operator = torch.ops.pyrolvm.realized.default
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lower(value: Any) -> Any:
+        value.realize()
+        return value
+
+    return operator
+
+
+def _draws(operator: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
+
+
+def _multinomial(
+    weights: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None
+) -> Any:
+    """One draw as ATen makes it, from the same noise; inductor itself would call Python for it."""
+    if num_samples != 1 or generator is not None or not _is_plain(weights):
+        return NotImplemented
+    # of memory of its own: what inductor makes of `weights` may be laid out in another order
+    noise = torch.ops.aten.exponential.default(weights.new_empty(weights.shape))
+    return (weights / noise).argmax(-1, keepdim=True)
+
+
+def _bernoulli(weights: Tensor, *, generator: Any = None) -> Any:
+    """As `_multinomial`, for weights [...] of 1."""
+    if generator is not None or not _is_plain(weights):
+        return NotImplemented
+    noise = torch.rand(weights.shape, dtype=weights.dtype, device=weights.device)
+    return (noise < weights).to(weights.dtype)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+class _Source(BaseException):
+    """Carries the source out of inductor before it is compiled; not an Exception, so nothing wraps it."""
+
+
+@_quiet()
+def cpp_source(graph: fx.GraphModule) -> str:
+    """C++ that defines `void inductor_entry_impl(AtenTensorHandle* inputs, AtenTensorHandle* outputs)`."""
+    from torch._inductor.codecache import CppWrapperCodeCache
+
+    def capture(*args: Any, main_code: str, kernel_code: str | None = None, **kwargs: Any) -> None:
+        raise _Source(main_code + (kernel_code or ""))
+
+    with mock.patch.object(CppWrapperCodeCache, "load_pybinding", capture):
+        try:
+            _compile(graph, INDUCTOR_SETTINGS)
+        except _Source as source:
+            code = str(source.args[0])
+        else:
+            raise RuntimeError("inductor wrote no C++ for this graph")
+    taken = re.findall(r"steal_from_raw_handles_to_raii_handles\(input_handles, (\d+)\)", code)
+    count = sum(n.op == "placeholder" for n in graph.graph.nodes)
+    if taken != [str(count)]:
+        raise RuntimeError(f"inductor's C++ takes {taken} inputs where the graph has {count}")
+    return code
+
+
+@_quiet()
+def fused(graph: fx.GraphModule) -> Callable[[Sequence[Tensor]], Any]:
+    """The graph as kernels that inductor wrote for its device, called from Python."""
+    compiled = _compile(graph, INDUCTOR_SETTINGS | {"cpp_wrapper": False})
+    return lambda inputs: compiled(list(inputs))
+
+
+def _compile(graph: fx.GraphModule, settings: dict[str, Any]) -> Any:
+    """inductor without Dynamo and AOTAutograd before it: the graph is traced, flat and functional."""
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.utils import BoxedBool
+    from torch._inductor.virtualized import V
+
+    inputs = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
+    mode = next(t.fake_mode for t in inputs)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(config.patch(settings))
+        stack.enter_context(V.set_fake_mode(mode))
+        stack.enter_context(tracing(TracingContext(mode)))
+        return compile_fx_inner(
+            graph, inputs, cudagraphs=BoxedBool(False), cpp_wrapper=settings["cpp_wrapper"]
+        )
+
+
+HEADERS = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n#include <torch/csrc/inductor/cpp_prefix.h>\n"
+
+
+@_quiet()
+def compiler_command(source: Path, target: Path, header: Path | None = None) -> list[str]:
+    """The command that compiles C++ `source` for this processor into the library `target`.
+
+    header: a header to include first, precompiled beside itself. With `source` a header, the command
+    precompiles it.
+    """
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    precompiling = source.suffix == ".h"
+    with config.patch(INDUCTOR_SETTINGS):
+        options = CppTorchDeviceOptions(
+            vec_isa=pick_vec_isa(), include_pytorch=True, device_type="cpu", precompiling=precompiling
+        )
+        if header is not None:
+            options.precompiled_header = str(header)
+        name = str(target.with_suffix(""))
+        line = CppBuilder(name=name, sources=str(source), BuildOption=options).get_command_line()
+    words = shlex.split(line)
+    words[words.index("-o") + 1] = str(target)
+    return [w for w in (FLAGS.get(w, w) for w in words) if w]
+
+
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+@contextmanager
+def borrowed(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """The tensors as an array of `AtenTensorHandle`, valid inside."""
+    capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+    try:
+        yield (ctypes.c_void_p * len(capsules))(*(_capsule_pointer(c, None) for c in capsules))
+    finally:
+        torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)

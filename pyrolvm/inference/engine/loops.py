@@ -1,0 +1,112 @@
+"""The traced step over static buffers, as the engines run it: in Python, or replayed on CUDA.
+
+A loop owns the buffers of a chunk (`index`, `terms`, `controls`, `rows`) and writes to the state's tensors in place.
+`native.NativeLoop` is the same on the CPU without Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.engine.tracing import TracedStep
+from pyrolvm.inference.random import kept_generators
+
+CAPACITY = 1024
+ROWS_CAPACITY = 2**20
+WARM_UPS = 3
+
+
+class Loop(Protocol):
+    """Advances the traced state in place, `capacity` steps at most at a time."""
+
+    capacity: int
+    index: Tensor
+    terms: Tensor
+    controls: Tensor
+    rows: Tensor
+
+    def run(self, num_steps: int) -> None:
+        """Take `num_steps` steps from `index` on, with the controls and rows that the buffers hold."""
+
+
+def chunk_capacity(traced: TracedStep, minibatch: bool) -> int:
+    """Steps whose buffers take a few megabytes."""
+    return max(1, min(CAPACITY, ROWS_CAPACITY // len(traced.rows))) if minibatch else CAPACITY
+
+
+class StaticLoop:
+    """Runs the traced step from Python: for tests, and what `CudaLoop` captures."""
+
+    def __init__(self, traced: TracedStep, minibatch: bool) -> None:
+        self.capacity = chunk_capacity(traced, minibatch)
+        self._advance, self._inputs = traced.in_place(self.capacity, minibatch)
+        self.index, self.terms, self.controls, self.rows = self._inputs[:4]
+        self._written = [self.index, self.terms, *traced.state]
+
+    @torch.no_grad()
+    def run(self, num_steps: int) -> None:
+        """As `Loop.run`."""
+        for _ in range(num_steps):
+            self._advance(*self._inputs)
+
+
+class CudaLoop(StaticLoop):
+    """Replays one captured step: nothing touches the host between the steps of a chunk.
+
+    Noise comes from the device's default generator, whose state each replay reads and moves on.
+    """
+
+    def __init__(self, traced: TracedStep, minibatch: bool) -> None:
+        """Capture a step; the state and the generators are left as they were."""
+        super().__init__(traced, minibatch)
+        self._device = self.index.device
+        before = [t.clone() for t in self._written]
+        with torch.no_grad(), torch.cuda.device(self._device), kept_generators(self._device):
+            advance = _fused(self._advance, self._inputs) or self._plain
+            self._graph = self._capture(advance)
+            for tensor, value in zip(self._written, before, strict=True):
+                tensor.copy_(value)
+
+    def run(self, num_steps: int) -> None:
+        """As `Loop.run`."""
+        with torch.cuda.device(self._device):
+            for _ in range(num_steps):
+                self._graph.replay()
+
+    def _plain(self) -> None:
+        self._advance(*self._inputs)
+
+    def _capture(self, advance: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        # libraries set themselves up in the first calls, which must not be captured
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self.index.zero_()
+                advance()
+            self.index.zero_()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(torch.cuda.default_generators[self._device.index or 0])
+        # other threads of the process may use the device meanwhile
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            advance()
+        return graph
+
+
+def _fused(advance: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], Any] | None:
+    """The step in kernels fused by inductor, where it can; some hundred small ones otherwise."""
+    if find_spec("triton") is None:
+        return None
+    try:
+        compiled = graphs.fused(graphs.functional(advance, inputs))
+        compiled(inputs)
+    except Exception:
+        return None
+    return lambda: compiled(inputs)

@@ -1,0 +1,141 @@
+"""The traced step as native code on the CPU: C++ by inductor, compiled once, looped without Python.
+
+The library is kept in the user's cache (`cache.py`). A process that finds it there neither imports
+inductor nor needs a compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pyrolvm.inference.engine import cache, graphs, loops, tracing
+from pyrolvm.inference.engine.loops import StaticLoop
+from pyrolvm.inference.engine.tracing import TracedStep
+
+LOOP = """
+extern "C" const char* pyrolvm_run(int64_t num_steps, AtenTensorHandle* inputs) {
+    static thread_local std::string error;
+    try {
+        std::vector<AtenTensorHandle> own(NUM_INPUTS);
+        AtenTensorHandle none[1];
+        for (int64_t step = 0; step < num_steps; ++step) {
+            // a step takes its handles away; the tensors behind them stay
+            for (int i = 0; i < NUM_INPUTS; ++i) {
+                aoti_torch_new_tensor_handle(inputs[i], &own[i]);
+            }
+            inductor_entry_impl(own.data(), none);
+            if (PyErr_Occurred()) {  // ctypes raises it
+                return nullptr;
+            }
+        }
+        return nullptr;
+    } catch (const std::exception& e) {
+        error = e.what();
+        return error.c_str();
+    } catch (...) {
+        return "an unknown error";
+    }
+}
+"""
+COMPILERS = ("g++", "clang++")
+
+
+class CompilerError(RuntimeError):
+    """The C++ compiler is missing or failed."""
+
+
+def key(traced: TracedStep) -> str:
+    """The name of the compiled step in the cache: the step, and the sources that turn it into code."""
+    sources = [Path(module.__file__ or "").read_text("utf-8") for module in (graphs, loops, tracing)]
+    return cache.digest(traced.text(), LOOP, *sources)
+
+
+def is_compiled(traced: TracedStep) -> bool:
+    """Whether the step is in the cache."""
+    return cache.is_stored(cache.entry(key(traced), ".so"))
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is found."""
+    return any(shutil.which(name) for name in COMPILERS)
+
+
+class NativeLoop(StaticLoop):
+    """The step as a library: a chunk is one call."""
+
+    def __init__(self, traced: TracedStep, minibatch: bool) -> None:
+        """Load the step from the cache, or compile it. Raises `CompilerError`."""
+        super().__init__(traced, minibatch)
+        path = cache.entry(key(traced), ".so")
+        if not cache.is_stored(path):
+            _compile(self._advance, self._inputs, path)
+        self._library = _load(path)
+
+    def run(self, num_steps: int) -> None:
+        """As `Loop.run`."""
+        with graphs.borrowed(self._inputs) as handles:
+            error = self._library(num_steps, handles)
+        if error is not None:
+            raise RuntimeError(error.decode(errors="replace"))
+
+
+def _load(path: Path) -> Callable[..., bytes | None]:
+    # PyDLL: the loop starts with the interpreter's lock, and lets it go while a step computes
+    function = ctypes.PyDLL(str(path)).pyrolvm_run
+    function.restype = ctypes.c_char_p
+    function.argtypes = [ctypes.c_int64, ctypes.c_void_p]
+    return function
+
+
+def _compile(advance: Callable[..., Any], inputs: Sequence[Tensor], path: Path) -> None:
+    if not has_compiler():
+        raise CompilerError("no C++ compiler was found (install g++ or clang++)")
+    with ThreadPoolExecutor(1) as pool:
+        # torch's headers are parsed once per machine, on another core while inductor writes its C++
+        header = _header()
+        ready = pool.submit(_precompile, header)
+        code = graphs.cpp_source(graphs.functional(advance, inputs))
+        ready.result()
+    with cache.storing(path) as target:
+        source = target.with_suffix(".cpp")
+        source.write_text(code + LOOP.replace("NUM_INPUTS", str(len(inputs))), encoding="utf-8")
+        _call(graphs.compiler_command(source, target, header))
+
+
+def _header() -> Path:
+    example = graphs.compiler_command(Path("torch.h"), Path("torch.h.gch"))
+    path = cache.entry(cache.digest(graphs.HEADERS, *example), ".h")
+    if not cache.is_stored(path):
+        with cache.storing(path) as target:
+            target.write_text(graphs.HEADERS, encoding="utf-8")
+    return path
+
+
+def _precompile(header: Path) -> None:
+    path = header.with_suffix(".h.gch")
+    if cache.is_stored(path):
+        return
+    with (
+        contextlib.suppress(CompilerError),
+        cache.storing(path) as target,
+    ):  # without it, all only takes longer
+        _call(graphs.compiler_command(header, target))
+
+
+def _call(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompilerError(f"the C++ compiler {command[0]} did not start: {error}") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise CompilerError(f"the C++ compiler {command[0]} failed: {lines[0] if lines else 'no message'}")

@@ -1,0 +1,345 @@
+"""A training step as one graph: bound, gradients, clipping and the update of torch's own optimiser.
+
+The step is run once while every tensor operation is written down; Pyro's handlers and the optimiser's
+Python are gone from what remains. Nothing of Pyro or torch.optim is implemented a second time.
+
+What they ask the host for on the way is answered without it: `_static_pyro` and `_TensorScalars`. A branch
+on values cannot be written down: `UntraceableError` names the site and the line.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyro
+import pyro.infer.util
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+from pyrolvm.errors import ProgramError
+from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.engine.step import TERMS, Step
+from pyrolvm.inference.program import Program
+from pyrolvm.inference.random import kept_generators
+
+Slots = dict[str, dict[str, Tensor]]
+
+# their usual form branches on the count of steps or on gradients
+BRANCHING = (torch.optim.RAdam, torch.optim.Rprop, torch.optim.ASGD)
+
+_TORCH, _PYRO = (str(Path(module.__file__ or "").parent) for module in (torch, pyro))
+_LIBRARIES = (_TORCH, _PYRO, str(Path(__file__).parents[1]))
+_STANDARD = str(Path(traceback.__file__).parent)
+
+
+class UntraceableError(ProgramError):
+    """The program cannot be written down as one graph; the message says what in it, and where."""
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """`graph(*state, *data, rows, learning_rate, kl_weight, *constants) -> (*new values, terms)`.
+
+    state: what a step may change: parameters, buffers and the optimiser's slots, in the order of `names`,
+    which are the keys of `TrainingState.flatten`. `updated` are the positions of the state that the new
+    values are of; buffers are written in place by the graph itself.
+    """
+
+    graph: fx.GraphModule
+    names: tuple[str, ...]
+    state: tuple[Tensor, ...]
+    updated: tuple[int, ...]
+    data: tuple[Tensor, ...]
+    rows: Tensor
+    constants: tuple[Tensor, ...]
+    dtype: torch.dtype
+
+    def in_place(self, capacity: int, minibatch: bool) -> tuple[Callable[..., tuple[()]], list[Tensor]]:
+        """The step as a function that only writes to its inputs, and example inputs for it.
+
+        `advance(index, terms, controls, rows, *state, *data, *constants)` takes step number `index` []
+        of a chunk: learning rate and KL weight from `controls` [capacity, 2], indices from `rows`
+        [capacity, batch] (or [N], if the data are taken whole); writes the terms to `terms`
+        [capacity, 3] and the new values to the state, and counts `index` on.
+        """
+        device, dtype = self.rows.device, self.dtype
+        split = len(self.state), len(self.state) + len(self.data)
+
+        def advance(index: Tensor, terms: Tensor, controls: Tensor, rows: Tensor, *rest: Tensor) -> tuple[()]:
+            state, data, constants = rest[: split[0]], rest[split[0] : split[1]], rest[split[1] :]
+            at = index.reshape(1)
+            if minibatch:
+                rows = rows.index_select(0, at).reshape(-1)
+            rate, weight = controls.index_select(0, at).reshape(-1).unbind()
+            *values, row = self.graph(*state, *data, rows, rate, weight.to(dtype), *constants)
+            for position, value in zip(self.updated, values, strict=True):
+                state[position].copy_(value)
+            terms.index_copy_(0, at, row.reshape(1, -1).to(dtype))
+            index.add_(1)
+            return ()
+
+        rows = self.rows.expand(capacity, -1).contiguous() if minibatch else self.rows
+        chunk = [
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.zeros(capacity, len(TERMS), dtype=dtype, device=device),
+            torch.zeros(capacity, 2, dtype=torch.float64, device=device),
+            rows,
+        ]
+        return advance, [*chunk, *self.state, *self.data, *self.constants]
+
+    def text(self) -> str:
+        """The graph and its inputs' shapes: equal texts compute the same."""
+        inputs = [*self.state, *self.data, self.rows, *self.constants]
+        shapes = [f"{t.dtype} {tuple(t.shape)} {t.stride()} {t.device}" for t in inputs]
+        return "\n".join([self.graph.code, str(self.updated), str(len(self.state)), *shapes])
+
+
+def trace_step(step: Step, slots: Slots, rows: Tensor) -> TracedStep:
+    """Write one step down. `slots` are the optimiser's after a step; `rows` [batch] are any valid ones.
+
+    The program, its parameters and the generators are left as they were.
+    """
+    program, device = step.program, step.program.device
+    state = {f"parameters/{k}": v for k, v in program.tensors().items()}
+    for name, own in slots.items():
+        state |= {f"optimizer/{k}/{name}": v.to(device, copy=True) for k, v in own.items()}
+    data = [t for _, t in step.data.tensors()]
+    rate = torch.tensor(step.optimizer.learning_rate, dtype=torch.float64, device=device)
+    weight = torch.ones((), dtype=program.dtype, device=device)
+    inputs = [*state.values(), *data, rows.to(device, copy=True), rate, weight]
+    written: list[str] = []
+
+    def run(*flat: Tensor) -> tuple[Tensor, ...]:
+        at = dict(zip(state, flat, strict=False))
+        surrogate, terms = step.loss(flat[-3], flat[-1])
+        leaves = list(program.parameters.values())
+        gradients = torch.autograd.grad(surrogate, leaves, allow_unused=True)
+        new = _update(step, at, gradients, flat[-2])
+        written[:] = new
+        return (*new.values(), terms)
+
+    with program.scope(), kept_generators(device), _kept(program), _explained(), _static_pyro():
+        graph, constants = graphs.record(run, inputs)
+    _check_writes(graph, list(state), len(inputs))
+    names = tuple(state)
+    return TracedStep(
+        graph,
+        names,
+        tuple(t.detach() for t in state.values()),
+        tuple(names.index(name) for name in written),
+        tuple(data),
+        inputs[-3],
+        tuple(t.detach() for t in constants),
+        program.dtype,
+    )
+
+
+def _update(
+    step: Step, state: dict[str, Tensor], gradients: Sequence[Tensor | None], learning_rate: Tensor
+) -> dict[str, Tensor]:
+    """New values of the parameters that have a gradient and of their slots, by torch's own optimiser."""
+    names = list(step.program.parameters)
+    parameters = [state[f"parameters/{name}"].detach().clone() for name in names]
+    optimizer = step.optimizer.build(parameters)
+    # the single-tensor form is the one without host-side grouping; all forms compute the same
+    for group in optimizer.param_groups:
+        group.update(lr=learning_rate, foreach=False, fused=False)
+    old: dict[str, Tensor] = {}
+    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+        parameter.grad = gradient
+        for key, value in state.items():
+            kind, _, slot = key.partition("/")
+            slot, _, owner = slot.partition("/")
+            if kind == "optimizer" and owner == name:
+                # the host computes with the count of steps in double precision
+                own = value.to(torch.float64, copy=True) if slot == "step" else value.clone()
+                optimizer.state[parameter][slot] = own
+                old[key] = value
+    with ExitStack() as stack:
+        stack.enter_context(_TensorScalars())
+        stack.enter_context(torch.no_grad())
+        if isinstance(optimizer, BRANCHING):
+            # their form for graphs, which refuses the CPU unless something is being compiled
+            optimizer.param_groups[0]["capturable"] = True
+            stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", return_value=True))
+        if step.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, step.optimizer.clip_norm, foreach=False)
+        optimizer.step()
+    new = {}
+    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        new[f"parameters/{name}"] = parameter
+        for slot, value in optimizer.state[parameter].items():
+            key = f"optimizer/{slot}/{name}"
+            if isinstance(value, Tensor):
+                new[key] = value.to(old[key].dtype)
+    return new
+
+
+class _TensorScalars(TorchFunctionMode):
+    """Numbers that an optimiser reads from tensors (`step.item()`) stay tensors, in double precision."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.item:
+            return args[0].to(torch.float64) if args[0].is_floating_point() else args[0]
+        for key in ("value", "alpha"):
+            if isinstance(kwargs.get(key), Tensor):
+                return _scaled(func.__name__, *args, kwargs.pop(key), **kwargs)
+        return func(*args, **kwargs)
+
+
+def _scaled(name: str, target: Tensor, *terms: Any) -> Tensor:
+    """`target.addcdiv_(a, b, value=scale)` and its kin, for a scale that is a tensor."""
+    *factors, scale = terms
+    term = scale * factors[0]
+    if name.startswith("addcdiv"):
+        term = term / factors[1]
+    elif name.startswith("addcmul"):
+        term = term * factors[1]
+    if name.startswith("sub"):
+        term = -term
+    return target.add_(term) if name.endswith("_") else target + term
+
+
+# ---------------------------------------------------------------- what Pyro asks the host for
+
+
+@contextmanager
+def _static_pyro() -> Iterator[None]:
+    """Pyro without the readings and branches that it needs only for messages or speed."""
+    replaced = {"torch_item": _as_tensor, "warn_if_nan": lambda *args, **kwargs: None}
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("pyro.infer"):
+                for function, static in replaced.items():
+                    if hasattr(module, function):
+                        stack.enter_context(mock.patch.object(module, function, static))
+        stack.enter_context(mock.patch.object(pyro.infer.util, "_fulldot", _masked_dot))
+        stack.enter_context(_NoShortcuts())
+        yield
+
+
+def _as_tensor(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _masked_dot(weight: Tensor, cost: Tensor) -> Tensor:
+    """sum weight * cost where the weight is not 0, the static form of a masked select."""
+    return (weight * torch.where(weight > 0, cost, torch.zeros_like(cost))).sum()
+
+
+class _NoShortcuts(TorchFunctionMode):
+    """`Dice.compute_expectation` selects only if some weight is 0; `_masked_dot` need not ask."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and _called_by(pyro.infer.util.Dice.compute_expectation):
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def _called_by(function: Callable[..., Any]) -> bool:
+    """Whether the nearest caller outside of torch and this file is `function`."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCH):
+        frame = frame.f_back
+    return frame.f_code is function.__code__
+
+
+# ---------------------------------------------------------------- what a program must not do
+
+
+@contextmanager
+def _kept(program: Program) -> Iterator[None]:
+    """Put parameters and buffers back; a tensor that was replaced by another is an error. Inside the scope."""
+    tensors = program.tensors()
+    values = {k: v.detach().clone() for k, v in tensors.items()}
+    store = pyro.get_param_store()
+    entries = store.get_state()
+    owners = [m._buffers for module in program.modules.values() for m in module.modules()]
+    buffers = [dict(owner) for owner in owners]
+    try:
+        yield
+        before: list[dict[str, Any]] = [entries["params"], *buffers]
+        after: list[dict[str, Any]] = [store.get_state()["params"], *owners]
+        for old, new in zip(before, after, strict=True):
+            for name in old.keys() | new.keys():
+                if old.get(name) is not new.get(name):
+                    raise UntraceableError(f"'{name}' becomes another tensor in every step")
+    finally:
+        store.clear()
+        store.set_state(entries)
+        for owner, buffer in zip(owners, buffers, strict=True):
+            owner.update(buffer)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(values[name])
+
+
+def _check_writes(graph: fx.GraphModule, names: list[str], num_inputs: int) -> None:
+    for position in graphs.written_inputs(graph):
+        if position >= len(names):
+            raise UntraceableError(
+                "the program writes to a tensor in place that is neither a parameter nor a buffer of a module"
+                if position >= num_inputs
+                else "the program writes to its data in place"
+            )
+
+
+class _LastSite(Messenger):
+    """Remembers the sample site that was reached last."""
+
+    name: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.name = msg["name"]
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    site = _LastSite()
+    try:
+        with site:
+            yield
+    except UntraceableError:
+        raise
+    except Exception as error:
+        where = _user_line(error) or (f"at the site '{site.name}'" if site.name else "in the optimiser")
+        if _depends_on_data(error):
+            raise UntraceableError(
+                f"Python reads or branches on the value of a tensor {where}: "
+                "use torch.where, a mask, or engine='eager'"
+            ) from error
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise UntraceableError(f"it could not be traced {where}: {first[0]}") from error
+
+
+def _depends_on_data(error: Exception) -> bool:
+    kinds = ("data-dependent", "DataDependent", "GuardOnDataDependent")
+    return any(kind in f"{type(error).__name__} {error}" for kind in kinds)
+
+
+def _user_line(error: Exception) -> str | None:
+    """The last line of the traceback that is the program's own."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        own = Path(frame.filename)
+        if frame.filename.startswith(_LIBRARIES) or str(own.parent) == _STANDARD:
+            continue
+        if frame.filename.startswith("<") or (own.suffix != ".py" and not frame.line):
+            continue
+        return f"in {own.name}, line {frame.lineno}: `{frame.line}`"
+    return None
