@@ -21,7 +21,7 @@ lint: $(VENV)/installed-tests
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/installed-benchmarks
 	$(BIN)/python -m benchmarks

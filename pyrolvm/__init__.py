@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         RunFolderError,
         SettingError,
     )
-    from pyrolvm.inference import FittedModel, RenyiELBO, fit, fit_restarts
+    from pyrolvm.inference import FittedModel, RenyiELBO, fit_restarts
+    from pyrolvm.inference.fit import fit
     from pyrolvm.models import (
         PPCA,
         REGISTRY,

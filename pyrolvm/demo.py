@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import pyrolvm
 from pyrolvm import VAE, FittedModel
-from pyrolvm.data import load_dataset
+from pyrolvm.data import Dataset, load_dataset
 
 FOLDER = Path("demo-run")
 IMAGE = (8, 8)
@@ -22,7 +23,9 @@ def main(folder: Path = FOLDER, num_epochs: int = 150) -> FittedModel:
     console = Console()
     digits = load_dataset("digits")
     train, held_out = digits.split(0.1, seed=0)
-    console.print(f"[bold]{digits.num_rows} handwritten digits[/bold], 8 x 8 pixels; {held_out.num_rows} held out")
+    console.print(
+        f"[bold]{digits.num_rows} handwritten digits[/bold], 8 x 8 pixels; {held_out.num_rows} held out"
+    )
     torch.manual_seed(0)
     vae = VAE(data_dim=64, latent_dim=2, likelihood="gaussian", hidden=(128, 64))
     fitted = pyrolvm.fit(
@@ -39,14 +42,16 @@ def main(folder: Path = FOLDER, num_epochs: int = 150) -> FittedModel:
     _show(console, fitted, held_out)
     _draw(folder, fitted, held_out)
     _export(folder, fitted, held_out)
-    console.print(f"\nWritten to [bold]{folder}/[/bold]: " + ", ".join(sorted(p.name for p in folder.iterdir())))
+    console.print(
+        f"\nWritten to [bold]{folder}/[/bold]: " + ", ".join(sorted(p.name for p in folder.iterdir()))
+    )
     return fitted
 
 
-def _show(console: Console, fitted: FittedModel, held_out: pyrolvm.data.Dataset) -> None:
+def _show(console: Console, fitted: FittedModel, held_out: Dataset) -> None:
     last = fitted.history.tail(100).mean()
     evidence = fitted.log_evidence(held_out, "importance", num_samples=200)
-    table = Table(title="Variational autoencoder, 64-128-64-2, Gaussian decoder; nats per datum")
+    table = Table(title="VAE 64-128-64-2, nats per datum")
     table.add_column("quantity")
     table.add_column("value", justify="right")
     rows = {
@@ -60,10 +65,12 @@ def _show(console: Console, fitted: FittedModel, held_out: pyrolvm.data.Dataset)
         table.add_row(name, f"{value:.3f}")
     console.print(table)
     seconds = fitted.history["seconds"].iloc[-1]
-    console.print(f"{fitted.engine}; {len(fitted.history):,} steps in {seconds:.1f} s; {fitted.stopped_because}")
+    console.print(
+        f"{fitted.engine}; {len(fitted.history):,} steps in {seconds:.1f} s; {fitted.stopped_because}"
+    )
 
 
-def _draw(folder: Path, fitted: FittedModel, held_out: pyrolvm.data.Dataset) -> None:
+def _draw(folder: Path, fitted: FittedModel, held_out: Dataset) -> None:
     from pyrolvm import plots
 
     grid = torch.linspace(-2.0, 2.0, 9)
@@ -73,18 +80,22 @@ def _draw(folder: Path, fitted: FittedModel, held_out: pyrolvm.data.Dataset) -> 
     figures = {
         "elbo.png": plots.plot_elbo(fitted.history),
         "latents.png": plots.plot_latents(fitted.encode(held_out), held_out.labels),
-        "reconstructions.png": plots.plot_reconstructions(held_out.values, fitted.reconstruct(held_out), IMAGE),
+        "reconstructions.png": plots.plot_reconstructions(
+            held_out.values, fitted.reconstruct(held_out), IMAGE
+        ),
         "samples.png": plots.plot_samples(fitted.sample(40, mean=True), IMAGE),
-        "traversal.png": plots.plot_traversals(traversal.reshape(9, 9, -1), IMAGE),
+        "traversal.png": plots.plot_traversals(
+            traversal.reshape(9, 9, -1), IMAGE, row_label="z[1]", column_label="z[0]"
+        ),
     }
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=120, bbox_inches="tight")
 
 
-def _export(folder: Path, fitted: FittedModel, held_out: pyrolvm.data.Dataset) -> None:
+def _export(folder: Path, fitted: FittedModel, held_out: Dataset) -> None:
     from pyrolvm.diagnostics.inference_data import save_inference_data
 
-    idata = pyrolvm.to_inference_data(fitted, held_out.take(range(50)), num_samples=200)
+    idata = pyrolvm.to_inference_data(fitted, held_out.take(np.arange(50)), num_samples=200)
     save_inference_data(idata, folder / "inference_data.nc")
 
 
