@@ -45,6 +45,7 @@ CASES = {
     "PowerVAE": (lambda: PowerVAE(4, 2, eta=0.5, likelihood="gaussian", hidden=(16,)), IRIS),
 }
 QUIET = {"progress": False, "engine": "eager"}
+FIRST_OF_ITS_KIND = ("GaussianMixture, enumerated", "GaussianMixture, sampled", "VAE, gaussian")
 
 
 @pytest.fixture(params=CASES, name="case")
@@ -216,3 +217,23 @@ def test_bad_data_are_one_clear_line(case, spoil):
     assert "\n" not in str(error.value)
     if spoil in ("nan", "infinity"):
         assert "row 3, column 1" in str(error.value)
+
+
+COMPILED = [
+    pytest.param(name, marks=() if "," not in name or name in FIRST_OF_ITS_KIND else pytest.mark.slow)
+    for name in CASES
+]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_compiled_engine_gives_the_eager_numbers(name):
+    """Same seed, same bounds and parameters over 50 steps: to 1e-4, relative."""
+    build, x = CASES[name]
+    options = {"num_steps": 50, "batch_size": 32, "learning_rate": 0.01, "progress": False, "seed": 3}
+    eager, compiled = (
+        pyrolvm.fit(started(build, x), x, engine=engine, **options) for engine in ("eager", "compiled")
+    )
+    assert compiled.engine.startswith("compiled engine")
+    np.testing.assert_allclose(compiled.history["elbo"], eager.history["elbo"], rtol=1e-4, atol=1e-4)
+    for parameter, value in eager.program.parameters.items():
+        torch.testing.assert_close(compiled.program.parameters[parameter], value, rtol=1e-4, atol=1e-4)
