@@ -31,6 +31,10 @@ GAP_ROWS = 200
 REFERENCE_ROWS = 5
 
 
+GLOBAL_EVALUATIONS = 4e6
+"""As many evaluations of a datum's density as `diagnose` spends on k-hat of global latents, some ten seconds."""
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """How far the guide is from the posterior, on the rows `rows` of the data.
@@ -148,6 +152,18 @@ class Diagnosis:
         return "\n\n".join([self.paragraph, *tables])
 
 
+def _global_tail(fitted: FittedModel, data: Batch, num_samples: int, seed: int) -> GlobalTail:
+    """k-hat of the global latents, unless integrating out those of each datum would take minutes."""
+    structure = fitted.structure
+    names = tuple(s.name for s in structure.global_latents)
+    evaluations = num_samples * data.num_rows * (100 if structure.local_latents else 1)
+    if names and evaluations > GLOBAL_EVALUATIONS:
+        return GlobalTail(
+            None, names, f"it takes {evaluations:.1e} evaluations of the model: call global_khat(fitted, x)"
+        )
+    return global_khat(fitted, data, num_samples, seed=seed)
+
+
 def diagnose(
     fitted: FittedModel,
     x: Any,
@@ -189,7 +205,7 @@ def diagnose(
     for table in (evidence, k_hat):
         if table is not None and len(table) == len(rows):
             table.index = pd.Index(rows, name="row")
-    tail = global_khat(fitted, data, num_samples, seed=seed)
+    tail = _global_tail(fitted, data, num_samples, seed)
     return Diagnosis(
         evidence,
         method,

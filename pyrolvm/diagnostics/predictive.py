@@ -37,9 +37,6 @@ STATISTICS: dict[str, Statistic] = {
     "smallest": lambda x: x.min(),
     "largest": lambda x: x.max(),
     "share of zeros": lambda x: (x == 0).double().mean(),
-    "sd of the columns' means": lambda x: (
-        x.double().flatten(1).mean(0).std(correction=0) if x.dim() > 1 else 0
-    ),
     "sd of the rows' means": lambda x: x.double().reshape(len(x), -1).mean(1).std(),
 }
 """What is looked at if nothing is said: tensor [rows, ...] -> number."""

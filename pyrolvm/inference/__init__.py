@@ -7,4 +7,13 @@ from pyrolvm.inference.objectives import RenyiELBO
 from pyrolvm.inference.restarts import fit_restarts
 from pyrolvm.inference.training import Callback, Report
 
-__all__ = ["Callback", "FittedModel", "JSONLines", "RenyiELBO", "Report", "TensorBoard", "fit", "fit_restarts"]
+__all__ = [
+    "Callback",
+    "FittedModel",
+    "JSONLines",
+    "RenyiELBO",
+    "Report",
+    "TensorBoard",
+    "fit",
+    "fit_restarts",
+]
