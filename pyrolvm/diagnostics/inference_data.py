@@ -135,6 +135,16 @@ def _quietly() -> Iterator[None]:
         yield
 
 
+def summarise(idata: Any, names: Sequence[str] = ()) -> Any:
+    """ArviZ's table of the posterior (of `names`, or all), a DataFrame of means, sds and intervals.
+
+    A guide's draws are independent and one chain, so that r-hat and effective sizes would say nothing.
+    """
+    with _quietly():
+        import arviz
+    return arviz.summary(idata, kind="stats", var_names=list(names) or None, round_to=4)
+
+
 def save_inference_data(idata: Any, path: str | Path) -> Path:
     """Write what `to_inference_data` gave as one netCDF file, in one step: the old file stays until then."""
     from pyrolvm.inference.checkpoint import write_atomically

@@ -1,0 +1,1 @@
+"""Side-by-side timings of SVI steps: `python -m benchmarks --help`."""

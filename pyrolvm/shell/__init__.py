@@ -1,0 +1,1 @@
+"""The shell: `pyrolvm fit`, `sample`, `encode`, ...; `pyrolvm.cli` is its door."""

@@ -1,0 +1,78 @@
+"""What a person at a shell sees when something is wrong: one line on standard error, and an exit code.
+
+0    done
+1    the run diverged, or the machine ran out of memory
+2    bad input: nothing was written
+130  stopped by Ctrl-C (or a polite kill), with the sentence on how to go on
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from pyrolvm.errors import DivergenceError, PyrolvmError
+from pyrolvm.shell.speech import speak
+
+BAD_INPUT, FAILED, STOPPED = 2, 1, 130
+
+# typer brings click along under a name of its own; the class is the same ancestor in all versions
+_UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class Door(TyperGroup):
+    """The group of all commands, which turns errors and warnings into lines."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        with plain_speech():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def plain_speech() -> Iterator[None]:
+    """Errors of this package, of files and of usage end the process with one line; warnings are one line each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except _UsageError as error:
+            command = error.ctx.command_path if getattr(error, "ctx", None) else "pyrolvm"
+            _end(f"{error.format_message()} (see {command} --help)", error.exit_code)
+        except PyrolvmError as error:
+            _end(speak(str(error)), FAILED if isinstance(error, DivergenceError) else BAD_INPUT)
+        except KeyboardInterrupt as stop:
+            _end(str(stop) or "stopped", STOPPED, prefix="")
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _end(f"{error.filename or 'file'}: {error.strerror or error}", BAD_INPUT)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            _end("the memory is used up: use a smaller --batch-size or fewer --num-samples", FAILED)
+
+
+def _end(text: str, code: int, prefix: str = "error: ") -> NoReturn:
+    sys.stdout.flush()
+    print(f"{prefix}{text}", file=sys.stderr)
+    raise typer.Exit(code) from None
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    print(f"warning: {speak(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, typer.Exit):
+        return False
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -1,0 +1,484 @@
+"""The shell does what it says: every command on real data, in this process."""
+
+import json
+import shlex
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import pyrolvm
+from pyrolvm.cli import app
+from pyrolvm.data import load_dataset
+
+RUNNER = CliRunner()
+
+OWN = """
+import pyro, pyro.distributions as dist, torch
+from pyrolvm import LatentVariableModel, data_plate
+
+class Line(LatentVariableModel):
+    def __init__(self, data_dim, slope=1.0):
+        super().__init__()
+        self.loadings = torch.nn.Parameter(torch.full((data_dim,), slope))
+        self.coefficients = torch.nn.Parameter(torch.zeros(data_dim))
+
+    def model(self, x=None):
+        with self.data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1) * self.loadings, 1.0).to_event(1), obs=x)
+
+    def guide(self, x=None):
+        with self.data_plate(x):
+            pyro.sample("z", dist.Normal(x @ self.coefficients, 1.0))
+
+ready = Line(2)
+
+def mean(x):
+    m = pyro.sample("m", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with data_plate(x):
+        pyro.sample("x", dist.Normal(m, 1.0).to_event(1), obs=x)
+"""
+
+
+def pyrolvm_(*words):
+    """Run the command; the result has its exit code, standard output and standard error."""
+    return RUNNER.invoke(app, [str(w) for w in words])
+
+
+def done(*words):
+    result = pyrolvm_(*words)
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def iris(tmp_path_factory):
+    """A run of PPCA on standardised iris."""
+    run = tmp_path_factory.mktemp("runs") / "iris"
+    done("fit", "ppca", "iris", "-l", 2, "-n", 400, "--lr", 0.05, "--standardise", "-o", run, "-q")
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run of a VAE on binarised digits."""
+    run = tmp_path_factory.mktemp("runs") / "digits"
+    words = shlex.split(
+        "fit vae digits -l 2 --binarise --hidden 32 -b 256 -n 60 --lr 0.01 --validation 0.1 --engine eager"
+    )
+    done(*words, "-o", run)
+    return run
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A file of the user's own pairs, in the present folder."""
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_equals_the_same_call_from_python(tmp_path):
+    done(
+        "fit",
+        "ppca",
+        "iris",
+        "-l",
+        2,
+        "-n",
+        30,
+        "--lr",
+        0.05,
+        "-b",
+        32,
+        "--engine",
+        "eager",
+        "-o",
+        tmp_path / "run",
+    )
+    from pyrolvm.inference.random import INITIALISATION, derived_seed, seeded
+
+    with seeded(derived_seed(0, INITIALISATION), torch.device("cpu")):
+        model = pyrolvm.PPCA(4, 2)
+    options = {"num_steps": 30, "learning_rate": 0.05, "batch_size": 32, "engine": "eager", "progress": False}
+    fitted = pyrolvm.fit(model, load_dataset("iris"), **options)
+    shell = pyrolvm.load(tmp_path / "run")
+    for name, tensor in fitted.program.tensors().items():
+        assert torch.equal(tensor, shell.program.tensors()[name]), name
+
+
+def test_the_folder_is_plain_and_the_command_in_it_repeats_the_run(iris, tmp_path):
+    names = {p.name for p in iris.iterdir()}
+    assert {"config.json", "parameters.safetensors", "history.csv", "checkpoint", "elbo.png"} <= names
+    record = json.loads((iris / "config.json").read_text())["run"]
+    assert record["data"]["rows"] == 150
+    assert [t["kind"] for t in record["data"]["transforms"]] == ["standardise"]
+    words = shlex.split(record["command"])
+    assert words[0] == "pyrolvm"
+    words[words.index(str(iris))] = str(tmp_path / "again")
+    done(*words[1:])
+    first, again = (load_file(p / "parameters.safetensors") for p in (iris, tmp_path / "again"))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_what_is_printed_is_computed(digits, iris, tmp_path):
+    out = done("fit", "ppca", "iris", "-l", 1, "-n", 20, "--validation", "0.2", "-o", tmp_path / "run")
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    assert f"{history['elbo'].tail(100).mean():.4f}" in out
+    assert f"{history['validation_elbo'].dropna().iloc[-1]:.4f}" in out
+    assert "120 rows and 30 held out" in out
+    assert "all 20 steps done" in out
+
+
+def test_quiet_says_nothing(tmp_path):
+    result = pyrolvm_("fit", "ppca", "iris", "-l", 1, "-n", 5, "-q", "-o", tmp_path / "run")
+    assert result.output == ""
+
+
+def test_samples_come_in_the_units_of_the_data(iris, tmp_path):
+    done("sample", iris, "-s", 2000, "-o", tmp_path / "new.csv")
+    new, x = pd.read_csv(tmp_path / "new.csv"), load_dataset("iris")
+    assert list(new.columns) == x.columns
+    # PPCA's mean and its variances along the axes are those of the data, up to 2000 draws and 400 steps
+    assert np.allclose(new.mean(), x.values.mean(0), atol=0.15)
+    assert np.allclose(new.std(), x.values.std(0), rtol=0.3)
+
+
+def test_samples_are_printed_as_csv_without_a_file(iris):
+    assert len(done("sample", iris, "-s", 3).strip().splitlines()) == 4
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "tsv"])
+def test_samples_in_each_kind_of_file_are_the_same(iris, tmp_path, suffix):
+    out = tmp_path / f"new.{suffix}"
+    done("sample", iris, "-s", 5, "-o", out)
+    done("sample", iris, "-s", 5, "-o", tmp_path / "new.csv")
+    if suffix == "npz":
+        with np.load(out) as file:
+            values = file["values"]
+    else:
+        values = np.load(out) if suffix == "npy" else pd.read_csv(out, sep="\t").to_numpy()
+    assert np.allclose(values, pd.read_csv(tmp_path / "new.csv"), rtol=1e-5)
+
+
+def test_pictures(digits, tmp_path):
+    done("sample", digits, "--mean", "-o", tmp_path / "new.png")
+    done("reconstruct", digits, "digits", "--image-shape", "4,16", "-o", tmp_path / "again.png")
+    for name in ("new.png", "again.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_binarised_data_come_back_on_their_own_scale(digits, tmp_path):
+    done("reconstruct", digits, "digits", "-o", tmp_path / "x.npy")
+    values = np.load(tmp_path / "x.npy")
+    assert values.shape == (1797, 64)
+    assert values.min() >= 0
+    assert values.max() <= 1
+
+
+def test_encode_writes_the_guides_means_beside_the_labels(iris, tmp_path):
+    done("encode", iris, "iris", "-o", tmp_path / "codes.csv")
+    codes = pd.read_csv(tmp_path / "codes.csv")
+    x, _ = load_dataset("iris").standardise()
+    expected = pyrolvm.load(iris).encode(x).numpy()
+    assert list(codes.columns) == ["label", "z_0", "z_1"]
+    assert np.allclose(codes[["z_0", "z_1"]], expected, atol=1e-5)
+    assert (codes["label"] == x.labels).all()
+
+
+def test_encode_of_a_mixture_gives_probabilities(tmp_path):
+    done("fit", "gmm", "faithful", "-k", 2, "-n", 20, "-o", tmp_path / "run", "-q")
+    done("encode", tmp_path / "run", "faithful", "-o", tmp_path / "codes.npy")
+    codes = np.load(tmp_path / "codes.npy")
+    assert codes.shape == (272, 2)
+    assert np.allclose(codes.sum(1), 1, atol=1e-5)
+
+
+def test_a_mixture_starts_from_the_data_unless_told_not_to(tmp_path):
+    common = ["fit", "gmm", "faithful", "-k", 2, "-n", 1, "-q"]
+    done(*common, "-o", tmp_path / "kmeans")
+    done(*common, "--no-initialise", "-o", tmp_path / "random")
+    kmeans, random = (pd.read_csv(tmp_path / n / "history.csv")["elbo"][0] for n in ("kmeans", "random"))
+    assert kmeans > -4.5
+    assert random < kmeans - 10
+
+
+def test_evidence_agrees_with_the_closed_form_and_is_noted(iris, tmp_path):
+    done("evidence", iris, "iris", "--method", "exact", "-o", tmp_path / "exact.csv")
+    out = done("evidence", iris, "iris", "-s", 500, "-o", tmp_path / "importance.csv")
+    exact, importance = (pd.read_csv(tmp_path / f"{n}.csv")["log_evidence"] for n in ("exact", "importance"))
+    assert np.allclose(exact, importance, atol=0.2)
+    assert f"{importance.mean():.4f}" in out
+    x, transform = load_dataset("iris").standardise()
+    assert np.allclose(
+        exact, pyrolvm.load(iris).model.log_marginal(torch.tensor(x.values).float()).detach(), atol=1e-4
+    )
+    assert f"{exact.mean() - np.log(transform.scale).sum():.4f}" in done(
+        "evidence", iris, "iris", "--method", "exact"
+    )
+    kept = json.loads((iris / "evidence.json").read_text())
+    assert [e["method"] for e in kept] == ["importance", "exact"]
+
+
+def test_compare_puts_the_best_first(tmp_path):
+    for steps in (5, 200):
+        done("fit", "ppca", "iris", "-l", 2, "-n", steps, "--lr", 0.05, "-o", tmp_path / f"run{steps}", "-q")
+    out = done("compare", tmp_path / "run5", tmp_path / "run200")
+    assert out.index("run200") < out.index("run5 ")
+    assert "sorted by ELBO" in out
+    for steps in (5, 200):
+        done("evidence", tmp_path / f"run{steps}", "iris", "--method", "exact")
+    assert "sorted by evidence; evidence of iris by exact" in done(
+        "compare", tmp_path / "run5", tmp_path / "run200"
+    )
+
+
+def test_compare_says_when_bounds_do_not_compare(iris, digits):
+    assert "different data" in done("compare", iris, digits)
+
+
+def test_diagnose_says_how_good_the_guide_is(iris):
+    out = done("diagnose", iris, "iris", "-s", 100)
+    assert "z[0, 0]" in out
+    assert "k-hat" in out
+    assert (iris / "inference_data.nc").exists()
+    assert len(pd.read_csv(iris / "summary.csv")) == 300
+    assert len(pd.read_csv(iris / "k_hat.csv")) == 150
+
+
+def test_a_quick_diagnosis_is_the_draws_alone(digits):
+    out = done("diagnose", digits, "digits", "-s", 2, "--quick")
+    assert "k-hat" not in out
+    assert not (digits / "k_hat.csv").exists()
+
+
+def test_the_report_is_one_page(iris):
+    done("report", iris, "-s", 25)
+    assert "<html" in (iris / "report.html").read_text()
+
+
+def test_restarts_keep_the_best(tmp_path):
+    words = shlex.split("fit gmm galaxies -k 4 -n 60 --lr 0.05 --no-initialise --restarts 3")
+    out = done(*words, "-o", tmp_path / "run")
+    table = pd.read_csv(tmp_path / "run" / "restarts.csv")
+    assert sorted(table["seed"]) == [0, 1, 2]
+    assert table["bound"].is_monotonic_decreasing
+    assert "restarts, best first" in out
+    best = pd.read_csv(tmp_path / "run" / "history.csv")["elbo"].tail(6).mean()
+    assert best == pytest.approx(table["bound"][0])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("PPCA", "PPCA"),
+        ("ppca", "PPCA"),
+        ("GMM", "GaussianMixture"),
+        ("gaussian-mixture", "GaussianMixture"),
+        ("bfa", "BayesianFactorAnalysis"),
+        ("power-vae", "PowerVAE"),
+        ("beta_vae", "PowerVAE"),
+    ],
+)
+def test_models_have_short_names(text, name):
+    from pyrolvm.shell.pairs import registry_name
+
+    assert registry_name(text) == name
+
+
+def test_options_of_the_model(tmp_path):
+    words = shlex.split(
+        "fit power-vae iris -l 2 --eta 0.5 --likelihood gaussian --hidden 8,4 --set activation=tanh"
+    )
+    done(*words, "--set", "noise_scale=0.5", "-n", 3, "-o", tmp_path / "run", "-q")
+    arguments = json.loads((tmp_path / "run" / "config.json").read_text())["model"]["arguments"]
+    assert arguments == {
+        "data_dim": 4,
+        "latent_dim": 2,
+        "likelihood": "gaussian",
+        "hidden": [8, 4],
+        "eta": 0.5,
+        "activation": "tanh",
+        "noise_scale": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2", 2), ("0.5", 0.5), ("true", True), ("None", None), ("a", "a"), ("1,8,8", [1, 8, 8]), ("[3]", [3])],
+)
+def test_values_of_set(text, value):
+    from pyrolvm.shell.pairs import read_setting
+
+    assert read_setting(f"name={text}") == ("name", value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--objective renyi --particles 5 --alpha 0.5",
+        "--objective meanfield",
+        "--objective trace --particles 3",
+    ],
+)
+def test_objectives(tmp_path, words):
+    done("fit", "ppca", "iris", "-l", 1, "-n", 3, *words.split(), "-o", tmp_path / "run", "-q")
+
+
+@pytest.mark.parametrize("words", ["--schedule cosine", "--schedule exponential"])
+def test_schedules_end_low(tmp_path, words):
+    done("fit", "ppca", "iris", "-l", 1, "-n", 50, "--lr", 0.1, *words.split(), "-o", tmp_path / "run", "-q")
+    rates = pd.read_csv(tmp_path / "run" / "history.csv")["learning_rate"]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates.iloc[-1] < 0.002
+
+
+def test_epochs_are_passes_over_the_training_rows(tmp_path):
+    done(
+        "fit",
+        "ppca",
+        "iris",
+        "-l",
+        1,
+        "--epochs",
+        2,
+        "-b",
+        30,
+        "--validation",
+        0.2,
+        "-o",
+        tmp_path / "run",
+        "-q",
+    )
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 2 * 120 / 30
+
+
+def test_the_held_out_rows_do_not_shape_the_transform(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 2))
+    np.save(tmp_path / "x.npy", x)
+    words = shlex.split("-l 1 -n 2 --standardise --validation 0.25 --split-seed 3 -q")
+    done("fit", "ppca", tmp_path / "x.npy", *words, "-o", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["data"]
+    from pyrolvm.data import Dataset
+
+    train, _ = Dataset(x).split(0.25, 3)
+    assert np.allclose(record["transforms"][0]["offset"], train.values.mean(0))
+
+
+def test_columns_of_a_table_are_remembered(tmp_path):
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(30, 3)), columns=["a", "b", "c"])
+    table["kind"] = ["x", "y", "z"] * 10
+    table.to_csv(tmp_path / "t.csv", index=False)
+    done(
+        "fit", "ppca", tmp_path / "t.csv", "--columns", "c,a", "-l", 1, "-n", 2, "-o", tmp_path / "run", "-q"
+    )
+    done("encode", tmp_path / "run", tmp_path / "t.csv", "--labels", "kind", "-o", tmp_path / "codes.csv")
+    codes = pd.read_csv(tmp_path / "codes.csv")
+    assert list(codes["label"][:3]) == ["x", "y", "z"]
+    assert list(pd.read_csv(tmp_path / "codes.csv").columns) == ["label", "z_0"]
+    assert done("sample", tmp_path / "run", "-s", 1).splitlines()[0] == "c,a"
+
+
+def test_images_are_flattened_and_drawn_in_their_shape(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (20, 3, 5)).astype(np.uint8))
+    words = ["-l", 1, "-n", 2, "--standardise-overall", "-o", tmp_path / "run", "-q"]
+    done("fit", "ppca", tmp_path / "x.npy", *words)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["arguments"]["data_dim"] == 15
+    done("sample", tmp_path / "run", "-o", tmp_path / "new.png")
+    done("encode", tmp_path / "run", tmp_path / "x.npy", "-o", tmp_path / "codes.npy")
+    assert np.load(tmp_path / "codes.npy").shape == (20, 1)
+
+
+def test_a_pair_of_ones_own(own):
+    """A class is built with data_dim and options; the run folder never executes it by itself."""
+    done("fit", "own.py:Line", "faithful", "--standardise", "--set", "slope=0.5", "-n", 5, "-o", "run", "-q")
+    for command in ("sample", "report"):
+        refused = pyrolvm_(command, "run")
+        assert refused.exit_code == 2
+        assert "--model own.py:Line" in refused.stderr
+    out = done("sample", "run", "--model", "own.py:Line", "-s", 2)
+    assert out.splitlines()[0] == "eruptions,waiting"
+    assert json.loads((own / "run" / "config.json").read_text())["model"]["arguments"] == {
+        "data_dim": 2,
+        "slope": 0.5,
+    }
+
+
+def test_instances_and_functions_of_ones_own(own):
+    done("fit", "own.py:ready", "faithful", "-n", 3, "-o", "a", "-q")
+    done("encode", "a", "faithful", "--model", "own.py:ready")
+    done("fit", "own.py:mean", "faithful", "--guide", "AutoNormal", "-n", 3, "-o", "b", "-q")
+    assert len(done("sample", "b", "--model", "own.py:mean", "-s", 4).splitlines()) == 5
+    done("fit", "own.py", "faithful", "-n", 3, "-o", "c", "-q")  # its only class
+
+
+def test_lists(tmp_path):
+    models, sets = done("models"), done("datasets")
+    for name in pyrolvm.models.REGISTRY:
+        assert name in models
+    assert 'covariance="full"' in models
+    assert "faithful" in sets
+    assert "Azzalini" in sets
+
+
+def test_version_and_help():
+    assert done("--version").strip() == f"pyrolvm {pyrolvm.__version__}"
+    assert "--help" in done("--help")
+    for command in ("fit", "sample", "encode", "reconstruct", "evidence", "diagnose", "report", "compare"):
+        assert f"pyrolvm {command} " in done(command, "--help")
+
+
+def test_a_run_that_still_rises_says_so(tmp_path):
+    short = done("fit", "ppca", "iris", "-l", 1, "-n", 200, "--engine", "eager", "-o", tmp_path / "a")
+    assert "more --steps" in short
+    long = done("fit", "gmm", "faithful", "-k", 1, "-n", 200, "--engine", "eager", "-o", tmp_path / "b")
+    assert "more --steps" not in long
+
+
+def test_an_existing_run_is_replaced_only_on_demand(tmp_path):
+    words = ["fit", "ppca", "iris", "-l", 1, "-n", 3, "-q", "-o", tmp_path / "run"]
+    done(*words)
+    done("evidence", tmp_path / "run", "iris", "--method", "exact")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert pyrolvm_(*words).exit_code == 2
+    done(*words, "--overwrite", "--seed", 1)
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert "notes.txt" in names
+    assert "evidence.json" not in names  # it was of the run that is gone
+
+
+def test_a_finished_run_can_be_gone_on_with(tmp_path):
+    words = ["fit", "ppca", "iris", "-l", 1, "--engine", "eager", "-q"]
+    done(*words, "-n", 10, "-o", tmp_path / "parts")
+    done(*words, "-n", 25, "-o", tmp_path / "parts", "--resume")
+    done(*words, "-n", 25, "-o", tmp_path / "whole")
+    parts, whole = (load_file(tmp_path / n / "parameters.safetensors") for n in ("parts", "whole"))
+    assert all(torch.equal(parts[k], whole[k]) for k in whole)
+    assert len(pd.read_csv(tmp_path / "parts" / "history.csv")) == 25
+
+
+def test_diverging_runs_fail_with_one_line_and_keep_the_state(tmp_path):
+    words = [
+        "fit",
+        "ppca",
+        "iris",
+        "-l",
+        2,
+        "-n",
+        200,
+        "--lr",
+        1e6,
+        "--optimizer",
+        "sgd",
+        "-o",
+        tmp_path / "run",
+    ]
+    result = pyrolvm_(*words)
+    assert result.exit_code == 1
+    assert "--clip-norm" in result.stderr
+    assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
