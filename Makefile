@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m pyrolvm.demo
 
 test: $(VENV)/installed-tests
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: $(VENV)/installed-tests
 	$(BIN)/python -m pytest -m slow
