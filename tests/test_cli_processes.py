@@ -34,6 +34,8 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_at_the_same_bits(tmp_path, sto
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell's background job starts with it ignored, and so would this one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     state = tmp_path / "run" / "checkpoint" / "state.safetensors"
     for _ in range(1200):

@@ -84,8 +84,11 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
+def test_an_interrupt_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, request, number):
     program = LocalNormal()
+    if number == signal.SIGINT:  # a shell's background job starts with it ignored
+        before = signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, before))
 
     def interrupt(report):
         if report.step >= 8:
