@@ -54,6 +54,9 @@ class Session:
 
     def run(self) -> None:
         """Every part asked for."""
+        before, cores = machine.load(), self.report.machine["cores allowed"]
+        if before is not None and before > cores / 4:
+            self._say(f"the machine is busy (load {before} on {cores} cores): the times will mean little")
         for part in self.options.parts:
             getattr(self, part)()
         self.report.machine["load average at the end"] = machine.load()

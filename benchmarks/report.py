@@ -158,7 +158,7 @@ def _start_up(report: Report) -> tuple[list[str], list[list[str]]]:
     lines = []
     for row, results in report.rows.items():
         found = {r.contender: r.start_up for r in results}
-        lines.append([row, *(_number(found.get(name, math.nan)) for name in names)])
+        lines.append([row, *(_seconds(found.get(name, math.nan)) for name in names)])
     return ["row", *(CONTENDERS[name].title for name in names)], lines
 
 
@@ -170,6 +170,10 @@ def _break_even(results: list[Result]) -> str:
     gain = 1e-6 * (found["pyro"].median - found["compiled"].median)
     steps = (found["compiled"].start_up - found["pyro"].start_up) / gain
     return str(round(max(0.0, steps))) if gain > 0 and math.isfinite(steps) else "-"
+
+
+def _seconds(value: float) -> str:
+    return "< 0.1" if value < 0.1 else _number(value)  # less is the difference of two noisy times
 
 
 def _processes(processes: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
