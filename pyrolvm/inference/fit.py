@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyrolvm.data.arrays import Batch, as_batch
 from pyrolvm.data.plan import BatchPlan
 from pyrolvm.errors import DataError, ProgramError, SettingError
+from pyrolvm.inference.devices import resolve_device
 from pyrolvm.inference.engine import Step, choose_engine
 from pyrolvm.inference.evaluation import HeldOutBound
 from pyrolvm.inference.fitted import FittedModel, suit
@@ -99,7 +100,7 @@ def fit(
     DivergenceError: the bound or a parameter stopped being finite.
     """
     _check_settings(on_nan, kl_warmup, objective, num_steps, num_epochs)
-    target = torch.device(_device(device))
+    target = torch.device(resolve_device(device))
     dtype = dtype or torch.float32
     program = Program(model, guide, device=target, dtype=dtype)
     batch = suit(program.owner, as_batch(data, dtype, target))
@@ -180,19 +181,6 @@ def _check_settings(
     for name, value in (("num_steps", num_steps), ("num_epochs", num_epochs)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise SettingError(f"{name} must be a positive whole number, not {value!r}")
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise SettingError(f"device='{name}' is not known: use auto, cpu, cuda, cuda:N or mps") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, False):
-        raise SettingError(f"device='{name}' is not on this machine: use device='cpu'")
-    return name
 
 
 def _split(batch: Batch, validation: Any, program: Program, seed: int) -> tuple[Batch, Batch | None]:

@@ -28,6 +28,7 @@ from pyrolvm.inference.checkpoint import (
     write_json,
     write_tensors,
 )
+from pyrolvm.inference.devices import resolve_device
 from pyrolvm.inference.program import Program
 from pyrolvm.inference.structure import inspect_program
 from pyrolvm.plates import arange_rows
@@ -119,7 +120,9 @@ def load_run(
     history = _read_history(path / HISTORY)
     if model is None:
         model = _build(config["model"], registry, path)
-    program = Program(model, guide, device=torch.device(device), dtype=getattr(torch, config["dtype"]))
+    program = Program(
+        model, guide, device=torch.device(resolve_device(device)), dtype=getattr(torch, config["dtype"])
+    )
     example = _example(config, tensors).to(program.device)
     rows = arange_rows(example.num_rows, program.device)
     program.initialise(example, (config["num_rows"], rows), seed=0)

@@ -48,6 +48,7 @@ class Site:
     plates: tuple[str, ...]
     enumerated: bool = False
     num_states: int = 1
+    in_guide: bool = True
     discrete: bool = False
 
 
@@ -112,7 +113,8 @@ def inspect_program(program: Program, batch: Batch, rows: tuple[int, Tensor]) ->
     """
     model_trace, guide_trace, made = _traces(program, batch, rows)
     plate = find_data_plate(model_trace, rows[0], len(rows[1]))
-    sites = tuple(_site(s, plate) for s in sample_sites(model_trace))
+    in_guide = {s["name"] for s in sample_sites(guide_trace)}
+    sites = tuple(_site(s, plate, s["name"] in in_guide) for s in sample_sites(model_trace))
     _check_match(model_trace, guide_trace)
     _check_shapes(model_trace, guide_trace, sites)
     _check_scale(model_trace, sites, plate, rows)
@@ -147,7 +149,7 @@ def _traces(program: Program, batch: Batch, rows: tuple[int, Tensor]) -> tuple[T
     return model_trace, guide_trace, said.made if said else set()
 
 
-def _site(site: dict[str, Any], plate: Plate | None) -> Site:
+def _site(site: dict[str, Any], plate: Plate | None, in_guide: bool) -> Site:
     frames = [f for f in site["cond_indep_stack"] if f.vectorized]
     fn = site["fn"]
     enumerated = site["infer"].get("enumerate") is not None and not site["is_observed"]
@@ -160,6 +162,7 @@ def _site(site: dict[str, Any], plate: Plate | None) -> Site:
         event_shape=tuple(fn.event_shape),
         plates=tuple(f.name for f in frames),
         enumerated=enumerated,
+        in_guide=in_guide,
         num_states=len(fn.enumerate_support(expand=False)) if enumerated else 1,
         discrete=not site["is_observed"] and _is_discrete(fn),
     )

@@ -11,8 +11,8 @@ import pandas as pd
 from pyrolvm.data import Dataset
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.checkpoint import write_atomically
+from pyrolvm.inference.devices import resolve_device
 from pyrolvm.inference.evidence import evidence_table, khat_threshold
-from pyrolvm.inference.fit import _device
 from pyrolvm.inference.fitted import FittedModel
 from pyrolvm.shell.inputs import Source, label_path, listed, log_scale, read_like, transforms_of, undone
 from pyrolvm.shell.outputs import ARRAYS, check_out, write_png, write_values
@@ -32,7 +32,7 @@ class Question:
         self.path = Path(options.run)
         check_out(getattr(options, "out", None), suffixes)
         self.fitted: FittedModel
-        self.fitted, self.record = open_run(self.path, options.model, _device(options.device))
+        self.fitted, self.record = open_run(self.path, options.model, resolve_device(options.device))
         self.transforms = transforms_of(self.record)
 
     def data(self) -> Dataset:
@@ -209,7 +209,7 @@ def run_report(options: Any) -> None:
         gaps=options.gaps,
         reference=options.reference,
         image_shape=read_image_shape(options.image_shape),
-        device=_device(options.device),
+        device=resolve_device(options.device),
         seed=options.seed,
     )
     console().print(str(written))

@@ -220,6 +220,13 @@ def test_ours_runs_under_pyros_svi_and_reports_the_same_bound():
         assert -last / len(X) == pytest.approx(LocalNormal.log_evidence(X).mean().item(), abs=0.1)
 
 
+def test_a_site_to_be_summed_out_needs_the_objective_that_does_it():
+    mixture = pyrolvm.GaussianMixture(1, 2)
+    for objective in (Trace_ELBO(), TraceMeanField_ELBO(), RenyiELBO(alpha=0, num_particles=2)):
+        with pytest.raises(SettingError, match=r"'z' to be summed out.*use TraceEnum_ELBO"):
+            pyrolvm.fit(mixture, X.unsqueeze(-1), objective=objective, num_steps=1, progress=False)
+
+
 def test_an_objective_of_another_kind_is_refused():
     with pytest.raises(SettingError, match="must be a Pyro ELBO object"):
         pyrolvm.fit(LocalNormal().model, X, guide=LocalNormal().guide, objective="elbo", num_steps=2)

@@ -234,6 +234,11 @@ def test_loading_executes_nothing(saved, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_device_that_is_not_there_is_refused(saved):
+    with pytest.raises(pyrolvm.SettingError, match="not on this machine"):
+        pyrolvm.load(saved[1], device="cuda:7")
+
+
 def test_a_file_in_the_way_is_refused(saved, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match="is a file"):

@@ -54,6 +54,12 @@ def prepare(objective: ELBO | None, structure: Structure) -> ELBO:
         objective = _default(structure)
     if isinstance(objective, type):
         raise SettingError(f"objective is the class {objective.__name__}: pass {objective.__name__}()")
+    summed_out = [s.name for s in structure.sites if s.enumerated and not s.in_guide]
+    if summed_out and not isinstance(objective, TraceEnum_ELBO):
+        raise SettingError(
+            f"the model asks for '{summed_out[0]}' to be summed out, which {type(objective).__name__} does not do "
+            "(it would draw it from the prior): use TraceEnum_ELBO(), or give the guide a site for it"
+        )
     objective = copy.copy(objective)
     if getattr(objective, "max_plate_nesting", 0) == float("inf"):
         vectorized = objective.vectorize_particles and objective.num_particles > 1
