@@ -24,7 +24,7 @@ SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npy", ".npz", ".
 
 # Which kinds an option is for: given with another, it would be ignored without a word
 _OPTIONS = {
-    "key": (".npz",),
+    "key": (".npz", ".h5ad"),
     "header": (".csv", ".tsv"),
     "mmap": (".npy", ".idx"),
     "labels": (".csv", ".tsv", ".parquet", ".h5ad"),
@@ -60,7 +60,7 @@ def read(
         source: a name such as `"digits"`, or the path of a file.
         columns: names of the columns to take, in this order; positions where the columns have no names.
         labels: the column to keep apart as labels, e.g. a class: in tables, and `obs` of h5ad.
-        key: the array to take from an npz file that has several.
+        key: the array to take from an npz file that has several, or the layer of an h5ad file in place of X.
         header: whether a csv's first row is names; by default it is unless it is all numbers.
         mmap: map an npy or idx file into memory, copy-on-write, instead of reading it.
         allow_missing: keep missing values as NaN, for a model that can take them.
@@ -94,7 +94,7 @@ def _read(request: _Request, kind: str) -> Dataset:
     if kind == ".parquet":
         return read_parquet(path, columns, labels, request.allow_missing)
     if kind == ".h5ad":
-        return read_h5ad(path, columns, labels)
+        return read_h5ad(path, columns, labels, request.key)
     array = read_idx(path, request.mmap) if kind == ".idx" else _read_numpy(request)
     check_numeric(array, str(path))
     dataset = Dataset(array, None, None, str(path))

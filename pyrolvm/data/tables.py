@@ -178,25 +178,38 @@ def _room(values: np.ndarray | None, num_rows: int, part: np.ndarray) -> np.ndar
     return values.astype(np.result_type(values, part), copy=False)
 
 
-def read_h5ad(path: Path, columns: Sequence[str] | None, labels: str | None) -> Dataset:
-    """The matrix X of an AnnData file as a dense array, genes as columns; `labels` is a column of `obs`.
+def read_h5ad(path: Path, columns: Sequence[str] | None, labels: str | None, layer: str | None) -> Dataset:
+    """The matrix X of an AnnData file, or one of its layers, dense, genes as columns; `labels` is of `obs`.
 
     Raises:
-        DataError: anndata is not installed, the file is damaged, or a gene or column of obs is missing.
+        DataError: anndata is not installed, the file is damaged, or a layer, gene or column of obs is missing.
     """
-    anndata = optional("anndata", "h5ad", "pip install anndata")
+    anndata = optional("anndata", "h5ad", "pip install 'pyrolvm[files]'")
     try:
         table = anndata.read_h5ad(path)
     except Exception as error:  # anndata and h5py raise errors of many types for a damaged file
         raise DataError(f"{path} is damaged or not h5ad ({' '.join(str(error).split())})") from None
-    if table.X is None:
-        raise DataError(f"{path} has no matrix X: store the counts in adata.X")
+    matrix = _matrix(table, layer, path)
     names = [str(c) for c in table.var_names]
     kept = list(range(len(names))) if columns is None else _find(columns, names, str(path))
-    values = table.X if columns is None else table.X[:, kept]
+    values = matrix if columns is None else matrix[:, kept]
     values = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
     held = None if labels is None else _labels(table.obs.iloc[:, _obs(labels, table, path)])
     return Dataset(values, [names[i] for i in kept], held, str(path))
+
+
+def _matrix(table: Any, layer: str | None, path: Path) -> Any:
+    """X, or the layer that was asked for."""
+    layers = [str(name) for name in table.layers]
+    if layer in layers:
+        return table.layers[layer]
+    has = f"its layers are {', '.join(layers)}" if layers else "it has no layers"
+    if layer is not None:
+        raise DataError(f"{path} has no layer {layer!r}: {has}")
+    if table.X is None:
+        hint = f"type key={layers[0]} for a layer" if layers else "store the counts in adata.X"
+        raise DataError(f"{path} has no matrix X, and {has}: {hint}")
+    return table.X
 
 
 def _obs(labels: str, table: Any, path: Path) -> int:

@@ -34,7 +34,7 @@ Columns = Annotated[str | None, typer.Option(metavar="A,B", help="Columns to tak
 Labels = Annotated[
     str | None, typer.Option(metavar="COLUMN", help="Column to keep apart as labels.", rich_help_panel=DATA)
 ]
-Key = Annotated[str | None, typer.Option(help="Array to take from an npz file.", rich_help_panel=DATA)]
+Key = Annotated[str | None, typer.Option(help="Array of an npz file, or layer of an h5ad file.", rich_help_panel=DATA)]
 Header = Annotated[
     bool | None,
     typer.Option("--header/--no-header", help="Whether a csv's first row is names.", rich_help_panel=DATA),

@@ -5,7 +5,10 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
+from typer.testing import CliRunner
 
+from pyrolvm.cli import app
 from pyrolvm.data import read
 from pyrolvm.errors import DataError
 
@@ -62,24 +65,63 @@ def test_what_is_not_installed_is_named_with_its_command(monkeypatch, tmp_path, 
     refused(f"needs {module.split('.')[0]}: type pip install", tmp_path / name)
 
 
+def write_h5ad(path, matrix, layers=None):
+    """Three cells, two genes. Their names are objects, because anndata cannot write the strings of pandas 3."""
+    anndata = pytest.importorskip("anndata")
+    names = {
+        k: pd.Index(v, dtype=object) for k, v in {"c": ["c0", "c1", "c2"], "g": ["gene1", "gene2"]}.items()
+    }
+    kinds = pd.Categorical(
+        np.array(["b", "t", "b"], dtype=object), categories=pd.Index(["b", "t"], dtype=object)
+    )
+    table = anndata.AnnData(
+        matrix, pd.DataFrame({"cell_type": kinds}, names["c"]), pd.DataFrame(index=names["g"])
+    )
+    table.layers.update(layers or {})
+    table.write_h5ad(path)
+    return path
+
+
 class TestH5ad:
-    @pytest.fixture
-    def path(self, tmp_path):
-        anndata = pytest.importorskip("anndata")
-        import scipy.sparse
-
-        obs = pd.DataFrame({"cell_type": ["b", "t", "b"]}, index=["c0", "c1", "c2"])
-        var = pd.DataFrame(index=["gene1", "gene2"])
-        anndata.AnnData(scipy.sparse.csr_matrix(X), obs, var).write_h5ad(tmp_path / "x.h5ad")
-        return tmp_path / "x.h5ad"
-
-    def test_genes_are_columns_and_obs_has_labels(self, path):
+    @pytest.mark.parametrize("kind", [np.asarray, scipy.sparse.csr_matrix, scipy.sparse.csc_array])
+    def test_genes_are_columns_and_obs_has_labels(self, tmp_path, kind):
+        path = write_h5ad(tmp_path / "x.h5ad", kind(X))
         data = read(path, labels="cell_type")
         assert np.array_equal(data.values, X)
         assert data.columns == ["gene1", "gene2"]
         assert data.labels.tolist() == ["b", "t", "b"]
         assert read(path, columns=["gene2"]).values[:, 0].tolist() == [2, 4, 6]
+
+    def test_a_layer_can_stand_for_the_matrix(self, tmp_path):
+        path = write_h5ad(tmp_path / "x.h5ad", None, {"counts": scipy.sparse.csr_matrix(X)})
+        assert np.array_equal(read(path, key="counts").values, X)
+        refused("has no matrix X, and its layers are counts: type key=counts", path)
+        refused("has no layer 'count': its layers are counts", path, key="count")
+        refused("it has no layers", write_h5ad(tmp_path / "y.h5ad", X), key="counts")
+        refused("store the counts in adata.X", write_h5ad(tmp_path / "z.h5ad", None))
+
+    def test_what_is_missing_is_named(self, tmp_path):
+        path = write_h5ad(tmp_path / "x.h5ad", X)
         refused("did you mean 'gene", path, columns=["gen1"])
         refused("obs. has no column 'cell'", path, labels="cell")
+        refused(
+            "missing at row 1, column 'gene2'", write_h5ad(tmp_path / "n.h5ad", np.where(X == 4, np.nan, X))
+        )
         path.write_bytes(path.read_bytes()[:300])
         refused("damaged or not h5ad", path)
+
+    def test_from_the_shell(self, tmp_path, monkeypatch):
+        write_h5ad(tmp_path / "x.h5ad", scipy.sparse.csr_matrix(X), {"counts": X})
+        monkeypatch.chdir(tmp_path)
+        shell = ["fit", "ppca", "x.h5ad", "-l", "1", "-n", "2", "-q", "--engine", "eager", "--key", "counts"]
+        done = CliRunner().invoke(app, [*shell, "-o", "run"])
+        assert done.exit_code == 0, done.output
+        codes = CliRunner().invoke(app, ["encode", "run", "x.h5ad", "--labels", "cell_type"])
+        assert [line[:2] for line in codes.stdout.splitlines()] == ["la", "b,", "t,", "b,"]
+        samples = CliRunner().invoke(app, ["sample", "run", "-s", "2"])
+        assert samples.stdout.startswith("gene1,gene2\n")
+        wrong = CliRunner().invoke(app, [*shell[:-1], "none", "-o", "other"])
+        assert (wrong.exit_code, wrong.stderr.strip()) == (
+            2,
+            "error: x.h5ad has no layer 'none': its layers are counts",
+        )
