@@ -24,4 +24,4 @@ class RunFolderError(PyrolvmError, ValueError):
 
 
 class DivergenceError(PyrolvmError, ArithmeticError):
-    """The bound or a parameter stopped being finite."""
+    """The bound or a parameter stopped being finite, or the fit ended in a degenerate state."""

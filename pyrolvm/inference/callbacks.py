@@ -7,23 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrolvm.errors import SettingError
+from pyrolvm.inference.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from pyrolvm.inference.training import Report
 
 
 class JSONLines:
-    """Append one JSON object per step to a file: the columns of the history, NaN as null."""
+    """The history as a file of one JSON object per step, its columns as keys, NaN as null.
+
+    The file is that of this run from its first step on: a run that is gone on with takes the place of what
+    was there, so that no step stands in it twice.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path, self._written = Path(path), 0
 
     def __call__(self, report: Report) -> None:
         """Write the steps since the last chunk."""
-        new = list(report.history.rows(after=self._written))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in new)
+        lines = [json.dumps(row) + "\n" for row in report.history.rows(after=self._written)]
+        if self._written:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        else:
+            write_atomically(self.path, lambda p: p.write_text("".join(lines), encoding="utf-8"))
         self._written = report.step
 
 
@@ -37,7 +44,8 @@ class TensorBoard:
             raise SettingError(
                 "TensorBoard records need the package tensorboard: pip install tensorboard"
             ) from None
-        self._writer: Any = SummaryWriter(str(folder))
+        # a run that is gone on with shows its whole history again: of what was there, nothing is kept
+        self._writer: Any = SummaryWriter(str(folder), purge_step=0)
         self._written = 0
 
     def __call__(self, report: Report) -> None:

@@ -97,7 +97,7 @@ def fit(
     Raises
     ------
     DataError, ProgramError, SettingError, RunFolderError: bad input, before the first step.
-    DivergenceError: the bound or a parameter stopped being finite.
+    DivergenceError: the bound or a parameter stopped being finite, or the model's own `check_fit` refuses the end.
     """
     _check_settings(on_nan, kl_warmup, objective, num_steps, num_epochs)
     target = torch.device(resolve_device(device))
@@ -152,6 +152,7 @@ def fit(
         if resume:
             _resume(training)
         training.run(bar)
+    _check_fit(program, batch)
     return FittedModel(
         program,
         structure,
@@ -272,6 +273,14 @@ def _resume(training: Training) -> None:
     if not (training.checkpoint / CHECKPOINT_FILE).exists():
         return  # nothing was written yet: the run starts, so that one command can be repeated until it is done
     training.load_checkpoint()
+
+
+def _check_fit(program: Program, batch: Batch) -> None:
+    """What the model has to say of its own fit; it keeps the parameters of the last step."""
+    check = getattr(program.owner, "check_fit", None)
+    if check is not None:
+        with program.scope():
+            check(*batch.args, **batch.kwargs)
 
 
 def _few(batch: Batch) -> Batch:

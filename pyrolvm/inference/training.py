@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyrolvm.data.plan import BatchPlan
+from pyrolvm.data.tables import warn_user
 from pyrolvm.errors import DivergenceError, RunFolderError
 from pyrolvm.inference.checkpoint import read_tensors, write_tensors
 from pyrolvm.inference.divergence import explain, skip_bad_steps
@@ -91,10 +92,20 @@ class Training:
             raise KeyboardInterrupt(self._how_to_go_on()) from None
         self.stopped_because = self.stopped_because or f"all {self.num_steps} steps done"
         self.save_checkpoint()
+        self._check_warmup()
         if self.plateau is not None and self.plateau.best_parameters:
             self.step.program.load(self.plateau.best_parameters)
             self.stopped_because += (
                 f"; parameters are those of step {self.plateau.best_step}, the best held out"
+            )
+
+    def _check_warmup(self) -> None:
+        """Warn if the run ended while its loss was not yet that of the bound."""
+        weight = self.step.kl_weight(self.state.step - 1)
+        if weight < 1:
+            warn_user(
+                f"the run ended at step {self.state.step} of a KL warm-up of {self.step.warmup_steps}, the KL's weight "
+                f"at {weight:.3g}: what was trained is not yet the ELBO; take more steps or a smaller kl_warmup"
             )
 
     def _size(self, wanted: int) -> int:

@@ -30,7 +30,8 @@ class LatentVariableModel(nn.Module):
     observed site tolerates `x=None`. What else a model can say of itself is optional:
 
     - `log_marginal(x)` -> [batch], the exact log p(x) in nats, if there is a closed form;
-    - `check_data(x)` raises `DataError` for data outside the model's support.
+    - `check_data(x)` raises `DataError` for data outside the model's support;
+    - `check_fit(x)` raises `DivergenceError` if the end of a fit to `x` is no answer (a collapsed component, say).
     """
 
     constructor: dict[str, Any]

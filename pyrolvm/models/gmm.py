@@ -16,7 +16,7 @@ x, so that the exact responsibilities are among them; `TraceGraph_ELBO` takes th
 with a baseline.
 
 Maximum likelihood is the default, and its likelihood is unbounded: a component may close in on one datum.
-`check_health` says when it has. With prior="conjugate" the fit is the mode of a posterior (Delta guides for
+`check_fit` refuses a fit in which it has. With prior="conjugate" the fit is the mode of a posterior (Delta guides for
 the sites "weights", "means" and "scale"), in which that cannot happen:
 
     pi      ~ Dirichlet(2, ..., 2)
@@ -41,12 +41,12 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import DivergenceError, SettingError
 from pyrolvm.models.alignment import match_components
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
 from pyrolvm.models.baselines import InputBaseline, ScalarBaseline, as_cost, in_plate_units
 from pyrolvm.models.networks import choose
-from pyrolvm.models.priors import InverseWishartCholesky, inverse_chi
+from pyrolvm.models.priors import covariance_prior
 from pyrolvm.models.starts import Clusters, as_columns, kmeans_clusters, moments
 
 Covariance = Literal["full", "diagonal", "spherical"]
@@ -137,21 +137,16 @@ class GaussianMixture(LatentVariableModel):
             options = {"nn_baseline": lambda x: as_cost(scaled(x), z.shape), "nn_baseline_input": standard}
             infer = {"baseline": options}
         i, j = self.pairs
-        features = torch.cat([standard, standard[:, i] * standard[:, j]], -1)
-        assignment = dist.Categorical(logits=self.recognition(features))
+        logits = self.recognition(torch.cat([standard, standard[:, i] * standard[:, j]], -1))  # [batch, K]
         with plate:
-            z: Tensor = pyro.sample("z", assignment, infer=infer)  # [batch]
+            z: Tensor = pyro.sample("z", dist.Categorical(logits=logits), infer=infer)  # [batch]
 
     def _draw_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
         D, K, s = self.data_dim, self.num_components, self.unit
         weights = pyro.sample("weights", dist.Dirichlet(s.new_full((K,), 2.0)))  # [K]
         means = pyro.sample("means", dist.Normal(self.location, 10 * s).expand([K, D]).to_event(2))
-        spread = s / K ** (1 / D)  # as if the K components shared out the data's volume
-        if self.covariance == "full":
-            prior = InverseWishartCholesky(D + 2, spread.expand(K, D)).to_event(1)  # [K, D, D]
-        else:  # the same in one dimension
-            prior = inverse_chi(3, (spread / 3**0.5).expand(K, D)[:, : self.raw_scale.shape[1]]).to_event(2)
-        return weights, means, pyro.sample("scale", prior)
+        spread = (s / K ** (1 / D)).expand(K, D)  # as if the K components shared out the data's volume
+        return weights, means, pyro.sample("scale", covariance_prior(self.covariance, spread))
 
     def _point(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weights, self.means, self.scale
@@ -223,8 +218,8 @@ class GaussianMixture(LatentVariableModel):
     def initialise_from(self, x: Tensor, seed: int = 0, num_starts: int = 10) -> None:
         """Start from k-means (`num_starts` k-means++ starts) and each cluster's own covariance.
 
-        Sets the units of the parameters and priors to the data's mean and standard deviation, and q(z | x)
-        to the exact responsibilities. Raises `DataError` for fewer different rows than components.
+        Sets the units to the data's mean and deviation, and q(z | x) to the exact responsibilities. Raises
+        `DataError` for fewer different rows than components.
         """
         self.check_data(x)
         x = as_columns(x, self.data_dim)
@@ -278,16 +273,24 @@ class GaussianMixture(LatentVariableModel):
 
         Collapsed: fewer data than its covariance needs (D + 1 if full, else 2), or a variance at the floor.
         """
-        counts = self.responsibilities(x).sum(0)  # [K]
-        tril = self.scale_tril / self.unit.unsqueeze(-1)
-        narrowest = torch.linalg.matrix_norm(tril, ord=-2) ** 2  # the smallest eigenvalue of each covariance
         needed = self.data_dim + 1 if self.covariance == "full" else 2
+        counts = torch.stack([self.responsibilities(part).sum(0) for part in x.split(2**16)]).sum(0)  # [K]
         return [
             f"component {k} holds {count:.3g} of {len(x)} data and its smallest variance is {variance:.1e} "
             "times the data's: use fewer components, a simpler covariance, or prior='conjugate'"
-            for k, (count, variance) in enumerate(zip(counts.tolist(), narrowest.tolist(), strict=True))
+            for k, (count, variance) in enumerate(zip(counts, self._narrowest(), strict=True))
             if count < needed or variance < 10 * FLOOR**2
         ]
+
+    def _narrowest(self) -> Tensor:
+        """The smallest eigenvalue [K] of each covariance, in variances of the data."""
+        return torch.linalg.matrix_norm(self.scale_tril / self.unit.unsqueeze(-1), ord=-2) ** 2
+
+    @torch.no_grad()
+    def check_fit(self, x: Tensor) -> None:
+        """Raise `DivergenceError` if maximum likelihood ran a variance down to the floor: no bound stops it."""
+        if self.prior == "none" and bool((self._narrowest() < 10 * FLOOR**2).any()):
+            raise DivergenceError(f"the fit is degenerate: {self.check_health(x)[0]}")
 
     def check_data(self, x: Tensor) -> None:
         """Refuse data that are not [rows, data_dim] or not finite."""

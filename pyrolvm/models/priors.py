@@ -88,3 +88,15 @@ class InverseWishartCholesky(dist.TorchDistribution):
         A = self.scale.new_empty(shape).normal_().triu(1) + torch.diag_embed(diagonal)
         identity = torch.eye(D, dtype=A.dtype, device=A.device).expand(shape)
         return self.scale.unsqueeze(-1) * torch.linalg.solve_triangular(A.mT, identity, upper=False)
+
+
+def covariance_prior(covariance: str, spread: Tensor) -> dist.TorchDistribution:
+    """Of the roots of K covariances: InverseWishart(D + 2, diag(spread_k^2)), `spread` [K, D].
+
+    "full": Cholesky factors [K, D, D]. Else the same in one dimension, for deviations [K, D], or [K, 1] if
+    "spherical".
+    """
+    if covariance == "full":
+        return InverseWishartCholesky(spread.shape[1] + 2, spread).to_event(1)
+    columns = spread[:, :1] if covariance == "spherical" else spread
+    return inverse_chi(3, columns / 3**0.5).to_event(2)

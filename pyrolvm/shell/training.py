@@ -70,6 +70,8 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job) -> None:
     ]
     if held_out is not None and "validation_elbo" in history:
         facts.append(("ELBO, held out", float(history["validation_elbo"].dropna().iloc[-1])))
+    if job.options.kl_warmup and len(history):
+        facts.append(("KL weight at the end", float(history["kl_weight"].iloc[-1])))
     print_facts([*facts, ("run", job.options.out)])
     if rise := still_rising(history):
         console().print(

@@ -111,3 +111,25 @@ def test_bad_counts(value, match):
 def test_a_share_that_leaves_no_rows():
     with pytest.raises(SettingError, match="leaves 0 to hold out"):
         fit_restarts(mixture, clusters(), validation=0.001, **QUIET)
+
+
+def outlier_or_cloud(seed):
+    """Two components of a cloud and a point far away: an even seed gives the point one of its own."""
+    model = GaussianMixture(1, 2)
+    means = torch.tensor([[0.0], [30.0]]) if seed % 2 == 0 else torch.tensor([[-1.0], [1.0]])
+    spread = torch.tensor([1.0, 0.02]) if seed % 2 == 0 else torch.tensor([3.0, 3.0])
+    model.set_components(torch.tensor([0.5, 0.5]), means, spread.view(2, 1, 1))
+    return model
+
+
+def test_a_collapsed_restart_is_not_kept_though_its_bound_is_higher():
+    x = torch.cat([torch.randn(60, generator=torch.Generator().manual_seed(0)), torch.tensor([30.0])])
+    options = {"num_steps": 300, "learning_rate": 0.05, **QUIET}
+    with pytest.raises(DivergenceError, match="the fit is degenerate: component 1 holds 1 of 61 data"):
+        pyrolvm.fit(outlier_or_cloud(0), x, **options)
+    best, table = fit_restarts(outlier_or_cloud, x, num_restarts=2, **options)
+    assert best.model.scale.min() > 0.5
+    assert list(table["seed"]) == [1, 0]
+    assert table["outcome"][1].startswith("diverged: the fit is degenerate")
+    with pytest.raises(DivergenceError, match=r"all 1 restarts diverged; the last one: .*degenerate"):
+        fit_restarts(outlier_or_cloud, x, num_restarts=1, **options)

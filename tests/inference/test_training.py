@@ -104,6 +104,57 @@ def test_json_lines_are_the_history(tmp_path):
     assert [r["step"] for r in rows if r["validation_elbo"] is not None] == [7, 14, 21, 28]
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_json_lines_of_a_run_that_is_gone_on_with_have_each_step_once(tmp_path):
+    program, path = LocalNormal(), tmp_path / "history.jsonl"
+
+    def fit(num_steps, **options):
+        pyrolvm.fit(
+            program.model, torch.zeros(9), guide=program.guide, num_steps=num_steps, checkpoint=tmp_path,
+            callbacks=[JSONLines(path)], **options, **QUIET,
+        )  # fmt: skip
+        return lines(path)
+
+    first = fit(10)
+    path.write_text(path.read_text() + "{}\n")  # steps that the checkpoint does not know of
+    both = fit(30, resume=True)
+    assert [r["step"] for r in both] == list(range(1, 31))
+    assert both[:10] == first
+
+
+def test_tensorboard_shows_the_history(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    program = LocalNormal()
+    for steps in (5, 20):
+        fitted = pyrolvm.fit(
+            program.model, torch.zeros(9), guide=program.guide, num_steps=steps, checkpoint=tmp_path / "run",
+            resume=steps > 5, callbacks=[TensorBoard(tmp_path / "board")], **QUIET,
+        )  # fmt: skip
+    record = EventAccumulator(str(tmp_path / "board")).Reload()
+    found = record.Scalars("elbo")
+    assert [event.step for event in found] == list(range(1, 21))
+    np.testing.assert_allclose([event.value for event in found], fitted.history["elbo"], rtol=1e-6)
+
+
+def test_a_warmup_that_was_not_reached_is_warned_of():
+    program = LocalNormal()
+    options = {"guide": program.guide, "num_steps": 1000, **QUIET}
+
+    def enough(report):
+        return "that will do"
+
+    with pytest.warns(UserWarning, match="the KL's weight at 0.01.*not yet the ELBO"):
+        fitted = pyrolvm.fit(program.model, torch.zeros(9), kl_warmup=0.8, callbacks=[enough], **options)
+    assert fitted.history["kl_weight"].iloc[-1] == pytest.approx(0.01)
+    reached = pyrolvm.fit(program.model, torch.zeros(9), kl_warmup=0.8, **options)
+    assert reached.history["kl_weight"].iloc[-1] == 1
+
+
 def test_tensorboard_is_optional_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(SettingError, match="pip install tensorboard"):

@@ -10,7 +10,7 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch.distributions import Dirichlet, Normal
 
 from pyrolvm.data import load_dataset
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.errors import DataError, DivergenceError, SettingError
 from pyrolvm.models.gmm import FLOOR, GaussianMixture
 from pyrolvm.models.priors import InverseWishartCholesky, inverse_chi
 from pyrolvm.plates import data_rows
@@ -211,6 +211,25 @@ def test_a_collapsed_component_is_named(covariance):
     assert len(messages) == 1
     assert "component 1 holds 1 of 81 data" in messages[0]
     assert "prior='conjugate'" in messages[0]
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_a_collapsed_fit_is_refused_and_one_under_a_prior_never(covariance):
+    mixture, x = with_outlier(covariance, "none")
+    with pytest.raises(DivergenceError, match=r"the fit is degenerate: component \d holds 1 of 81 data"):
+        mixture.check_fit(x)
+    mixture, x = with_outlier(covariance, "conjugate")
+    mixture.check_fit(x)
+
+
+def test_health_of_many_rows_is_that_of_their_parts(iris):
+    mixture = random_mixture(covariance="diagonal").double()
+    with torch.no_grad():
+        mixture.raw_scale[0].fill_(-1000.0)
+    many = iris.repeat(500, 1)  # more than one part
+    whole, small = mixture.check_health(many), mixture.check_health(iris)
+    assert len(whole) == len(small) >= 1
+    assert "of 75000 data" in whole[0]
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
