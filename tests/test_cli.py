@@ -1,5 +1,6 @@
 """The shell does what it says: every command on real data, in this process."""
 
+import hashlib
 import json
 import shlex
 
@@ -381,6 +382,54 @@ def test_columns_of_a_table_are_remembered(tmp_path):
     assert list(codes["label"][:3]) == ["x", "y", "z"]
     assert list(pd.read_csv(tmp_path / "codes.csv").columns) == ["label", "z_0"]
     assert done("sample", tmp_path / "run", "-s", 1).splitlines()[0] == "c,a"
+
+
+def test_columns_in_another_order_are_found_by_name_or_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(20, 2)), columns=["height", "weight"])
+    frame.to_csv("x.csv", index=False)
+    frame[["weight", "height"]].to_csv("turned.csv", index=False)
+    done("fit", "ppca", "x.csv", "-l", 1, "-n", 2, "-q", "-o", "run")
+    assert done("encode", "run", "turned.csv") == done("encode", "run", "x.csv")
+    result = pyrolvm_("encode", "run", "turned.csv", "--columns", "weight,height")
+    assert result.exit_code == 2
+    assert result.stderr.strip() == (
+        "error: --columns weight,height are the run's columns in another order than its height,weight: "
+        "leave --columns out, they are taken by name"
+    )
+    done("encode", "run", "x.csv", "--columns", "height,weight")
+
+
+def test_a_file_is_read_again_as_it_was(tmp_path, monkeypatch):
+    """Names that are numbers are names again, without being told so, in `encode` and in the report."""
+    monkeypatch.chdir(tmp_path)
+    values = np.random.default_rng(0).normal(size=(20, 2))
+    pd.DataFrame(values, columns=["1990", "2000"]).to_csv("years.csv", index=False)
+    done("fit", "ppca", "years.csv", "--header", "-l", 1, "-n", 2, "-q", "-o", "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["data"]
+    assert (record["header"], record["columns"]) == (True, ["1990", "2000"])
+    assert len(done("encode", "run", "years.csv").splitlines()) == 21
+    from pyrolvm.report.findings import given_data
+
+    assert given_data(record, None).train.values.shape == (20, 2)
+
+
+def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32))
+    fit = ("fit", "bfa", "x.npy", "-l", 1, "-n", 3, "-b", 8, "-q", "--engine", "eager", "-o")
+    done(*fit, "small")
+    monkeypatch.setattr("pyrolvm.shell.inputs.MAPPED_BYTES", 1)
+    from pyrolvm.shell.inputs import Source, fingerprint
+
+    values = Source("x.npy").read().values
+    assert isinstance(values, np.memmap)
+    assert fingerprint(values) == hashlib.sha256(np.load("x.npy").tobytes()).hexdigest()
+    done(*fit, "mapped")
+    small, mapped = (load_file(tmp_path / n / "parameters.safetensors") for n in ("small", "mapped"))
+    assert all(torch.equal(small[k], mapped[k]) for k in small)
+    monkeypatch.setattr("pyrolvm.shell.job.START_ROWS", 10)
+    done(*fit, "started")  # from ten of the fifty rows
 
 
 def test_images_are_flattened_and_drawn_in_their_shape(tmp_path):

@@ -26,7 +26,7 @@ SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npy", ".npz", ".
 _OPTIONS = {
     "key": (".npz", ".h5ad"),
     "header": (".csv", ".tsv"),
-    "mmap": (".npy", ".idx"),
+    "mmap": (".npy", ".idx", ".parquet"),
     "labels": (".csv", ".tsv", ".parquet", ".h5ad"),
 }
 
@@ -62,7 +62,8 @@ def read(
         labels: the column to keep apart as labels, e.g. a class: in tables, and `obs` of h5ad.
         key: the array to take from an npz file that has several, or the layer of an h5ad file in place of X.
         header: whether a csv's first row is names; by default it is unless it is all numbers.
-        mmap: map an npy or idx file into memory, copy-on-write, instead of reading it.
+        mmap: map an npy or idx file into memory, copy-on-write, instead of reading it; a parquet file is
+            unpacked into a temporary file, which is mapped.
         allow_missing: keep missing values as NaN, for a model that can take them.
 
     Returns:
@@ -92,7 +93,7 @@ def _read(request: _Request, kind: str) -> Dataset:
     if kind in (".csv", ".tsv"):
         return read_csv(path, columns, labels, request.header, "," if kind == ".csv" else "\t")
     if kind == ".parquet":
-        return read_parquet(path, columns, labels, request.allow_missing)
+        return read_parquet(path, columns, labels, request.allow_missing, request.mmap)
     if kind == ".h5ad":
         return read_h5ad(path, columns, labels, request.key)
     array = read_idx(path, request.mmap) if kind == ".idx" else _read_numpy(request)

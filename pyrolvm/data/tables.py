@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -126,9 +127,11 @@ def _without_index(frame: pd.DataFrame, path: Path, columns: Sequence[str] | Non
 
 
 def read_parquet(
-    path: Path, columns: Sequence[str] | None, labels: str | None, allow_missing: bool
+    path: Path, columns: Sequence[str] | None, labels: str | None, allow_missing: bool, mmap: bool = False
 ) -> Dataset:
     """A parquet file, one row group at a time into one array, so that it is never in memory twice.
+
+    With `mmap` the array is mapped from a temporary file without a name, and never in memory as a whole.
 
     Raises:
         DataError: pyarrow is not installed, the file is damaged, or a column is missing or not numeric.
@@ -136,15 +139,21 @@ def read_parquet(
     pq = optional("pyarrow.parquet", "parquet", "pip install 'pyrolvm[files]'")
     arrow = optional("pyarrow", "parquet", "pip install 'pyrolvm[files]'")
     try:
-        with pq.ParquetFile(path) as file:
-            return _from_parquet(file, path, columns, labels, allow_missing)
+        with pq.ParquetFile(path) as file, tempfile.TemporaryDirectory() as folder:
+            room = Path(folder) if mmap else None
+            return _from_parquet(file, path, columns, labels, allow_missing, room)
     except (arrow.ArrowException, OSError) as error:
         text = " ".join(str(error).split())
         raise DataError(f"{path} is damaged, truncated or not parquet ({text})") from None
 
 
 def _from_parquet(
-    file: Any, path: Path, columns: Sequence[str] | None, labels: str | None, allow_missing: bool
+    file: Any,
+    path: Path,
+    columns: Sequence[str] | None,
+    labels: str | None,
+    allow_missing: bool,
+    folder: Path | None,
 ) -> Dataset:
     empty = file.schema_arrow.empty_table().to_pandas(ignore_metadata=True)
     index = (file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
@@ -158,12 +167,14 @@ def _from_parquet(
         frame = file.read_row_group(group, columns=wanted).to_pandas(ignore_metadata=True)
         part = frame_to_dataset(frame, str(path), kept, labels)
         check_finite(part.values, str(path), kept, allow_missing, first_row=row)
-        values = _room(values, file.metadata.num_rows, part.values)
+        values = _room(values, file.metadata.num_rows, part.values, folder)
         values[row : row + part.num_rows] = part.values
         held += [] if part.labels is None else [part.labels]
         row += part.num_rows
     if values is None:
         return frame_to_dataset(empty, str(path), kept, labels)
+    if isinstance(values, np.memmap) and values.filename is not None:  # its name goes, the map stays
+        values = np.memmap(values.filename, values.dtype, "c", shape=values.shape)
     return Dataset(values, kept, np.concatenate(held) if held else None, str(path))
 
 
@@ -171,11 +182,21 @@ def _pick(columns: Sequence[str], names: list[str], path: Path) -> list[str]:
     return [names[i] for i in _find(columns, names, str(path))]
 
 
-def _room(values: np.ndarray | None, num_rows: int, part: np.ndarray) -> np.ndarray:
-    """The array to fill; widened when a later row group has missing values among its integers."""
-    if values is None:
-        return np.empty((num_rows, part.shape[1]), part.dtype)
-    return values.astype(np.result_type(values, part), copy=False)
+def _room(values: np.ndarray | None, num_rows: int, part: np.ndarray, folder: Path | None) -> np.ndarray:
+    """The array to fill, in a file of `folder` if there is one.
+
+    It is widened when a later row group has missing values among its integers.
+    """
+    dtype = part.dtype if values is None else np.result_type(values, part)
+    if values is not None and values.dtype == dtype:
+        return values
+    shape = (num_rows, part.shape[1])
+    room = (
+        np.empty(shape, dtype) if folder is None else np.memmap(folder / dtype.str, dtype, "w+", shape=shape)
+    )
+    if values is not None:
+        room[:] = values
+    return room
 
 
 def read_h5ad(path: Path, columns: Sequence[str] | None, labels: str | None, layer: str | None) -> Dataset:

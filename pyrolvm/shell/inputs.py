@@ -12,7 +12,12 @@ import numpy as np
 from pyrolvm.data import DATASETS, Dataset, Transform, load_dataset, read
 from pyrolvm.errors import DataError, SettingError
 
-NAMED_COLUMNS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".h5ad")
+TEXT = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+NAMED_COLUMNS = (*TEXT, ".parquet", ".h5ad")
+KEYED = (".npz", ".h5ad")
+MAPPABLE = (".npy", ".idx", "-ubyte", ".parquet")
+MAPPED_BYTES = 2**28
+"""Files from this size on are mapped where their kind allows it, and never in memory as a whole."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,42 @@ class Source:
             return dataset if self.columns is None else dataset.select(self.columns)
         if self.options:
             raise SettingError(f"--data-option is for a data set of the list, not for the file {self.text}")
-        return read(self.text, self.columns, labels=self.labels, key=self.key, header=self.header)
+        options: dict[str, Any] = {"labels": self.labels, "key": self.key, "header": self.header}
+        return read(self.text, self.columns, mmap=self._is_large(), **options)
 
     @property
     def is_named(self) -> bool:
         """Whether it is a data set of the list."""
         return self.text.replace("-", "_") in DATASETS
+
+    def ends_in(self, suffixes: tuple[str, ...]) -> bool:
+        """Whether it is a file of one of these kinds."""
+        return not self.is_named and self.text.lower().endswith(suffixes)
+
+    def _is_large(self) -> bool:
+        path = Path(self.text).expanduser()
+        return self.ends_in(MAPPABLE) and path.is_file() and path.stat().st_size >= MAPPED_BYTES
+
+    def like(self, record: dict[str, Any]) -> Source:
+        """With the columns, key and header of the data recorded, where nothing else is said."""
+        columns = record.get("columns")
+        _check_order(self.columns, columns)
+        if self.columns is None and (self.is_named or self.ends_in(NAMED_COLUMNS)):
+            self = replace(self, columns=columns)
+        if self.key is None and self.ends_in(KEYED):
+            self = replace(self, key=record.get("key"))
+        if self.header is None and self.ends_in(TEXT):
+            self = replace(self, header=record.get("header"))
+        return self
+
+
+def _check_order(chosen: list[str] | None, recorded: list[str] | None) -> None:
+    """The same names in another order would put the values of one column in the place of another's."""
+    if chosen and recorded and chosen != recorded and sorted(chosen) == sorted(recorded):
+        raise DataError(
+            f"--columns {','.join(chosen)} are the run's columns in another order than its {','.join(recorded)}: "
+            "leave --columns out, they are taken by name"
+        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +112,7 @@ class Preparation:
             "columns": dataset.columns,
             "labels": source.labels,
             "key": source.key,
+            "header": source.header,
             "options": source.options,
             "sha256": fingerprint(dataset.values),
             "vectors": as_vectors,
@@ -146,16 +182,12 @@ def read_like(record: dict[str, Any], source: Source) -> Dataset:
 
     Raises `DataError` if the columns are missing or the width differs.
     """
-    columns = record.get("columns")
-    named = source.is_named or source.text.lower().endswith(NAMED_COLUMNS)
-    if source.columns is None and columns is not None and named:
-        source = replace(source, columns=columns)
-    dataset = source.read()
+    dataset = source.like(record).read()
     if record:
         dataset = vectors(dataset) if record["vectors"] else dataset
         _check_width(dataset, record, source.text)
         dataset = transformed(dataset, transforms_of(record))
-        dataset = replace(dataset, columns=columns)
+        dataset = replace(dataset, columns=record.get("columns"))
     return dataset
 
 
@@ -170,8 +202,11 @@ def _check_width(dataset: Dataset, record: dict[str, Any], text: str) -> None:
 
 
 def fingerprint(values: np.ndarray) -> str:
-    """The SHA-256 of the values, whatever kind of file they came from."""
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+    """The SHA-256 of the values [rows, ...], whatever kind of file they came from; read some rows at a time."""
+    digest, step = hashlib.sha256(), max(1, 2**22 // max(1, values[:1].size))
+    for first in range(0, len(values), step):
+        digest.update(np.ascontiguousarray(values[first : first + step]).tobytes())
+    return digest.hexdigest()
 
 
 def listed(text: str | None) -> list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyrolvm.data import BatchPlan, Dataset, as_batch
@@ -18,6 +19,9 @@ from pyrolvm.shell.inputs import Preparation, Prepared, Source, listed
 from pyrolvm.shell.pairs import Pair, find_pair, read_setting
 from pyrolvm.shell.runs import RunFolder
 from pyrolvm.shell.settings import DTYPES, given_options, make_objective, make_schedule, one_of
+
+START_ROWS = 100_000
+"""The most rows that a model's start is computed from."""
 
 
 class Job:
@@ -163,8 +167,15 @@ def build_model(
         model = built[0] if isinstance(built, tuple) else built
         if start and pair.cls is not None and hasattr(model, "initialise_from"):
             model.to(dtype=dtype)
-            model.initialise_from(first_argument(data.train, dtype), **_seed_option(model, seed))
+            model.initialise_from(first_argument(_some_rows(data.train), dtype), **_seed_option(model, seed))
     return built
+
+
+def _some_rows(dataset: Dataset) -> Dataset:
+    """Rows enough to start from, evenly over the data: not all of a file that is larger than memory."""
+    if dataset.num_rows <= START_ROWS:
+        return dataset
+    return dataset.take(np.linspace(0, dataset.num_rows - 1, START_ROWS).astype(np.int64))
 
 
 def _seed_option(model: Any, seed: int) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """Files that need a package of their own: parquet and h5ad."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ import scipy.sparse
 from typer.testing import CliRunner
 
 from pyrolvm.cli import app
-from pyrolvm.data import read
+from pyrolvm.data import as_batch, read
 from pyrolvm.errors import DataError
 
 X = np.array([[1.0, 2.0], [3.5, 4.0], [5.0, 6.0]])
@@ -44,6 +46,20 @@ class TestParquet:
         values = read(tmp_path / "x.parquet", allow_missing=True).values[:, 0]
         assert values[:7].tolist() == list(range(7))
         assert np.isnan(values[7])
+
+    def test_mapped_values_are_the_same_and_used_in_place(self, tmp_path):
+        frame = pd.DataFrame({"a": np.arange(10, dtype=np.float32), "b": np.arange(10, dtype=np.float32) / 7})
+        frame.to_parquet(tmp_path / "x.parquet", row_group_size=3)
+        mapped = read(tmp_path / "x.parquet", mmap=True).values
+        assert np.array_equal(mapped, frame.to_numpy())
+        assert isinstance(mapped, np.memmap)
+        assert as_batch(mapped).args[0].data_ptr() == mapped.ctypes.data
+        frame = pd.DataFrame({"n": pd.array([*range(7), None], "Int64")})  # becomes real in its last group
+        frame.to_parquet(tmp_path / "x.parquet", row_group_size=3)
+        mapped = read(tmp_path / "x.parquet", mmap=True, allow_missing=True).values
+        assert mapped[:7, 0].tolist() == list(range(7))
+        assert np.isnan(mapped[7, 0])
+        assert not list(Path(tempfile.gettempdir()).glob("tmp*/<f8"))
 
     def test_the_index_of_the_frame_is_not_data(self, tmp_path):
         FRAME.set_axis([5, 3, 1]).to_parquet(tmp_path / "x.parquet")
@@ -111,13 +127,17 @@ class TestH5ad:
         refused("damaged or not h5ad", path)
 
     def test_from_the_shell(self, tmp_path, monkeypatch):
-        write_h5ad(tmp_path / "x.h5ad", scipy.sparse.csr_matrix(X), {"counts": X})
+        write_h5ad(tmp_path / "x.h5ad", scipy.sparse.csr_matrix(X), {"counts": X + 9})
         monkeypatch.chdir(tmp_path)
         shell = ["fit", "ppca", "x.h5ad", "-l", "1", "-n", "2", "-q", "--engine", "eager", "--key", "counts"]
         done = CliRunner().invoke(app, [*shell, "-o", "run"])
         assert done.exit_code == 0, done.output
         codes = CliRunner().invoke(app, ["encode", "run", "x.h5ad", "--labels", "cell_type"])
         assert [line[:2] for line in codes.stdout.splitlines()] == ["la", "b,", "t,", "b,"]
+        named = CliRunner().invoke(
+            app, ["encode", "run", "x.h5ad", "--labels", "cell_type", "--key", "counts"]
+        )
+        assert codes.stdout == named.stdout  # the run's own layer is read again
         samples = CliRunner().invoke(app, ["sample", "run", "-s", "2"])
         assert samples.stdout.startswith("gene1,gene2\n")
         wrong = CliRunner().invoke(app, [*shell[:-1], "none", "-o", "other"])
