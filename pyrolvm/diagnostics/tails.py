@@ -27,9 +27,6 @@ from pyrolvm.inference.structure import sample_sites
 NOISE_LIMIT = 0.5
 """Largest standard error, in nats, of a global latent's log-weight whose tail still is its own."""
 
-SAME = 1e-3
-"""Log-weights that differ by less, in nats, are taken for the same: the guide is then exact for every purpose."""
-
 
 @dataclass(frozen=True)
 class GlobalTail:
@@ -38,14 +35,6 @@ class GlobalTail:
     k_hat: float | None
     names: tuple[str, ...] = ()
     reason: str = ""
-
-
-def khat(log_weight: Tensor) -> Tensor:
-    """k-hat of log-weights [draws, cells], -inf where they are all the same to within rounding: [cells]."""
-    spread = log_weight.amax(0) - log_weight.amin(0)
-    # the tail of what single precision rounds off a sum is not that of the weights
-    rounding = SAME + 2e-6 * log_weight.abs().amax(0)
-    return torch.where(spread > rounding, pareto_khat(log_weight), -math.inf)
 
 
 @torch.no_grad()
@@ -71,7 +60,7 @@ def local_khat(fitted: FittedModel, x: Any, num_samples: int = 1000, *, seed: in
             log_sum = log_weight.logsumexp(0)
             ess = (2 * log_sum - (2 * log_weight).logsumexp(0)).exp()
             columns = {
-                "k_hat": khat(log_weight),
+                "k_hat": pareto_khat(log_weight),
                 "effective_sample_size": ess,
                 "log_evidence": log_sum - math.log(num_samples),
                 "standard_error": ((num_samples / ess - 1).clamp_min(0) / (num_samples - 1)).sqrt(),
@@ -118,7 +107,7 @@ def global_khat(
     if error > NOISE_LIMIT:
         found = f"integrating out the latents of each datum leaves {error:.1f} nats of noise in the weights"
         return GlobalTail(None, names, f"{found}: raise num_inner, or improve the guide of each datum")
-    return GlobalTail(float(khat(torch.cat(totals).unsqueeze(1))), names)
+    return GlobalTail(float(pareto_khat(torch.cat(totals).unsqueeze(1))), names)
 
 
 def _why_not(fitted: FittedModel, data: Batch, names: tuple[str, ...]) -> str:

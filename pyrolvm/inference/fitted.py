@@ -129,6 +129,7 @@ class FittedModel:
         *,
         num_particles: int | None = None,
         seed: int = 0,
+        progress: bool = True,
         **annealing: Any,
     ) -> Tensor:
         """log p(x) of each datum, [rows], nats: method "exact", "importance", "iwae", "prior" or "ais".
@@ -140,7 +141,14 @@ class FittedModel:
         standard errors and diagnostics. Raises `SettingError` where a method cannot answer.
         """
         return evidence.log_evidence(
-            self, x, method, num_samples, num_particles=num_particles, seed=seed, **annealing
+            self,
+            x,
+            method,
+            num_samples,
+            num_particles=num_particles,
+            seed=seed,
+            progress=progress,
+            **annealing,
         )
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import pyrolvm
 from pyrolvm import PPCA, VAE, PowerVAE, ProgramError, SettingError, data_plate
 from pyrolvm.inference.evidence import Annealing, bidirectional, evidence_table
 from pyrolvm.inference.evidence.bdmc import _simulated
-from pyrolvm.inference.evidence.hmc import TARGET_ACCEPTANCE, State, adapted, hmc_move
+from pyrolvm.inference.evidence.hmc import TARGET_ACCEPTANCE, State, adapted, hmc_move, slope_of
 from pyrolvm.models.power_vae import tempered_log_marginal
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(1)) @ torch.randn(
@@ -53,7 +53,7 @@ def test_hmc_leaves_its_target_as_it_is(step):
     scales = torch.tensor([1.0, 2.0])
     state = State.at(anisotropic, torch.randn(500, 20, 2) * scales)
     for _ in range(10):
-        state, _ = hmc_move(anisotropic, state, 1.0, torch.full((20,), step), 5)
+        state, _ = hmc_move(slope_of(anisotropic), state, 1.0, torch.full((20,), step), 5)
     u = state.u.reshape(-1, 2) / scales
     error = 1 / math.sqrt(len(u))
     assert u.mean(0).abs().max() < 4.5 * error
@@ -68,7 +68,7 @@ def test_hmc_reaches_its_target_from_elsewhere_at_the_acceptance_that_is_asked()
     state, step = State.at(anisotropic, torch.full((200, 3, 2), 3.0)), torch.tensor([1e-2, 0.5, 20.0])
     seen = []
     for move in range(200):
-        state, acceptance = hmc_move(anisotropic, state, 1.0, step, 5)
+        state, acceptance = hmc_move(slope_of(anisotropic), state, 1.0, step, 5)
         step = adapted(step, acceptance)
         seen.append(acceptance.mean(0)) if move >= 100 else None
     assert (torch.stack(seen).mean(0) - TARGET_ACCEPTANCE).abs().max() < 0.03
@@ -84,7 +84,7 @@ def test_a_path_out_of_the_support_is_rejected():
 
     state = State.at(bounded, torch.zeros(50, 4, 1))
     for _ in range(20):
-        state, _ = hmc_move(bounded, state, 1.0, torch.full((4,), 0.8), 3)
+        state, _ = hmc_move(slope_of(bounded), state, 1.0, torch.full((4,), 0.8), 3)
     assert (state.u < 1.0).all()
     assert torch.isfinite(state.log_start).all()
 

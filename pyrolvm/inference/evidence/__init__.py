@@ -24,7 +24,7 @@ from pyrolvm.errors import SettingError
 from pyrolvm.inference.evidence.ais import SCHEDULES, Annealing, ais_evidence
 from pyrolvm.inference.evidence.bdmc import bidirectional
 from pyrolvm.inference.evidence.exact import exact_evidence
-from pyrolvm.inference.evidence.importance import check_samples, importance_evidence
+from pyrolvm.inference.evidence.importance import check_samples, importance_evidence, iwae_bounds
 from pyrolvm.inference.evidence.psis import khat_threshold, pareto_khat
 from pyrolvm.inference.evidence.streams import StreamingLogMeanExp
 
@@ -46,10 +46,13 @@ def log_evidence(
     *,
     num_particles: int | None = None,
     seed: int = 0,
+    progress: bool = True,
     **annealing: Any,
 ) -> Tensor:
     """log p(x) of each datum, [rows], nats. `annealing`: the arguments of `Annealing`, for method="ais"."""
-    parts = _parts(fitted, x, method, num_samples, num_particles, annealing, seed, tails=False)
+    parts = _parts(
+        fitted, x, method, num_samples, num_particles, annealing, seed, tails=False, progress=progress
+    )
     return torch.cat([part["log_evidence"] for part in parts])
 
 
@@ -62,6 +65,7 @@ def evidence_table(
     *,
     num_particles: int | None = None,
     seed: int = 0,
+    progress: bool = True,
     **annealing: Any,
 ) -> pd.DataFrame:
     """log p(x) of each datum and how far it can be trusted: one row per datum.
@@ -78,7 +82,9 @@ def evidence_table(
 
     What a method does not say is NaN. Raises as `FittedModel.log_evidence` does.
     """
-    parts = list(_parts(fitted, x, method, num_samples, num_particles, annealing, seed, tails=True))
+    parts = list(
+        _parts(fitted, x, method, num_samples, num_particles, annealing, seed, tails=True, progress=progress)
+    )
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if method == "exact":
         found["standard_error"] = torch.zeros_like(found["log_evidence"])
@@ -98,6 +104,7 @@ def _parts(
     seed: int,
     *,
     tails: bool,
+    progress: bool,
 ) -> Iterator[dict[str, Tensor]]:
     """Some rows' columns at a time."""
     if method not in METHODS:
@@ -110,8 +117,10 @@ def _parts(
     if method == "exact":
         return exact_evidence(fitted, x, seed)
     if method == "ais":
-        return ais_evidence(fitted, x, num_samples, Annealing(**annealing), seed)
-    return importance_evidence(fitted, x, method, num_samples, num_particles, seed, tails=tails)
+        return ais_evidence(fitted, x, num_samples, Annealing(**annealing), seed, progress=progress)
+    return importance_evidence(
+        fitted, x, method, num_samples, num_particles, seed, tails=tails, progress=progress
+    )
 
 
 __all__ = [
@@ -121,6 +130,7 @@ __all__ = [
     "StreamingLogMeanExp",
     "bidirectional",
     "evidence_table",
+    "iwae_bounds",
     "khat_threshold",
     "log_evidence",
     "pareto_khat",

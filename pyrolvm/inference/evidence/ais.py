@@ -20,8 +20,9 @@ models", ICLR, for the schedule and the use.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ from pyrolvm.inference.evidence.importance import check_guide
 from pyrolvm.inference.evidence.runs import Run, chunks
 from pyrolvm.inference.evidence.streams import StreamingLogMeanExp
 from pyrolvm.inference.evidence.target import STARTS, Target
+from pyrolvm.inference.progress import PATIENCE, progress_bar
 
 if TYPE_CHECKING:
     from pyrolvm.inference.fitted import FittedModel
@@ -80,38 +82,63 @@ class Annealing:
             betas = s
         return [0.0, *betas[1:-1].tolist(), 1.0]
 
+    @property
+    def pilot_stride(self) -> int:
+        """Every how many stops of the path the pilot run makes a move."""
+        return max(1, -(-(self.num_steps - 1) // PILOT_MOVES))
+
+    @property
+    def num_moves(self) -> int:
+        """Of the pilot run and of the chains themselves."""
+        stops = self.num_steps - 1
+        return stops and PILOT_WARMUP + -(-stops // self.pilot_stride) + stops
+
 
 def ais_evidence(
-    fitted: FittedModel, x: Any, num_chains: int, annealing: Annealing, seed: int
+    fitted: FittedModel, x: Any, num_chains: int, annealing: Annealing, seed: int, *, progress: bool = True
 ) -> Iterator[dict[str, Tensor]]:
     """For some rows at a time: log_evidence, standard_error, effective_sample_size and acceptance, each [rows]."""
     check_annealable(fitted, annealing)
-    for run, _ in chunks(fitted, x, num_chains, seed):
-        step_sizes = pilot(run, annealing)
-        target = Target(run, num_chains, annealing.start)
-        log_weight, acceptance = forward(target, annealing, step_sizes)
-        stream = StreamingLogMeanExp.empty(log_weight)
-        stream.add(log_weight)
-        yield {
-            "log_evidence": stream.value,
-            "standard_error": stream.standard_error,
-            "effective_sample_size": stream.effective_sample_size,
-            "acceptance": acceptance,
-        }
+    total = fitted.batch(x).num_rows * annealing.num_moves
+    with progress_bar("log p(x), ais", total, enabled=progress, unit="moves", after=PATIENCE) as bar:
+        for run, _ in chunks(fitted, x, num_chains, seed):
+            watch = partial(bar.advance, run.batch.num_rows)
+            target = Target(run, num_chains, annealing.start)
+            log_weight, acceptance = forward(target, annealing, pilot(run, annealing, watch=watch), watch)
+            stream = StreamingLogMeanExp.empty(log_weight)
+            stream.add(log_weight)
+            yield {
+                "log_evidence": stream.value,
+                "standard_error": stream.standard_error,
+                "effective_sample_size": stream.effective_sample_size,
+                "acceptance": acceptance,
+            }
 
 
-def forward(target: Target, annealing: Annealing, step_sizes: Tensor) -> tuple[Tensor, Tensor]:
+Watch = Callable[[], None]
+"""Called after every move."""
+
+
+def _alone() -> None:
+    """Nobody watches."""
+
+
+def forward(
+    target: Target, annealing: Annealing, step_sizes: Tensor, watch: Watch = _alone
+) -> tuple[Tensor, Tensor]:
     """(log w [chains, rows] float64, mean acceptance [rows]) of chains from the start to the posterior."""
-    return _anneal(target, annealing, step_sizes, target.initial, 1)
+    return _anneal(target, annealing, step_sizes, target.initial, 1, watch)
 
 
-def backward(target: Target, annealing: Annealing, step_sizes: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def backward(
+    target: Target, annealing: Annealing, step_sizes: Tensor, u: Tensor, watch: Watch = _alone
+) -> tuple[Tensor, Tensor]:
     """The same of chains from exact posterior draws u [chains, rows, dim] back to the start."""
-    return _anneal(target, annealing, step_sizes, u, -1)
+    return _anneal(target, annealing, step_sizes, u, -1, watch)
 
 
 def _anneal(
-    target: Target, annealing: Annealing, step_sizes: Tensor, u: Tensor, direction: int
+    target: Target, annealing: Annealing, step_sizes: Tensor, u: Tensor, direction: int, watch: Watch
 ) -> tuple[Tensor, Tensor]:
     """Weigh, move, weigh, ..., weigh: T weights and the T - 1 moves between them."""
     betas = annealing.betas
@@ -120,13 +147,16 @@ def _anneal(
     state = State.at(target.densities, u)
     log_w, acceptance = increments[0] * state.log_ratio.double(), torch.zeros_like(state.log_ratio)
     for increment, (beta, step_size) in zip(increments[1:], stops, strict=True):
-        state, accepted = hmc_move(target.densities, state, beta, step_size, annealing.num_leapfrog)
+        state, accepted = hmc_move(target.slope, state, beta, step_size, annealing.num_leapfrog)
         log_w = log_w + increment * state.log_ratio.double()
         acceptance = acceptance + accepted
+        watch()
     return log_w, acceptance.mean(0) / max(len(stops), 1)
 
 
-def pilot(run: Run, annealing: Annealing, held: dict[str, Tensor] | None = None) -> Tensor:
+def pilot(
+    run: Run, annealing: Annealing, held: dict[str, Tensor] | None = None, watch: Watch = _alone
+) -> Tensor:
     """Step sizes [num_steps - 1, rows] whose acceptance is near its target, from a shorter run of few chains."""
     betas = annealing.betas[1:-1]
     if not betas:
@@ -135,13 +165,15 @@ def pilot(run: Run, annealing: Annealing, held: dict[str, Tensor] | None = None)
     state = State.at(target.densities, target.initial)
     step_size = torch.full((run.num_rows,), 0.5, device=run.program.device)
     for _ in range(PILOT_WARMUP):
-        state, acceptance = hmc_move(target.densities, state, betas[0], step_size, annealing.num_leapfrog)
+        state, acceptance = hmc_move(target.slope, state, betas[0], step_size, annealing.num_leapfrog)
         step_size = adapted(step_size, acceptance)
-    found, every = [], -(-len(betas) // PILOT_MOVES)
+        watch()
+    found, every = [], annealing.pilot_stride
     for beta in betas[::every]:
-        state, acceptance = hmc_move(target.densities, state, beta, step_size, annealing.num_leapfrog)
+        state, acceptance = hmc_move(target.slope, state, beta, step_size, annealing.num_leapfrog)
         step_size = adapted(step_size, acceptance)
         found.append(step_size)
+        watch()
     return torch.stack(found).repeat_interleave(every, 0)[: len(betas)]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -30,6 +31,7 @@ from pyrolvm.inference.evidence.runs import Run, chunk_sizes, chunks
 from pyrolvm.inference.evidence.streams import StreamingLogMeanExp
 from pyrolvm.inference.evidence.target import Target
 from pyrolvm.inference.handlers import Fixed
+from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 from pyrolvm.inference.structure import sample_sites
 
@@ -50,6 +52,7 @@ def bidirectional(
     schedule: str = "sigmoid",
     num_leapfrog: int = 10,
     seed: int = 0,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Bounds on log p(x) from both sides, one row per datum, nats.
 
@@ -76,7 +79,10 @@ def bidirectional(
         posed = _simulated(fitted, num_rows, num_chains, seed)
     else:
         posed = _given(fitted, x, exact_draws or {}, num_chains, seed)
-    parts = [_sandwich(*datum, num_chains, annealing) for datum in posed]
+    rows = num_rows if x is None else fitted.batch(x).num_rows
+    total = rows * (annealing.num_moves + num_steps - 1)
+    with progress_bar("log p(x), both sides", total, enabled=progress, unit="moves", after=PATIENCE) as bar:
+        parts = [_sandwich(*datum, num_chains, annealing, bar) for datum in posed]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -85,12 +91,18 @@ Posed = tuple[Run, dict[str, Tensor], dict[str, Tensor]]
 
 
 def _sandwich(
-    run: Run, held: dict[str, Tensor], exact: dict[str, Tensor], num_chains: int, annealing: Annealing
+    run: Run,
+    held: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    num_chains: int,
+    annealing: Annealing,
+    bar: Bar,
 ) -> pd.DataFrame:
-    step_sizes = pilot(run, annealing, held)
+    watch = partial(bar.advance, run.num_rows)
+    step_sizes = pilot(run, annealing, held, watch)
     target = Target(run, num_chains, annealing.start, held)
-    log_w, acceptance = forward(target, annealing, step_sizes)
-    reverse_log_w, _ = backward(target, annealing, step_sizes, target.coordinates(exact))
+    log_w, acceptance = forward(target, annealing, step_sizes, watch)
+    reverse_log_w, _ = backward(target, annealing, step_sizes, target.coordinates(exact), watch)
     below, above = StreamingLogMeanExp.empty(log_w), StreamingLogMeanExp.empty(log_w)
     below.add(log_w)
     above.add(-reverse_log_w)

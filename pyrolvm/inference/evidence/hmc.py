@@ -17,6 +17,9 @@ from torch import Tensor
 LogDensities = Callable[[Tensor], tuple[Tensor, Tensor]]
 """u [chains, rows, dim] -> (log start, log ratio = log joint - log start), each [chains, rows]."""
 
+Slope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(u, beta []) -> the gradient of log f_beta [chains, rows, dim], and what `LogDensities` returns."""
+
 TARGET_ACCEPTANCE = 0.65
 JITTER = 0.2
 
@@ -40,8 +43,21 @@ class State:
         return self.log_start + beta * self.log_ratio
 
 
+def slope_of(densities: LogDensities) -> Slope:
+    """The gradient of log f_beta by automatic differentiation."""
+
+    def slope(u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            log_start, log_ratio = densities(u)
+            (gradient,) = torch.autograd.grad((log_start + beta * log_ratio).sum(), u)
+        return gradient, log_start.detach(), log_ratio.detach()
+
+    return slope
+
+
 def hmc_move(
-    densities: LogDensities, state: State, beta: float, step_size: Tensor, num_leapfrog: int
+    slope: Slope, state: State, beta: float, step_size: Tensor, num_leapfrog: int
 ) -> tuple[State, Tensor]:
     """One move of every chain at inverse temperature beta: the new state, and acceptance [chains, rows].
 
@@ -53,7 +69,7 @@ def hmc_move(
     step = (step_size * jitter).to(state.u.dtype).unsqueeze(-1)  # [chains, rows, 1]
     v = torch.randn_like(state.u)
     before = -state.log_density(beta) + 0.5 * v.square().sum(-1)
-    end, v = _leapfrog(densities, state, v, beta, step, num_leapfrog)
+    end, v = _leapfrog(slope, state, v, state.u.new_tensor(beta), step, num_leapfrog)
     after = -end.log_density(beta) + 0.5 * v.square().sum(-1)
     acceptance = (before - after).nan_to_num(nan=-torch.inf).exp().clamp(max=1.0)
     accepted = torch.rand_like(acceptance) < acceptance
@@ -61,24 +77,16 @@ def hmc_move(
 
 
 def _leapfrog(
-    densities: LogDensities, state: State, v: Tensor, beta: float, step: Tensor, num_leapfrog: int
+    slope: Slope, state: State, v: Tensor, beta: Tensor, step: Tensor, num_leapfrog: int
 ) -> tuple[State, Tensor]:
     """v += e/2 g(u);  L times: u += e v, v += e g(u);  v -= e/2 g(u)."""
-    gradient, _ = _gradient(densities, state.u, beta)
+    gradient, *_ = slope(state.u, beta)
     v, u = v + 0.5 * step * gradient, state.u
     for _ in range(num_leapfrog):
         u = u + step * v
-        gradient, state = _gradient(densities, u, beta)
+        gradient, *densities = slope(u, beta)
         v = v + step * gradient
-    return state, v - 0.5 * step * gradient
-
-
-def _gradient(densities: LogDensities, u: Tensor, beta: float) -> tuple[Tensor, State]:
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        log_start, log_ratio = densities(u)
-        (gradient,) = torch.autograd.grad((log_start + beta * log_ratio).sum(), u)
-    return gradient, State(u.detach(), log_start.detach(), log_ratio.detach())
+    return State(u, *densities), v - 0.5 * step * gradient
 
 
 def _where(accepted: Tensor, new: State, old: State) -> State:

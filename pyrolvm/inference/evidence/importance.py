@@ -10,9 +10,10 @@ Discrete latents that the guide does not draw are summed out of p(x, z_s).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
@@ -21,10 +22,11 @@ from torch import Tensor
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.draws import refuse_enumeration
 from pyrolvm.inference.evidence.enumeration import summed_out
-from pyrolvm.inference.evidence.psis import khat_of_largest, tail_length
+from pyrolvm.inference.evidence.psis import tail_length
 from pyrolvm.inference.evidence.runs import Run, can_repeat, chunks
 from pyrolvm.inference.evidence.streams import LargestWeights, StreamingBound, StreamingLogMeanExp
 from pyrolvm.inference.handlers import Fixed
+from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
 from pyrolvm.inference.structure import Structure, sample_sites
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def importance_evidence(
     seed: int,
     *,
     tails: bool = True,
+    progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
     """For some rows at a time: log_evidence, standard_error, effective_sample_size and k_hat, each [rows].
 
@@ -49,20 +52,69 @@ def importance_evidence(
     3 sqrt(S) largest weights of each datum of which k-hat is computed if `tails`.
     """
     group_size = check_samples(method, num_samples, num_particles)
-    from_prior = method == "prior"
-    check_guide(fitted.structure, method, from_prior)
-    for run, at_once in chunks(fitted, x, num_samples, seed):
-        like = torch.empty(1, run.num_rows, device=fitted.program.device)
+    for like, parts in streams_of_weights(fitted, x, method, num_samples, seed, progress=progress):
         weights, bound = StreamingLogMeanExp.empty(like), StreamingBound.empty(like, group_size)
         tail = LargestWeights(tail_length(num_samples) + 1)
-        for count in split(num_samples, at_once):
-            log_weight = log_weights(run, count, vectorized=fitted.vectorized, from_prior=from_prior)
+        for log_weight in parts:
             weights.add(log_weight)
             if method == "iwae":
                 bound.add(log_weight)
             if tails:
                 tail.add(log_weight)
         yield _columns(weights, bound if method == "iwae" else weights, tail)
+
+
+def streams_of_weights(
+    fitted: FittedModel, x: Any, method: str, num_samples: int, seed: int, *, progress: bool
+) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+    """For some rows at a time, ([1, rows] zeros, their log-weights in parts [some draws, rows])."""
+    from_prior = method == "prior"
+    check_guide(fitted.structure, method, from_prior)
+    total = max(1, fitted.batch(x).num_rows) * num_samples
+    with progress_bar(f"log p(x), {method}", total, enabled=progress, unit="draws", after=PATIENCE) as bar:
+        for run, at_once in chunks(fitted, x, num_samples, seed):
+            yield (
+                torch.zeros(1, run.num_rows, device=fitted.program.device),
+                _parts(run, split(num_samples, at_once), fitted.vectorized, from_prior, bar),
+            )
+
+
+def _parts(run: Run, counts: list[int], vectorized: bool, from_prior: bool, bar: Bar) -> Iterator[Tensor]:
+    for count in counts:
+        yield log_weights(run, count, vectorized=vectorized, from_prior=from_prior)
+        bar.advance(count * run.batch.num_rows)
+
+
+@torch.no_grad()
+def iwae_bounds(
+    fitted: FittedModel,
+    x: Any,
+    num_samples: int = 5000,
+    num_particles: Sequence[int] = (1, 50, 5000),
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The bounds L_K of each datum for several K, all of the same draws, one row per datum, nats.
+
+    num_samples: S, draws per datum; num_particles: the Ks, divisors of S. L_1 is the ELBO, and on average L_K
+    rises with K to log p(x) (Burda et al. 2016, theorem 1). Columns: "L_1", "L_50", ..., and `k_hat` of the S weights.
+
+    Raises `SettingError` if a K does not divide S, or where "iwae" cannot answer.
+    """
+    sizes = [check_samples("iwae", num_samples, K) for K in num_particles]
+    tables = []
+    for like, parts in streams_of_weights(fitted, x, "iwae", num_samples, seed, progress=progress):
+        bounds = [StreamingBound.empty(like, K) for K in sizes]
+        tail = LargestWeights(tail_length(num_samples) + 1)
+        for log_weight in parts:
+            tail.add(log_weight)
+            for bound in bounds:
+                bound.add(log_weight)
+        columns = {f"L_{K}": bound.value for K, bound in zip(sizes, bounds, strict=True)}
+        columns["k_hat"] = tail.k_hat(num_samples)
+        tables.append(pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()}))
+    return pd.concat(tables, ignore_index=True).rename_axis("row")
 
 
 def _columns(
@@ -74,7 +126,7 @@ def _columns(
         "effective_sample_size": weights.effective_sample_size,
     }
     if tail.values is not None:
-        columns["k_hat"] = khat_of_largest(tail.values, tail_length(weights.count))
+        columns["k_hat"] = tail.k_hat(weights.count)
     return columns
 
 

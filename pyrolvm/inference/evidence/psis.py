@@ -27,6 +27,9 @@ from torch import Tensor
 SHORTEST_TAIL = 5
 MEMORY = 2**20  # numbers that the fit may hold at once
 
+SAME = 1e-3
+"""Log-weights that differ by less, in nats, are taken for the same: the guide is then exact for every purpose."""
+
 
 def tail_length(num_samples: int) -> int:
     """M = ceil(min(S / 5, 3 sqrt(S))): how many of the largest weights make the tail."""
@@ -41,7 +44,8 @@ def khat_threshold(num_samples: int) -> float:
 def pareto_khat(log_weight: Tensor) -> Tensor:
     """k-hat of each datum from all its log-weights: [draws, rows] -> [rows], float64.
 
-    NaN with fewer than 21 draws, whose tail holds fewer than five; -inf for weights that are all the same.
+    NaN with fewer than 21 draws, whose tail holds fewer than five; -inf for weights that are all the same to
+    within rounding, as those of an exact guide are.
     """
     M = tail_length(len(log_weight))
     return khat_of_largest(log_weight.topk(min(M + 1, len(log_weight)), dim=0).values, M)
@@ -56,7 +60,16 @@ def khat_of_largest(largest: Tensor, length: int) -> Tensor:
     excess = weights[:, 1:] - weights[:, :1]  # [rows, M], rising
     parts = excess.split(max(1, MEMORY // (length * _grid_size(length))))
     k = torch.cat([generalized_pareto_shape(part) for part in parts])
-    return torch.where(excess[:, -1] > 0, k, -math.inf)
+    return torch.where(_differ(largest), k, -math.inf)
+
+
+def _differ(largest: Tensor) -> Tensor:
+    """Whether the log-weights [M + 1, rows] differ by more than rounding: bool [rows].
+
+    The tail of what sums of log-densities are rounded by is not that of the weights.
+    """
+    top = largest.amax(0)
+    return top - largest.amin(0) > SAME + 16 * torch.finfo(largest.dtype).eps * top.abs()
 
 
 def generalized_pareto_shape(x: Tensor) -> Tensor:

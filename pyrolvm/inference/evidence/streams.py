@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrolvm.inference.evidence.psis import khat_of_largest, tail_length
+
 
 @dataclass
 class StreamingLogMeanExp:
@@ -54,7 +56,7 @@ class StreamingLogMeanExp:
 class StreamingBound:
     """The mean over groups of K draws of each group's log mean exp: the K-sample bound L_K.
 
-    `mean` and `squares` (of the distances from it) are Welford's, over the `count` groups that are full.
+    `mean` and `squares` (of the distances from it) are over the `count` groups that are full.
     """
 
     group_size: int
@@ -71,19 +73,30 @@ class StreamingBound:
 
     def add(self, log_weight: Tensor) -> None:
         """Add draws: log_weight [draws, cells]."""
-        while len(log_weight):
-            room = self.group_size - self.group.count
+        K = self.group_size
+        if self.group.count:
+            room = K - self.group.count
             self.group.add(log_weight[:room])
             log_weight = log_weight[room:]
-            if self.group.count == self.group_size:
-                self._close()
+            if self.group.count == K:
+                self._merge(self.group.value.unsqueeze(0))
+                self.group = StreamingLogMeanExp.empty(self.mean.unsqueeze(0))
+        whole = len(log_weight) // K
+        if whole:
+            groups = log_weight[: whole * K].double().reshape(whole, K, -1)
+            self._merge(groups.logsumexp(1) - math.log(K))
+        if len(log_weight) % K:
+            self.group.add(log_weight[whole * K :])
 
-    def _close(self) -> None:
-        value, self.group = self.group.value, StreamingLogMeanExp.empty(self.mean.unsqueeze(0))
-        self.count += 1
-        step = value - self.mean
-        self.mean = self.mean + step / self.count
-        self.squares = self.squares + step * (value - self.mean)
+    def _merge(self, values: Tensor) -> None:
+        """Take in the log mean exp [groups, cells] of groups that are full (Chan et al. 1979)."""
+        total = self.count + len(values)
+        mean = values.mean(0)
+        step = mean - self.mean
+        self.squares = self.squares + (values - mean).square().sum(0)
+        self.squares = self.squares + step.square() * (self.count * len(values) / total)
+        self.mean = self.mean + step * (len(values) / total)
+        self.count = total
 
     @property
     def value(self) -> Tensor:
@@ -109,3 +122,9 @@ class LargestWeights:
         """Add draws: log_weight [draws, cells]."""
         seen = log_weight if self.values is None else torch.cat([self.values, log_weight])
         self.values = seen.topk(self.size, dim=0, sorted=False).values if len(seen) > self.size else seen
+
+    def k_hat(self, num_samples: int) -> Tensor:
+        """k-hat of the `num_samples` draws seen, [cells]."""
+        if self.values is None:
+            raise ValueError("no draws were added")
+        return khat_of_largest(self.values, tail_length(num_samples))

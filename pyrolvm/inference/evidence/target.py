@@ -19,11 +19,32 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrolvm.errors import SettingError
+from pyrolvm.inference.evidence.hmc import slope_of
+from pyrolvm.inference.evidence.recorded import Recorded
 from pyrolvm.inference.evidence.runs import Run
 from pyrolvm.inference.handlers import Fixed
 from pyrolvm.inference.structure import sample_sites
 
 STARTS = ("prior", "guide")
+
+
+def bijection(site: Any) -> Any:
+    """T from all real numbers to a site's support; a mixture has that of its components.
+
+    Raises `SettingError` for a support that torch knows no such map to.
+    """
+    support = site["fn"].support
+    try:
+        return biject_to(getattr(support, "base_constraint", None) if _mixed(support) else support)
+    except NotImplementedError:
+        raise SettingError(
+            f"method='ais' moves latents along gradients, but no map from real numbers to the support of "
+            f"'{site['name']}' ({support}) is known: use method='importance'"
+        ) from None
+
+
+def _mixed(support: Any) -> bool:
+    return type(support).__name__ == "MixtureSameFamilyConstraint"
 
 
 class Unconstrained(Messenger):
@@ -38,7 +59,7 @@ class Unconstrained(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if name in self.u and not msg["is_observed"]:
-            T = biject_to(msg["fn"].support)
+            T = bijection(msg)
             self.values[name] = T(self.u[name])
             self.log_abs_det[name] = T.log_abs_det_jacobian(self.u[name], self.values[name])
             msg["value"], msg["done"] = self.values[name], True
@@ -67,13 +88,19 @@ class Target:
         self.initial = self.coordinates({name: s["value"] for name, s in self.sites.items()})
         if start == "guide":
             self._check_guide(guide)
+        self._recorded, self._slope = Recorded(), slope_of(self.densities)
+
+    def slope(self, u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of log f_beta at u [chains, rows, dim], and `densities`: thousands of calls of one shape."""
+        gradient, log_start, log_ratio = self._recorded(self._slope, u, beta)
+        return gradient, log_start, log_ratio
 
     def coordinates(self, values: dict[str, Tensor]) -> Tensor:
         """u [chains, rows, dim] of latents' values [chains, rows, ...]."""
         u = {}
         for name, site in self.sites.items():
             value = values[name].reshape(site["value"].shape)
-            u[name] = biject_to(site["fn"].support).inv(value)
+            u[name] = bijection(site).inv(value)
             self.shapes[name] = u[name].shape
         return torch.cat([self._by_row(u[name]) for name in self.sites], -1)
 

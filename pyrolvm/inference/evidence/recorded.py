@@ -1,0 +1,107 @@
+"""A function of tensors that is called many times: its operations, without the Python that led to them.
+
+Pyro's handlers take a millisecond per run, which is most of the time of a small program. After some calls with
+tensors of the same shapes the operations of one are written down (`pyrolvm.inference.engine.graphs.record`) and
+repeated. The record must give what the function itself gives for the same noise; where it does not, or where
+Python branches on values, the function goes on being called.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.random import kept_generators
+
+PATIENCE = 30
+"""Calls before one is written down: recording takes about as long."""
+
+Outputs = tuple[Tensor, ...]
+Function = Callable[..., Outputs]
+
+
+class Recorded:
+    """`function(*inputs)`, for any function of the same program; one record for each key and shapes of inputs.
+
+    What the function depends on besides its inputs must stay the same tensors from call to call, or change its
+    `key`. Records are kept as long as this object.
+    """
+
+    def __init__(self, patience: int | None = None) -> None:
+        self.patience = PATIENCE if patience is None else patience
+        self.calls: dict[Any, int] = {}
+        self.replays: dict[Any, Function | None] = {}
+
+    def __call__(self, function: Function, *inputs: Tensor, key: Any = None) -> Outputs:
+        """The tensors that `function` returns."""
+        key = (key, *((t.shape, t.dtype, t.device) for t in inputs))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] > self.patience and key not in self.replays:
+            self.replays[key] = _replay(function, inputs)
+        return (self.replays.get(key) or function)(*inputs)
+
+
+def _replay(function: Function, inputs: Outputs) -> Function | None:
+    """The record of one call if it does what the call does, else None. Generators are left as found."""
+    device = inputs[0].device if inputs else torch.device("cpu")
+    with suppress(Exception), warnings.catch_warnings():  # whatever cannot be recorded is called
+        warnings.simplefilter("ignore")
+        with kept_generators(device):
+            wanted = function(*inputs)
+        with kept_generators(device):
+            graph, constants = graphs.record(function, inputs)
+        constants = _settled(graph, len(inputs), tuple(t.detach() for t in constants))
+
+        @torch.no_grad()
+        def replay(*given: Tensor) -> Outputs:
+            return graph(*given, *constants)
+
+        with kept_generators(device):
+            found = replay(*inputs)
+        if not graphs.written_inputs(graph) and _same(found, wanted):
+            return replay
+    return None
+
+
+@torch.no_grad()
+def _settled(graph: fx.GraphModule, num_inputs: int, constants: Outputs) -> Outputs:
+    """Compute once what does not depend on the inputs; the constants that the rest of the graph takes."""
+    nodes = list(graph.graph.nodes)
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    known: dict[fx.Node, Any] = dict(zip(placeholders[num_inputs:], constants, strict=True))
+    for node in nodes:
+        inputs = node.all_input_nodes
+        if node.op == "call_function" and not _acts(node) and inputs and all(n in known for n in inputs):
+            target: Any = node.target
+            known[node] = target(*fx.map_arg(node.args, known.get), **fx.map_arg(node.kwargs, known.get))
+    wanted = [n for n, v in known.items() if isinstance(v, Tensor) and any(u not in known for u in n.users)]
+    last = placeholders[-1]
+    for node in wanted:
+        with graph.graph.inserting_after(last):
+            last = graph.graph.placeholder(f"settled_{node.name}")
+        node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in known)
+    graph.graph.eliminate_dead_code()
+    for node in placeholders[num_inputs:]:
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return tuple(known[n] for n in wanted)
+
+
+def _acts(node: fx.Node) -> bool:
+    """Whether an operation draws or writes, or is not one of torch's."""
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is not operator.getitem
+    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _same(found: Outputs, wanted: Outputs) -> bool:
+    pairs = zip(found, wanted, strict=True)
+    return all(f.shape == w.shape and torch.allclose(f, w, 1e-4, 1e-4, equal_nan=True) for f, w in pairs)
