@@ -241,8 +241,8 @@ def _first_step(step: Step, rows: Tensor, seed: int) -> None:
         raise ProgramError("the bound depends on no parameter, so there is nothing to fit")
     if not bool(torch.isfinite(terms[0])):
         raise ProgramError(
-            f"the bound is {terms[0].item()} before the first step: the data lie outside the model's support, or "
-            f"starting values are too extreme. The program's sites:\n{step.structure.table()}"
+            f"the bound is {terms[0].item()} before the first step: the data lie outside the model's support, or are "
+            f"too large for its starting values (standardise them)\n{step.structure.table()}"
         )
 
 

@@ -54,14 +54,16 @@ def kmeans_clusters(x: Tensor, num_components: int, seed: int, num_starts: int) 
 
 
 def _from_labels(x: Tensor, labels: Tensor, num_components: int) -> Clusters:
-    clusters = [x[labels == k] for k in range(num_components)]
+    location, scale = moments(x)
+    standard = (x - location) / scale  # squares of the data as they are may underflow
+    clusters = [standard[labels == k] for k in range(num_components)]
     counts = torch.stack([x.new_tensor(float(len(c))) for c in clusters])  # k-means leaves none empty
     means = torch.stack([c.mean(0) for c in clusters])
     scatter = torch.stack([(c - m).mT @ (c - m) for c, m in zip(clusters, means, strict=True)])
     # a hundredth of the data's variance, worth one datum, keeps the smallest clusters from being singular
-    ridge = 0.01 * torch.diag(moments(x)[1] ** 2)
+    ridge = 0.01 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     scale_tril = torch.linalg.cholesky((scatter + ridge) / counts[:, None, None])
-    return Clusters(counts / len(x), means, scale_tril)
+    return Clusters(counts / len(x), location + scale * means, scale.unsqueeze(-1) * scale_tril)
 
 
 def principal_loadings(x: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def plain_speech() -> Iterator[None]:
             command = error.ctx.command_path if getattr(error, "ctx", None) else "pyrolvm"
             _end(f"{error.format_message()} (see {command} --help)", error.exit_code)
         except PyrolvmError as error:
-            _end(speak(str(error)), FAILED if isinstance(error, DivergenceError) else BAD_INPUT)
+            _end(speak(one_line(str(error))), FAILED if isinstance(error, DivergenceError) else BAD_INPUT)
         except KeyboardInterrupt as stop:
             _end(str(stop) or "stopped", STOPPED, prefix="")
         except BrokenPipeError:
@@ -61,6 +61,11 @@ def plain_speech() -> Iterator[None]:
             _end("the memory is used up: use a smaller --batch-size or fewer --num-samples", FAILED)
 
 
+def one_line(message: str) -> str:
+    """A message without the table of sites that may follow it, its lines joined."""
+    return " ".join(message.partition("\n  site ")[0].split())
+
+
 def _end(text: str, code: int, prefix: str = "error: ") -> NoReturn:
     sys.stdout.flush()
     print(f"{prefix}{text}", file=sys.stderr)
@@ -68,7 +73,7 @@ def _end(text: str, code: int, prefix: str = "error: ") -> NoReturn:
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"warning: {speak(' '.join(str(message).split()))}", file=sys.stderr)
+    print(f"warning: {speak(one_line(str(message)))}", file=sys.stderr)
 
 
 def _out_of_memory(error: BaseException) -> bool:

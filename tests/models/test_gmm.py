@@ -160,6 +160,17 @@ def test_start_is_reproducible_and_leaves_the_generator_alone(iris):
 # ------------------------------------------------------------------ names of components
 
 
+@pytest.mark.parametrize("unit", [1e-29, 1e29])
+def test_data_of_any_unit_have_the_same_start(iris, unit):
+    """In float32 their variances are 1e-58 and 1e58, which are 0 and infinity."""
+    mixtures = [GaussianMixture(4, 3), GaussianMixture(4, 3)]
+    for mixture, scale in zip(mixtures, (1.0, unit), strict=True):
+        mixture.initialise_from(iris.float() * scale)
+    plain, scaled = mixtures
+    torch.testing.assert_close(scaled.raw_means, plain.raw_means, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(scaled.raw_scale, plain.raw_scale, rtol=1e-3, atol=1e-3)
+
+
 def test_relabelling_changes_names_only(iris):
     mixture = random_mixture(assignments="sampled", baseline="input")
     mixture.match_guide()
