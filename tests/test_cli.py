@@ -500,6 +500,38 @@ def test_an_existing_run_is_replaced_only_on_demand(tmp_path):
     assert "evidence.json" not in names  # it was of the run that is gone
 
 
+def test_a_full_disk_leaves_the_run_that_was_to_be_replaced(tmp_path, monkeypatch):
+    words = ["fit", "ppca", "iris", "-l", 1, "-n", 3, "-q", "--engine", "eager", "-o", tmp_path / "run"]
+    done(*words)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr("pyrolvm.inference.checkpoint.os.fsync", full)
+    result = pyrolvm_(*words, "--overwrite", "--seed", 1)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].endswith("run.json: No space left on device")
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_results_of_a_run_that_is_being_replaced_are_said_to_be_so(tmp_path):
+    words = ["fit", "ppca", "iris", "-l", 1, "-q", "--engine", "eager", "-o", tmp_path / "run"]
+    done(*words, "-n", 3)
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyrolvm.shell.training._save", stopped)
+        assert pyrolvm_(*words, "-n", 4, "--overwrite").exit_code == 130
+    sampled = pyrolvm_("sample", tmp_path / "run", "-s", 1)
+    assert sampled.exit_code == 0
+    assert "warning: these are results of the earlier run" in sampled.stderr
+    done(*words, "-n", 4, "--resume")
+    assert pyrolvm_("sample", tmp_path / "run", "-s", 1).stderr == ""
+
+
 def test_a_finished_run_can_be_gone_on_with(tmp_path):
     words = ["fit", "ppca", "iris", "-l", 1, "--engine", "eager", "-q"]
     done(*words, "-n", 10, "-o", tmp_path / "parts")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,20 +20,55 @@ from pyrolvm.errors import RunFolderError
 FORMAT = 1
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+Writer = Callable[[Path], Any]
+
+
+def write_atomically(path: Path, write: Writer) -> None:
     """Call `write(temporary)` and put the file in place of `path` in one step, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_together({path: write})
+
+
+def write_together(files: dict[Path, Writer]) -> None:
+    """Write all files beside their places, and only when all are whole put them there.
+
+    A disk that fills up so leaves all the old ones. Raises `OSError` that names the file.
+    """
+    staged: dict[Path, Path] = {}
+    try:
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged[path] = _empty_beside(path)
+            _write_through(staged[path], write, path)
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _empty_beside(path: Path) -> Path:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
-    temporary = Path(name)
+    return Path(name)
+
+
+def _write_through(temporary: Path, write: Writer, path: Path) -> None:
+    """Write to the disk itself, with the rights that a new file has."""
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _named(error, path) from None
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The same error, of the file that was to be written; HDF5 hides the system's number in its text."""
+    hidden = re.search(r"errno = (\d+)", str(error))
+    number = error.errno or (int(hidden[1]) if hidden else None)
+    text = os.strerror(number) if number else " ".join(str(error).split())
+    return OSError(number or errno.EIO, text, str(path))
 
 
 def _umask() -> int:
@@ -42,8 +79,13 @@ def _umask() -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
+    write_atomically(path, json_writer(value))
+
+
+def json_writer(value: Any) -> Writer:
+    """What writes `value` as indented JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+    return lambda p: p.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -58,10 +100,15 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
     """Write CPU tensors and a JSON-able record as one safetensors file, atomically."""
+    write_atomically(path, tensor_writer(tensors, metadata))
+
+
+def tensor_writer(tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> Writer:
+    """What writes CPU tensors and a JSON-able record as one safetensors file."""
     record = {"pyrolvm": json.dumps({"format": FORMAT, **(metadata or {})}, allow_nan=False)}
     own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     data = save(own, metadata=record)
-    write_atomically(path, lambda p: p.write_bytes(data))
+    return lambda p: p.write_bytes(data)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,11 +22,12 @@ from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import RunFolderError
 from pyrolvm.inference.checkpoint import (
     FORMAT,
+    Writer,
+    json_writer,
     read_json,
     read_tensors,
-    write_atomically,
-    write_json,
-    write_tensors,
+    tensor_writer,
+    write_together,
 )
 from pyrolvm.inference.devices import resolve_device
 from pyrolvm.inference.program import Program
@@ -40,7 +41,7 @@ CONFIG, PARAMETERS, HISTORY = "config.json", "parameters.safetensors", "history.
 
 
 def save_run(fitted: FittedModel, path: Path, extra: dict[str, Any] | None = None) -> Path:
-    """Write the run folder; every file is replaced in one step, other files in it are left alone.
+    """Write the run folder; its files are replaced when all are whole, other files in it are left alone.
 
     `extra` is kept in config.json under "run"; `load_run` does not look at it.
     """
@@ -49,12 +50,17 @@ def save_run(fitted: FittedModel, path: Path, extra: dict[str, Any] | None = Non
     example = dict(fitted.example.tensors())
     tensors = {f"program/{k}": v for k, v in fitted.program.tensors().items()}
     tensors |= {f"example/{k}": v for k, v in example.items()}
+    files: dict[Path, Writer] = {
+        path / PARAMETERS: tensor_writer(tensors),
+        path / HISTORY: lambda p: fitted.history.to_csv(p, index=False),
+        path / CONFIG: json_writer(_config(fitted) | ({"run": extra} if extra is not None else {})),
+    }
     try:
-        write_tensors(path / PARAMETERS, tensors)
-        write_atomically(path / HISTORY, lambda p: fitted.history.to_csv(p, index=False))
-        write_json(path / CONFIG, _config(fitted) | ({"run": extra} if extra is not None else {}))
+        write_together(files)
     except OSError as error:
-        raise RunFolderError(f"the run could not be written to {path}: {error}") from None
+        raise RunFolderError(
+            f"the run could not be written to {path} ({error.strerror or error}); what was there is as it was"
+        ) from None
     return path
 
 

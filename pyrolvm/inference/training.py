@@ -82,16 +82,16 @@ class Training:
                     size = max(1, min(4 * size, int(size * CHUNK_SECONDS / max(seconds, 1e-9)), 2**16))
                     self._after_chunk(bar)
                     if time.monotonic() - saved > self.checkpoint_seconds:
-                        self.save_checkpoint()
+                        self._keep()
                         saved = time.monotonic()
         except KeyboardInterrupt:
             if good is not None:  # a step may be half done: the state before this chunk is the last whole one
                 self._restore(good)
-            self.save_checkpoint()
-            bar.note(self._how_to_go_on())
-            raise KeyboardInterrupt(self._how_to_go_on()) from None
+            said = self._how_to_go_on(kept=self._keep())
+            bar.note(said)
+            raise KeyboardInterrupt(said) from None
         self.stopped_because = self.stopped_because or f"all {self.num_steps} steps done"
-        self.save_checkpoint()
+        self._keep()
         self._check_warmup()
         if self.plateau is not None and self.plateau.best_parameters:
             self.step.program.load(self.plateau.best_parameters)
@@ -140,7 +140,7 @@ class Training:
         if self.on_nan == "rollback":
             self.stopped_because = f"{reason}; went back to step {good.step}"
             return self.state, torch.empty(0, 3), controls[:0]
-        self.save_checkpoint()
+        self._keep()
         raise DivergenceError(
             f"{reason}. The model holds the last good state, step {good.step}. Try a lower learning_rate, "
             "clip_norm=10.0, or on_nan='skip'"
@@ -161,6 +161,18 @@ class Training:
         report = Report(step, self.num_steps, self.history, self.state)
         for callback in self.callbacks:
             self.stopped_because = self.stopped_because or callback(report) or ""
+
+    def _keep(self) -> bool:
+        """Write a checkpoint if the disk lets us: hours of training are not given up for one that is full."""
+        try:
+            self.save_checkpoint()
+        except OSError as error:
+            warn_user(
+                f"the checkpoint could not be written to {self.checkpoint} ({error.strerror or error}): the run goes "
+                "on, and an earlier checkpoint there is as it was"
+            )
+            return False
+        return True
 
     def save_checkpoint(self) -> None:
         """Write state and history in one file, in one step; without a folder, nothing."""
@@ -189,8 +201,8 @@ class Training:
         self.state = TrainingState.unflatten(tensors, self.step.program.device)
         self.step.program.load(self.state.parameters)
 
-    def _how_to_go_on(self) -> str:
-        if self.checkpoint is None:
+    def _how_to_go_on(self, kept: bool) -> str:
+        if self.checkpoint is None or not kept:
             return f"stopped at step {self.state.step}; the model holds the parameters of that step"
         return (
             f"stopped at step {self.state.step}; to go on, call fit again with the same arguments and "

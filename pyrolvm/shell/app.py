@@ -67,7 +67,12 @@ def compare_command(
 
 @app.command("models")
 def models_command() -> None:
-    """The models that `fit` knows by name, and their options."""
+    """The models that `fit` knows by name, and their options.
+
+    [bold]Example[/bold]
+
+    pyrolvm models
+    """
     from pyrolvm.shell.listing import list_models
 
     list_models()
@@ -75,7 +80,12 @@ def models_command() -> None:
 
 @app.command("datasets")
 def datasets_command() -> None:
-    """The data sets that are known by name."""
+    """The data sets that are known by name.
+
+    [bold]Example[/bold]
+
+    pyrolvm datasets
+    """
     from pyrolvm.shell.listing import list_datasets
 
     list_datasets()

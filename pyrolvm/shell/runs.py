@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyrolvm.data.tables import warn_user
 from pyrolvm.errors import RunFolderError
 from pyrolvm.inference.checkpoint import read_json, write_json
 from pyrolvm.inference.fitted import FittedModel
@@ -95,19 +96,31 @@ class RunFolder:
         self.begin()
 
     def begin(self, keep_state: bool = False) -> None:
-        """Write the record, and take away what is left of a run that is replaced.
+        """Write the record, and take away the training state of a run that is replaced.
 
+        Its results stay until those of this run take their place (`clear_derived`).
         `keep_state`: the training state there is this run's own, because it ended before its first chunk did.
         """
         if self.begun:
             return
+        old = [] if self.resume or keep_state else self._states()
+        aside = {state: state.with_name(f".{state.name}.replaced") for state in old}
+        for state, name in aside.items():
+            state.rename(name)
+        try:
+            write_json(self.checkpoint / BEGUN, {"command": self.command, "identity": self.identity})
+        except OSError:  # a full disk, say
+            for state, name in aside.items():
+                name.rename(state)
+            raise
         self.begun = True
-        if not self.resume:
-            for name in OWN:
-                (self.path / name).unlink(missing_ok=True)
-            for state in [] if keep_state else self._states():
-                state.unlink()
-        write_json(self.checkpoint / BEGUN, {"command": self.command, "identity": self.identity})
+        for name in aside.values():
+            name.unlink()
+
+    def clear_derived(self) -> None:
+        """Take away what was made from the results that were there before."""
+        for name in DERIVED:
+            (self.path / name).unlink(missing_ok=True)
 
     def _states(self) -> list[Path]:
         return [*self.checkpoint.glob(CHECKPOINT_FILE), *self.checkpoint.glob(f"restart-*/{CHECKPOINT_FILE}")]
@@ -170,6 +183,7 @@ def refuse_unknown(path: Path) -> None:
             command = read_json(path / CHECKPOINT / BEGUN).get("command", "pyrolvm fit ...")
             raise RunFolderError(f"the run in {path} is not finished: go on with {command} --resume")
         return
+    _warn_of_unfinished(path)
     config = read_json(path / CONFIG)
     name = config.get("model", {}).get("name") if isinstance(config, dict) else None
     if name is not None and name not in REGISTRY:
@@ -177,6 +191,16 @@ def refuse_unknown(path: Path) -> None:
         raise RunFolderError(
             f"the run in {path} is of '{name}', a pair of your own, and a run folder executes nothing: say where it "
             f"is, --model {text}"
+        )
+
+
+def _warn_of_unfinished(path: Path) -> None:
+    """Say so where a run was begun in place of the one whose results are still there."""
+    begun = path / CHECKPOINT / BEGUN
+    command = read_json(begun).get("command") if begun.exists() else None
+    if command not in (None, _recorded(path).get("command", command)):
+        warn_user(
+            f"these are results of the earlier run in {path}: the one begun since is not finished ({command})"
         )
 
 

@@ -42,6 +42,8 @@ def run_fit(options: Any, command: str) -> None:
 
 def _save(fitted: FittedModel, restarts: Any, folder: RunFolder, job: Job) -> None:
     fitted.save(folder.path, extra=job.record(folder.command))
+    if folder.step:  # it was trained further
+        folder.clear_derived()
     if restarts is not None:
         write_atomically(folder.path / "restarts.csv", lambda p: restarts.to_csv(p, index=False))
     figure = plot_elbo(fitted.history)

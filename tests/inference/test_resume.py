@@ -118,6 +118,45 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 @pytest.fixture
+def small_disk():
+    """No file of this process can grow beyond 2000 bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_whole_run_that_was_there(tmp_path, small_disk):
+    """The parameters fit and the history does not: none of them is replaced."""
+    torch.manual_seed(0)
+    options = {"progress": False, "engine": "eager"}
+    pyrolvm.fit(PPCA(4, 1), X, num_steps=2, **options).save(tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    longer = pyrolvm.fit(PPCA(4, 1), X, num_steps=200, **options)
+    small_disk()
+    with pytest.raises(
+        RunFolderError, match=r"could not be written to .* \(File too large\); what was there is as it"
+    ):
+        longer.save(tmp_path / "run")
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path, small_disk):
+    options = {"progress": False, "engine": "eager", "checkpoint": tmp_path, "checkpoint_seconds": 0.0}
+    pyrolvm.fit(PPCA(4, 1), X, num_steps=2, **options)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    small_disk()
+    with pytest.warns(
+        UserWarning, match=r"checkpoint could not be written .*File too large.* the run goes on"
+    ):
+        fitted = pyrolvm.fit(PPCA(4, 1), X, num_steps=100, **options)
+    assert len(fitted.history) == 100
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+@pytest.fixture
 def saved(tmp_path):
     torch.manual_seed(0)
     fitted = pyrolvm.fit(VAE(4, 2, "gaussian", hidden=(8,)), X, num_steps=5, progress=False, engine="eager")
