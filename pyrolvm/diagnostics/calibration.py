@@ -31,6 +31,7 @@ from pyrolvm.diagnostics.simulated import Arrays, Simulation, simulations
 from pyrolvm.diagnostics.uniformity import chi_square_p, ecdf_band, kolmogorov_p, symmetry_p
 from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.progress import watched
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 
 RANKING = 1000  # a purpose of random numbers: the draws that are ranked share none with the simulations
@@ -156,6 +157,7 @@ def calibrate(
     rebuild: Callable[[Any, dict[str, torch.Tensor]], Any] | None = None,
     alpha: float = 0.05,
     seed: int = 0,
+    progress: bool = True,
 ) -> Calibration:
     """Simulate (z, x) from the fitted model and rank the true z among the guide's draws.
 
@@ -187,7 +189,7 @@ def calibrate(
         if refit is None:
             truth, draws = _amortised(fitted, simulated, names, num_samples, seed)
         else:
-            truth, draws = _refitted(simulated, names, num_samples, refit, map, seed)
+            truth, draws = _refitted(simulated, names, num_samples, refit, map, seed, progress)
     return calibration_of(truth, draws, seed=seed, alpha=alpha)
 
 
@@ -227,11 +229,13 @@ def _refitted(
     refit: Callable[[Any], FittedModel],
     run: Callable[..., Iterable[Any]],
     seed: int,
+    progress: bool,
 ) -> tuple[Arrays, Arrays]:
     every = list(simulated)
     # noise of its own for each: common noise would make the ranks depend on each other
     seeds = [derived_seed(seed, RANKING + i) for i in range(len(every))]
-    found = list(run(partial(_posterior_after, refit, names, num_samples), [s.data for s in every], seeds))
+    results = run(partial(_posterior_after, refit, names, num_samples), [s.data for s in every], seeds)
+    found = list(watched(results, "calibration", len(every), enabled=progress, unit="fits"))
     truth = {n: np.stack([s.truth[n] for s in every]) for n in names}
     return truth, {n: np.stack([f[n] for f in found], axis=1) for n in names}
 

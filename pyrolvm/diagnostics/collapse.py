@@ -17,7 +17,6 @@ decoder that ignores z is found by exchanging the z of different data: its log p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,7 @@ from pyrolvm.diagnostics.pair import Pair, Values, local_sites, row_chunks
 from pyrolvm.diagnostics.sites import latent_fn, latent_mean, site_kl
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.progress import watched
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 from pyrolvm.inference.structure import sample_sites
 
@@ -112,7 +112,13 @@ class CollapseReport:
 
 @torch.no_grad()
 def collapse_report(
-    fitted: FittedModel, x: Any, num_samples: int = 20, threshold: float = 0.01, *, seed: int = 0
+    fitted: FittedModel,
+    x: Any,
+    num_samples: int = 20,
+    threshold: float = 0.01,
+    *,
+    seed: int = 0,
+    progress: bool = True,
 ) -> CollapseReport:
     """Measure what the local latents carry about `x` (any number of rows, in chunks).
 
@@ -134,11 +140,12 @@ def collapse_report(
     with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
         given = Pair(fitted, data).global_means()
         kept = max(1, min(num_samples // 2, round(MIXTURE_DRAWS / data.num_rows)))
+        chunks = list(row_chunks(data, num_samples, fitted.program.device, whole))
         parts = [
             _Part(Pair(fitted, rows), given, num_samples // 2, kept)
-            for rows in row_chunks(data, num_samples, fitted.program.device, whole)
+            for rows in watched(chunks, "collapse", len(chunks), enabled=progress)
         ]
-        surgery = _surgery(fitted, data, parts, given, whole)
+        surgery = _surgery(fitted, data, parts, given, whole, progress)
     shuffle = torch.cat([p.shuffle_loss for p in parts])
     terms = {**surgery, "shuffle_loss": _mean_and_error(shuffle)}
     return CollapseReport(
@@ -234,12 +241,12 @@ def _dimensions(parts: list[_Part], threshold: float) -> pd.DataFrame:
 
 
 def _surgery(
-    fitted: FittedModel, data: Batch, parts: list[_Part], given: Values, whole: bool
+    fitted: FittedModel, data: Batch, parts: list[_Part], given: Values, whole: bool, progress: bool
 ) -> dict[str, tuple[float, float]]:
     """The average KL, the information and the marginal KL of the same draws, each with its standard error."""
     drawn = [d for p in parts for d in p.drawn]
-    chunks: Iterator[Batch] = row_chunks(data, 1, fitted.program.device, whole)
-    log_q = log_mixture([Pair(fitted, rows) for rows in chunks], drawn, given)  # [draws]
+    pairs = [Pair(fitted, rows) for rows in row_chunks(data, 1, fitted.program.device, whole)]
+    log_q = log_mixture(pairs, drawn, given, progress=progress)  # [draws]
     own, prior = torch.cat([d.log_guide for d in drawn]), torch.cat([d.log_prior for d in drawn])
     terms = {"mutual_information": own - log_q, "marginal_kl": log_q - prior}
     found = {name: _mean_and_error(term) for name, term in terms.items()}

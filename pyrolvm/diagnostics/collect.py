@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,11 +17,13 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.diagnostics.tables import Arrays, Layout
+from pyrolvm.errors import SettingError
 from pyrolvm.inference.draws import Draws, tidy
 from pyrolvm.inference.enumerated import TOGETHER, enumerated_sites
-from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.fitted import FittedModel, check_count
 from pyrolvm.inference.folder import model_record, versions
 from pyrolvm.inference.handlers import Fixed
+from pyrolvm.inference.progress import watched
 from pyrolvm.inference.structure import Structure, sample_sites
 
 POSTERIOR = {"posterior", "posterior_predictive", "log_likelihood", "sample_stats"}
@@ -66,19 +70,26 @@ class _Parts:
         return {k: np.concatenate(v, axis) if len(v) > 1 else v[0] for k, v in parts.items()}
 
 
-def collect(fitted: FittedModel, x: Any, num_samples: int, groups: Sequence[str], seed: int) -> Collected:
+def collect(
+    fitted: FittedModel, x: Any, num_samples: int, groups: Sequence[str], seed: int, *, progress: bool = True
+) -> Collected:
     """The wanted groups for the rows of `x`; draws that are not wanted are dropped chunk by chunk."""
+    check_count("num_samples", num_samples)
     batch = fitted.batch(x)
+    _check_memory(fitted, batch.num_rows, num_samples, groups)
+    chunks = len(fitted._chunks(batch, per_row=num_samples))
     parts = _Parts({s.name for s in fitted.structure.sites if s.local} | {TOGETHER, *ROWS})
     layouts = _observe(fitted, batch, parts)
     if POSTERIOR & set(groups):
         enumerated_sites(fitted.structure)  # those that cannot be drawn are refused, not left at the prior
-        for draws in fitted.draw_chunks(batch, num_samples, seed=seed):
+        found = fitted.draw_chunks(batch, num_samples, seed=seed)
+        for draws in watched(found, "draws of the posterior", chunks, enabled=progress):
             parts.add_draws(draws, "posterior", "posterior_predictive", groups)
             parts.add("log_likelihood", draws.pointwise, groups)
             parts.add("sample_stats", _densities(draws), groups)
     if PRIOR & set(groups):
-        for draws in fitted.draw_chunks(batch, num_samples, prior=True, seed=seed):
+        found = fitted.draw_chunks(batch, num_samples, prior=True, seed=seed)
+        for draws in watched(found, "draws of the prior", chunks, enabled=progress):
             parts.add_draws(draws, "prior", "prior_predictive", groups)
     arrays = {g: v for g in groups if (v := parts.whole(g))}
     if "sample_stats" in arrays:
@@ -86,6 +97,40 @@ def collect(fitted: FittedModel, x: Any, num_samples: int, groups: Sequence[str]
     plate = fitted.structure.data_plate
     name = plate.name if plate else None
     return Collected(arrays, layouts, name, row_names(x), batch.columns, _attrs(fitted, seed))
+
+
+def physical_memory() -> float:
+    """Bytes of this machine's memory; infinite where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _check_memory(fitted: FittedModel, num_rows: int, num_samples: int, groups: Sequence[str]) -> None:
+    """Raise `SettingError` if the arrays, and once more while they are put together, do not fit into memory."""
+    size = 2 * num_samples * numbers_per_draw(fitted.structure, num_rows, groups)
+    size *= torch.finfo(fitted.program.dtype).bits // 8
+    memory = physical_memory()
+    if size > memory:
+        raise SettingError(
+            f"{num_samples} draws for {num_rows} rows take {size / 2**30:.1f} GiB and this machine has "
+            f"{memory / 2**30:.1f}: pass fewer rows, a smaller num_samples, or only the groups you need, such as "
+            "groups=['posterior', 'log_likelihood']"
+        )
+
+
+def numbers_per_draw(structure: Structure, num_rows: int, groups: Sequence[str]) -> int:
+    """How many numbers the groups hold for each draw."""
+    share = num_rows / structure.data_plate.size if structure.data_plate else 1
+    total = 0.0
+    for site in structure.sites:
+        cells = math.prod(site.batch_shape) * (share if site.local or site.observed else 1)
+        whole = cells * math.prod(site.event_shape)
+        held = ("posterior_predictive", "prior_predictive") if site.observed else ("posterior", "prior")
+        total += whole * sum(group in groups for group in held)
+        total += cells * (site.observed and "log_likelihood" in groups)
+    return round(total + 2 * num_rows * ("sample_stats" in groups))
 
 
 @torch.no_grad()

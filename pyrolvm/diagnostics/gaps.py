@@ -12,7 +12,9 @@ q* is found by gradient on local variational parameters that start where the gui
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -26,11 +28,13 @@ from pyrolvm.diagnostics.gaussians import (
     balanced_noise,
     bound,
     guide_gaussians,
+    num_climbs,
     refine,
 )
 from pyrolvm.diagnostics.pair import Pair, local_sites, row_chunks
 from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 
 FAMILIES = ("auto", "mean_field", "full")
@@ -90,6 +94,7 @@ def evidence_gaps(
     *,
     log_evidence: Tensor | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Gaps:
     """Split log p(x) - ELBO of every row of `x` into approximation and amortisation gap.
 
@@ -112,11 +117,13 @@ def evidence_gaps(
     whole = bool(fitted.structure.per_datum) or not fitted.structure.takes_any_rows
     known = _known_evidence(fitted, x, data, log_evidence)
     parts, first = [], 0
-    with seeded(derived_seed(seed, EVALUATION), fitted.program.device), torch.enable_grad():
+    bars = progress_bar("evidence gaps", data.num_rows, enabled=progress, unit="rows", after=PATIENCE)
+    noise = seeded(derived_seed(seed, EVALUATION), fitted.program.device)
+    with bars as bar, noise, torch.enable_grad():
         for rows in row_chunks(data, num_samples, fitted.program.device, whole):
             part = _Refinement(Pair(fitted, rows), family, num_samples, num_steps, learning_rate)
             given = None if known is None else known[first : first + rows.num_rows]
-            parts.append(part.table(given))
+            parts.append(part.table(given, bar))
             first += rows.num_rows
     table = pd.concat(parts, ignore_index=True).rename_axis("row")
     return Gaps(table, part.family, part.of_guide)
@@ -159,8 +166,10 @@ class _Refinement:
         self.noise = balanced_noise(num_samples, rows, dim, self.guide.loc)
         self.gaussian = own != "other"
 
-    def table(self, log_evidence: Tensor | None) -> pd.DataFrame:
-        found = refine(self.log_joint, self.guide, self.family, *self.options)
+    def table(self, log_evidence: Tensor | None, bar: Bar) -> pd.DataFrame:
+        passes = 1 if log_evidence is not None or self.family == "full" else 2
+        watch = partial(bar.advance, self.pair.batch.num_rows / (passes * num_climbs(self.options[0])))
+        found = refine(self.log_joint, self.guide, self.family, *self.options, watch)
         with torch.no_grad():
             start = self.guide.mean_field() if self.family == "mean_field" else self.guide
             at_start, best = self._bound(start), self._bound(found)
@@ -170,7 +179,7 @@ class _Refinement:
             elbo = self._guide_bound(at_start)
         error = torch.zeros_like(elbo)
         if log_evidence is None:
-            log_evidence, error = self._importance(found)
+            log_evidence, error = self._importance(found, watch)
         columns = {
             "log_evidence": log_evidence,
             "standard_error": error,
@@ -197,9 +206,10 @@ class _Refinement:
             total = total + weight.sum(0)
         return total / len(self.noise)
 
-    def _importance(self, found: Gaussians) -> tuple[Tensor, Tensor]:
+    def _importance(self, found: Gaussians, watch: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """log p(x) and its standard error, by draws from the best full-covariance Gaussian."""
-        q = found if self.family == "full" else refine(self.log_joint, found, "full", *self.options)
+        full = self.family == "full"
+        q = found if full else refine(self.log_joint, found, "full", *self.options, watch)
         with torch.no_grad():
             noise = torch.randn_like(self.noise)
             log_weight = self.log_joint(q.at(noise)) - q.log_prob_at(noise).double()

@@ -11,6 +11,7 @@ moment, so that E_q[log p] is exact, not estimated, where log p(x_n, z) is quadr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,18 +175,33 @@ def bound(log_joint: LogJoint, q: Gaussians, noise: Tensor) -> Tensor:
     return log_joint(q.at(noise)).mean(0) + q.entropy
 
 
+def num_climbs(num_steps: int) -> int:
+    """Steps that `refine` takes."""
+    return len(RATES) * max(1, num_steps // len(RATES))
+
+
 def refine(
-    log_joint: LogJoint, start: Gaussians, family: str, num_steps: int, learning_rate: float
+    log_joint: LogJoint,
+    start: Gaussians,
+    family: str,
+    num_steps: int,
+    learning_rate: float,
+    watch: Callable[[], None] = lambda: None,
 ) -> Gaussians:
     """Climb L_n from `start` by Adam, in units of the scales found so far, the rate falling to zero."""
     q = start.mean_field() if family == "mean_field" else start
     for rate in RATES:
-        q = _climb(log_joint, q, family, max(1, num_steps // len(RATES)), rate * learning_rate)
+        q = _climb(log_joint, q, family, max(1, num_steps // len(RATES)), rate * learning_rate, watch)
     return q
 
 
 def _climb(
-    log_joint: LogJoint, start: Gaussians, family: str, num_steps: int, learning_rate: float
+    log_joint: LogJoint,
+    start: Gaussians,
+    family: str,
+    num_steps: int,
+    learning_rate: float,
+    watch: Callable[[], None],
 ) -> Gaussians:
     """loc = loc_0 + C_0 shift and C = C_0 (diag(exp(log_scale)) + lower), all three from zero."""
     rows, dim = start.loc.shape
@@ -207,5 +223,6 @@ def _climb(
             leaf.grad = gradient
         optimizer.step()
         schedule.step()
+        watch()
     with torch.no_grad():
         return current()

@@ -18,9 +18,10 @@ from pyrolvm.diagnostics.pair import Pair
 from pyrolvm.diagnostics.predictive import PredictiveCheck, Statistic, predictive_check
 from pyrolvm.diagnostics.reference import ReferenceComparison, compare_with_nuts
 from pyrolvm.diagnostics.tails import GlobalTail, global_khat, local_khat
-from pyrolvm.errors import PyrolvmError
+from pyrolvm.errors import PyrolvmError, SettingError
 from pyrolvm.inference.evidence import evidence_table, khat_threshold
 from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 from pyrolvm.inference.structure import sample_sites
 from pyrolvm.plates import arange_rows
@@ -31,8 +32,9 @@ GAP_ROWS = 200
 REFERENCE_ROWS = 5
 
 
-GLOBAL_EVALUATIONS = 4e6
-"""As many evaluations of a datum's density as `diagnose` spends on k-hat of global latents, some ten seconds."""
+GLOBAL_EVALUATIONS = 4e7
+"""As many evaluations of a datum's density as `diagnose` spends on k-hat of global latents, some twenty seconds;
+a fortieth of it for programs whose draws are taken one by one."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,18 @@ class Diagnosis:
         )
 
     @property
-    def paragraph(self) -> str:
-        """The findings in plain words."""
+    def sentences(self) -> list[str]:
+        """The findings in plain words, one entry for each thing that was looked at."""
         parts = [self._about_evidence(), self._about_data(), self._about_shared()]
         reports = (self.gaps, self.collapse, self.reference, self.predictive)
         parts += [report.sentence for report in reports if report is not None]
         parts += [f"Not computed: {what} ({why})." for what, why in self.not_done.items()]
-        return " ".join(part for part in parts if part)
+        return [part for part in parts if part]
+
+    @property
+    def paragraph(self) -> str:
+        """The findings in plain words."""
+        return " ".join(self.sentences)
 
     def _about_evidence(self) -> str:
         count, total = len(self.rows), self.num_data
@@ -152,16 +159,17 @@ class Diagnosis:
         return "\n\n".join([self.paragraph, *tables])
 
 
-def _global_tail(fitted: FittedModel, data: Batch, num_samples: int, seed: int) -> GlobalTail:
+def _global_tail(fitted: FittedModel, data: Batch, num_samples: int, seed: int, progress: bool) -> GlobalTail:
     """k-hat of the global latents, unless integrating out those of each datum would take minutes."""
     structure = fitted.structure
     names = tuple(s.name for s in structure.global_latents)
     evaluations = num_samples * data.num_rows * (100 if structure.local_latents else 1)
-    if names and evaluations > GLOBAL_EVALUATIONS:
+    affordable = GLOBAL_EVALUATIONS / (1 if fitted.vectorized else 40)
+    if names and evaluations > affordable:
         return GlobalTail(
             None, names, f"it takes {evaluations:.1e} evaluations of the model: call global_khat(fitted, x)"
         )
-    return global_khat(fitted, data, num_samples, seed=seed)
+    return global_khat(fitted, data, num_samples, seed=seed, progress=progress)
 
 
 def diagnose(
@@ -169,18 +177,19 @@ def diagnose(
     x: Any,
     num_samples: int = 1000,
     *,
-    reference: ReferenceComparison | bool | None = None,
+    reference: ReferenceComparison | str | bool | None = None,
     statistics: Mapping[str, Statistic] | None = None,
     gaps: bool = False,
     max_rows: int = 2000,
     seed: int = 0,
+    progress: bool = True,
 ) -> Diagnosis:
     """Say how good the guide is on `x`: evidence, k-hat, collapse, predictive checks, and more if asked.
 
     Parameters
     ----------
     num_samples: draws of the guide per datum for k-hat and the evidence.
-    reference: True runs NUTS (on five rows where no latents are shared), or what `compare_with_nuts` returned.
+    reference: "nuts" runs NUTS (on five rows where no latents are shared), or what `compare_with_nuts` returned.
     statistics: of the predictive check; see `predictive_check`.
     gaps: also split the evidence gap (of 200 rows at most): a minute, rather than seconds.
     max_rows: data that are looked at one by one, drawn at random if there are more.
@@ -191,21 +200,26 @@ def diagnose(
     data = fitted.batch(x)
     rows = _chosen(fitted, data, max_rows, seed)
     part = data if len(rows) == data.num_rows else data.take(torch.as_tensor(rows))
-    run = _Attempts()
-    k_hat = run("k-hat per datum", local_khat, fitted, part, num_samples, seed=seed)
-    found = run("log p(x)", _evidence, fitted, part, k_hat, num_samples, seed)
-    evidence, method = found if found is not None else (None, "")
-    collapse = run("collapse", collapse_report, fitted, part, seed=seed)
-    gap = run("gaps", evidence_gaps, fitted, _first(fitted, part, GAP_ROWS), seed=seed) if gaps else None
-    predictive = run("predictive check", predictive_check, fitted, part, statistics, REPLICATES, seed=seed)
+    nuts = _wants_nuts(reference)
     compared = reference if isinstance(reference, ReferenceComparison) else None
-    if reference is True:
-        few = data if fitted.structure.global_latents else _first(fitted, part, REFERENCE_ROWS)
-        compared = run("reference", compare_with_nuts, fitted, few, seed=seed)
-    for table in (evidence, k_hat):
-        if table is not None and len(table) == len(rows):
-            table.index = pd.Index(rows, name="row")
-    tail = _global_tail(fitted, data, num_samples, seed)
+    gap = None
+    with progress_bar("diagnose", 5 + gaps + nuts, enabled=progress, unit="", after=PATIENCE) as bar:
+        run = _Attempts(bar, seed=seed, progress=progress)
+        k_hat = run("k-hat per datum", local_khat, fitted, part, num_samples)
+        found = run("log p(x)", _evidence, fitted, part, k_hat, num_samples)
+        evidence, method = found if found is not None else (None, "")
+        collapse = run("collapse", collapse_report, fitted, part)
+        if gaps:
+            gap = run("gaps", evidence_gaps, fitted, _first(fitted, part, GAP_ROWS))
+        predictive = run("predictive check", predictive_check, fitted, part, statistics, REPLICATES)
+        if nuts:
+            few = data if fitted.structure.global_latents else _first(fitted, part, REFERENCE_ROWS)
+            compared = run("reference", compare_with_nuts, fitted, few)
+        for table in (evidence, k_hat):
+            if table is not None and len(table) == len(rows):
+                table.index = pd.Index(rows, name="row")
+        tail = run("k-hat of shared latents", _global_tail, fitted, data, num_samples)
+        tail = GlobalTail(None) if tail is None else tail
     return Diagnosis(
         evidence,
         method,
@@ -224,18 +238,33 @@ def diagnose(
     )
 
 
+def _wants_nuts(reference: Any) -> bool:
+    """Raise `SettingError` for a reference that is not known."""
+    if reference in (None, False) or isinstance(reference, ReferenceComparison):
+        return False
+    if reference is True or reference == "nuts":
+        return True
+    raise SettingError(
+        f'reference={reference!r} is not known: pass "nuts", or what compare_with_nuts(fitted, x) returned'
+    )
+
+
 class _Attempts:
     """Calls that may not be defined for a program: their refusal is kept, not raised."""
 
-    def __init__(self) -> None:
+    def __init__(self, bar: Bar, **options: Any) -> None:
         self.refused: dict[str, str] = {}
+        self.bar, self.options = bar, options
 
-    def __call__(self, what: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, what: str, function: Any, *args: Any) -> Any:
+        self.bar.note(what)
         try:
-            return function(*args, **kwargs)
+            return function(*args, **self.options)
         except PyrolvmError as error:
             self.refused[what] = str(error)
             return None
+        finally:
+            self.bar.advance()
 
 
 def _chosen(fitted: FittedModel, data: Batch, max_rows: int, seed: int) -> np.ndarray:
@@ -253,17 +282,17 @@ def _first(fitted: FittedModel, data: Batch, count: int) -> Batch:
 
 
 def _evidence(
-    fitted: FittedModel, data: Batch, k_hat: pd.DataFrame | None, num_samples: int, seed: int
+    fitted: FittedModel, data: Batch, k_hat: pd.DataFrame | None, num_samples: int, seed: int, progress: bool
 ) -> tuple[pd.DataFrame, str]:
     """log p(x) of every row: exact where the model knows it or its latents can be summed out, else estimated."""
     latents = [s for s in fitted.structure.sites if not s.observed]
     if getattr(fitted.program.owner, "log_marginal", None) or all(s.discrete for s in latents):
-        table, method = evidence_table(fitted, data, "exact", seed=seed), "exact"
+        table, method = evidence_table(fitted, data, "exact", seed=seed, progress=progress), "exact"
     elif k_hat is not None and not fitted.structure.global_latents:
         table, method = k_hat, "importance sampling"  # of the same weights
     else:
         table, method = (
-            evidence_table(fitted, data, "importance", num_samples, seed=seed),
+            evidence_table(fitted, data, "importance", num_samples, seed=seed, progress=progress),
             "importance sampling",
         )
     return table[["log_evidence", "standard_error"]].copy(), method

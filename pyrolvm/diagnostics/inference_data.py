@@ -40,6 +40,7 @@ def to_inference_data(
     groups: Sequence[str] = GROUPS,
     dims: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Any:
     """Draws for the rows of `x` as an `arviz.InferenceData` (ArviZ 0.23) or `xarray.DataTree` (ArviZ 1.x).
 
@@ -72,14 +73,15 @@ def to_inference_data(
         num_samples x rows (x features) numbers.
     dims: site -> names of its event dimensions, where the names above do not suit.
 
-    Raises `SettingError` for an unknown group or dims that do not fit, `ProgramError` if the model sums out
-    latents that are not inside its data plate, and `DataError` for data that do not fit.
+    Raises `SettingError` for an unknown group, dims that do not fit, or more numbers than the machine's memory
+    holds, `ProgramError` if the model sums out latents that are not inside its data plate, and `DataError` for
+    data that do not fit.
     """
     from pyrolvm.diagnostics.collect import collect
     from pyrolvm.diagnostics.tables import build_tables
 
     wanted = _known(groups)
-    found = collect(fitted, x, num_samples, wanted, seed)
+    found = collect(fitted, x, num_samples, wanted, seed, progress=progress)
     tables = build_tables(
         found.arrays,
         found.layouts,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyrolvm.diagnostics.pair import Pair, Values
 from pyrolvm.inference.draws import BUDGET
+from pyrolvm.inference.progress import watched
 from pyrolvm.inference.structure import sample_sites
 
 
@@ -62,13 +63,18 @@ def _as_draws(pair: Pair, site: dict[str, Any], limit: int) -> Tensor:
     return value.unsqueeze(position)
 
 
-def log_mixture(pairs: list[Pair], drawn: list[MixtureDraws], given: Values) -> Tensor:
+def log_mixture(
+    pairs: list[Pair], drawn: list[MixtureDraws], given: Values, *, progress: bool = False
+) -> Tensor:
     """log (1/N) sum_n q(z | x_n) at every draw: [draws], float64, in nats; `pairs` hold the N rows."""
     found = [d.log_guide.new_full((len(d.log_guide),), -math.inf) for d in drawn]
-    for pair in pairs:
-        densities = _Densities(pair, given)
-        for index, draws in enumerate(drawn):
-            found[index] = torch.logaddexp(found[index], densities(draws))
+    pieces = ((pair, index) for pair in pairs for index in range(len(drawn)))
+    last, densities = None, None
+    for pair, index in watched(pieces, "aggregated posterior", len(pairs) * len(drawn), enabled=progress):
+        if pair is not last:
+            last, densities = pair, _Densities(pair, given)
+        assert densities is not None
+        found[index] = torch.logaddexp(found[index], densities(drawn[index]))
     return torch.cat(found) - math.log(sum(p.batch.num_rows for p in pairs))
 
 

@@ -25,6 +25,7 @@ from pyrolvm.diagnostics.pair import Pair, Values
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.draws import BUDGET
 from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.progress import watched
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 from pyrolvm.inference.structure import sample_sites
 
@@ -84,6 +85,7 @@ def predictive_check(
     latents: str = "same",
     site: str | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> PredictiveCheck:
     """Compare statistics of `x` with those of `num_samples` data sets that the fitted model makes.
 
@@ -107,7 +109,9 @@ def predictive_check(
         nodes: Any = model.nodes
         observed = _evaluate(chosen, nodes[name]["value"])
     make = _same if latents == "same" else _new
-    replicates = pd.DataFrame([_evaluate(chosen, v) for v in make(fitted, x, name, num_samples, seed)])
+    made = make(fitted, x, name, num_samples, seed)
+    made = watched(made, "predictive check", num_samples, enabled=progress, unit="data sets")
+    replicates = pd.DataFrame([_evaluate(chosen, v) for v in made])
     return PredictiveCheck(_table(observed, replicates), replicates)
 
 

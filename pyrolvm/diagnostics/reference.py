@@ -23,6 +23,7 @@ from pyrolvm.data.arrays import Batch
 from pyrolvm.diagnostics.pair import Pair
 from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 
 QUANTILES = (0.05, 0.95)
@@ -88,6 +89,7 @@ def compare_with_nuts(
     *,
     num_guide_samples: int = 2000,
     seed: int = 0,
+    progress: bool = True,
 ) -> ReferenceComparison:
     """Draw from p(z | x) of the fitted model by NUTS, and compare the guide's draws with it.
 
@@ -100,7 +102,10 @@ def compare_with_nuts(
     """
     data = fitted.batch(x)
     names = _check(fitted, data, num_samples, num_chains)
-    chains, divergent = _chains(Pair(fitted, data), names, num_samples, warmup_steps, num_chains, seed)
+    total = num_chains * (num_samples + warmup_steps)
+    with progress_bar("NUTS", total, enabled=progress, unit="draws", after=PATIENCE) as bar:
+        lengths = (num_samples, warmup_steps, num_chains)
+        chains, divergent = _chains(Pair(fitted, data), names, lengths, seed, bar)
     guide = fitted.draws(x, num_guide_samples, seed=seed).values
     table = pd.concat([_compare(name, guide[name], chains[name]) for name in names])
     return ReferenceComparison(table, {n: v.flatten(0, 1) for n, v in chains.items()}, divergent)
@@ -128,16 +133,21 @@ def _check(fitted: FittedModel, data: Batch, num_samples: int, num_chains: int) 
 
 
 def _chains(
-    pair: Pair, names: list[str], num_samples: int, warmup_steps: int, num_chains: int, seed: int
+    pair: Pair, names: list[str], lengths: tuple[int, int, int], seed: int, bar: Bar
 ) -> tuple[dict[str, Tensor], int]:
-    """site -> [chains, draws, ...], and the number of divergent transitions."""
+    """site -> [chains, draws, ...], and the number of divergent transitions; lengths: draws, warm-up, chains."""
+    num_samples, warmup_steps, num_chains = lengths
     found, divergent = [], 0
+    # these rows are all the data: scaled to more, the likelihood of each would count several times
+    rows = (pair.batch.num_rows, pair.rows[1])
     for chain in range(num_chains):
         noise = seeded(derived_seed(seed, EVALUATION + 1 + chain), pair.program.device)
-        with pair.program.scope(pair.rows), noise, warnings.catch_warnings():
+        with pair.program.scope(rows), noise, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kernel = NUTS(pair.program.model, max_plate_nesting=pair.nesting)
-            mcmc = MCMC(kernel, num_samples, warmup_steps, disable_progbar=True)
+            mcmc = MCMC(
+                kernel, num_samples, warmup_steps, disable_progbar=True, hook_fn=lambda *_: bar.advance()
+            )
             mcmc.run(*pair.batch.args, **pair.batch.kwargs)
             found.append({n: v.detach() for n, v in mcmc.get_samples().items()})
             divergent += sum(len(v) for v in mcmc.diagnostics().get("divergences", {}).values())

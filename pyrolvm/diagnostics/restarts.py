@@ -13,7 +13,7 @@ posterior. It says nothing of the guide's distance from the posterior.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from pyrolvm.diagnostics.pair import Pair
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.progress import watched
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 from pyrolvm.inference.structure import sample_sites
 
@@ -90,6 +91,7 @@ def compare_restarts(
     *,
     tolerance: float = 0.1,
     seed: int = 0,
+    progress: bool = True,
 ) -> RestartComparison:
     """Compare the bounds and the posteriors of several fits of one model on `x`.
 
@@ -105,11 +107,13 @@ def compare_restarts(
     names = [s.name for s in fits[0].structure.sites if not s.observed and not s.enumerated]
     if any([s.name for s in f.structure.sites if not s.observed and not s.enumerated] != names for f in fits):
         raise SettingError("the fits have different latents: pass fits of one model")
-    bounds = _bounds(fits, x, num_samples, tolerance, seed)
+    each = watched(fits, "bounds of restarts", len(fits), enabled=progress, unit="fits")
+    bounds = _bounds(each, x, num_samples, tolerance, seed)
     near = [f for f, good in zip(fits, bounds["near_best"], strict=True) if good]
     best = fits[int(bounds["bound"].to_numpy().argmax())]
     reference = _latents(best, x, names, num_samples, seed)
-    draws = [_latents(f, x, names, num_samples, derived_seed(seed, i)) for i, f in enumerate(near)]
+    each = watched(near, "draws of restarts", len(near), enabled=progress, unit="fits")
+    draws = [_latents(f, x, names, num_samples, derived_seed(seed, i)) for i, f in enumerate(each)]
     if align is not None:
         draws = [align(d, reference) for d in draws]
     tables = [_r_hat(name, torch.stack([d[name] for d in draws])) for name in names] if names else []
@@ -119,7 +123,7 @@ def compare_restarts(
 
 
 def _bounds(
-    fits: Sequence[FittedModel], x: Any, num_samples: int, tolerance: float, seed: int
+    fits: Iterable[FittedModel], x: Any, num_samples: int, tolerance: float, seed: int
 ) -> pd.DataFrame:
     found = [_bound(f, x, num_samples, seed) for f in fits]
     table = pd.DataFrame(found, columns=["bound", "standard_error"]).rename_axis("fit")

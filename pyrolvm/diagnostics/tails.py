@@ -21,6 +21,7 @@ from pyrolvm.diagnostics.pair import Pair, Values, local_sites, row_chunks
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.evidence import pareto_khat
 from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar, watched
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 from pyrolvm.inference.structure import sample_sites
 
@@ -38,7 +39,9 @@ class GlobalTail:
 
 
 @torch.no_grad()
-def local_khat(fitted: FittedModel, x: Any, num_samples: int = 1000, *, seed: int = 0) -> pd.DataFrame:
+def local_khat(
+    fitted: FittedModel, x: Any, num_samples: int = 1000, *, seed: int = 0, progress: bool = True
+) -> pd.DataFrame:
     """One row per datum: `k_hat`, `effective_sample_size`, `log_evidence`, `standard_error` and `elbo`, of its weights.
 
     k-hat is -inf where all weights are the same. Global latents stay at the guide's means. `log_evidence` is the
@@ -55,7 +58,8 @@ def local_khat(fitted: FittedModel, x: Any, num_samples: int = 1000, *, seed: in
     tables = []
     with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
         given = Pair(fitted, data).global_means()
-        for rows in row_chunks(data, num_samples, fitted.program.device, whole):
+        chunks = list(row_chunks(data, num_samples, fitted.program.device, whole))
+        for rows in watched(chunks, "k-hat", len(chunks), enabled=progress):
             log_weight = _local_log_weight(Pair(fitted, rows), given, num_samples)
             log_sum = log_weight.logsumexp(0)
             ess = (2 * log_sum - (2 * log_weight).logsumexp(0)).exp()
@@ -81,7 +85,13 @@ def _local_log_weight(pair: Pair, given: Values, num_samples: int) -> Tensor:
 
 @torch.no_grad()
 def global_khat(
-    fitted: FittedModel, x: Any, num_samples: int = 1000, num_inner: int = 100, *, seed: int = 0
+    fitted: FittedModel,
+    x: Any,
+    num_samples: int = 1000,
+    num_inner: int = 100,
+    *,
+    seed: int = 0,
+    progress: bool = True,
 ) -> GlobalTail:
     """k-hat of the latents shared by all data, given the training data `x` whole.
 
@@ -99,10 +109,13 @@ def global_khat(
     with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
         chunks = list(row_chunks(data, num_samples, fitted.program.device, whole))
         first, totals, noise = Pair(fitted, chunks[0]), [], []
-        for model, guide in first.draws(num_samples):
-            log_weight, variance = _global_log_weight(fitted, first, model, guide, chunks, num_inner)
-            totals.append(log_weight)
-            noise.append(variance)
+        with progress_bar(
+            "k-hat, shared latents", num_samples, enabled=progress, unit="draws", after=PATIENCE
+        ) as bar:
+            for model, guide in first.draws(num_samples):
+                log_weight, variance = _global_log_weight(fitted, first, model, guide, chunks, num_inner, bar)
+                totals.append(log_weight)
+                noise.append(variance)
     error = float(torch.cat(noise).mean().sqrt())
     if error > NOISE_LIMIT:
         found = f"integrating out the latents of each datum leaves {error:.1f} nats of noise in the weights"
@@ -134,17 +147,20 @@ def _varies(guide: Any, site: dict[str, Any]) -> bool:
 
 
 def _global_log_weight(
-    fitted: FittedModel, pair: Pair, model: Any, guide: Any, chunks: list[Batch], num_inner: int
+    fitted: FittedModel, pair: Pair, model: Any, guide: Any, chunks: list[Batch], num_inner: int, bar: Bar
 ) -> tuple[Tensor, Tensor]:
     """log p(x, g) - log q(g) [draws], and the variance [draws] that integrating out has left in it."""
     values = {s["name"]: s["value"] for s in sample_sites(guide) if not pair.is_local(s)}
     total = pair.log_prob(model, lambda s: not pair.is_local(s) and not s["is_observed"])[:, 0]
     total = total - pair.log_prob(guide, lambda s: not pair.is_local(s))[:, 0]
     variance = torch.zeros_like(total)
-    local = bool(fitted.structure.local_latents)
+    repeats = num_inner if fitted.structure.local_latents else 1
     for rows in chunks:
-        part = Pair(fitted, rows)
-        inner = torch.stack([_inner(part, values, len(total)) for _ in range(num_inner if local else 1)])
+        part, found = Pair(fitted, rows), []
+        for _ in range(repeats):
+            found.append(_inner(part, values, len(total)))
+            bar.advance(len(total) / (repeats * len(chunks)))
+        inner = torch.stack(found)
         total = total + (inner.logsumexp(0) - math.log(len(inner))).sum(1)
         weight = (inner - inner.logsumexp(0)).exp()  # [inner, draws, rows], summing to one
         variance = variance + (weight.square().sum(0) - 1 / len(inner)).clamp_min(0).sum(1)

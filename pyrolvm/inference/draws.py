@@ -100,12 +100,19 @@ def can_vectorize(program: Program, structure: Structure, batch: Batch, total: i
         batch = batch.take(torch.arange(3))
     run = _Pair(program, structure, batch, total)
     try:
-        together = log_densities(*run.traces(2))
-        alone = [log_densities(*run.fixed(_slice(run, s))) for s in range(2)]
+        together = _densities(run, *run.traces(2))
+        alone = [_densities(run, *run.fixed(_slice(run, s))) for s in range(2)]
     except Exception:  # whatever a user's program raises under dimensions it did not expect
         return False
-    pairs = [(together.log_weight[s], a.log_weight[0]) for s, a in enumerate(alone)]
+    pairs = [(t[s], a[0]) for s, found in enumerate(alone) for t, a in zip(together, found, strict=True)]
     return all(t.shape == a.shape and torch.allclose(t, a, rtol=1e-3, atol=1e-3) for t, a in pairs)
+
+
+def _densities(run: _Pair, model: Trace, guide: Trace) -> list[Tensor]:
+    """Log-weights [draws, cells], and log p and log q of what all rows share [draws]."""
+    shared = run._shared_values(guide)
+    log_weight = log_densities(model, guide, skip=shared).log_weight
+    return [log_weight, *(_total(t, shared, torch.zeros_like(log_weight[:, 0])) for t in (model, guide))]
 
 
 def _slice(run: _Pair, index: int) -> dict[str, Tensor]:

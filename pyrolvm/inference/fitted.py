@@ -22,7 +22,7 @@ from pyrolvm.inference.enumerated import can_be_drawn, enumerated_draws
 from pyrolvm.inference.generation import Generator
 from pyrolvm.inference.handlers import Fixed, Means, location
 from pyrolvm.inference.program import Program
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
+from pyrolvm.inference.random import EVALUATION, PRIOR_DRAWS, derived_seed, seeded
 from pyrolvm.inference.structure import Structure, sample_sites
 from pyrolvm.plates import arange_rows
 
@@ -111,7 +111,7 @@ class FittedModel:
         Local latents come from the prior, global ones from the guide, anew for each sample. With
         `mean=True`, the mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
         """
-        _check_count("num_samples", num_samples)
+        check_count("num_samples", num_samples)
         generate = Generator(self.program, self.structure, self.example, self.num_rows)
         with self._noise(seed):
             if generate.makes_rows and not self.structure.global_latents:
@@ -166,11 +166,12 @@ class FittedModel:
         self, x: Any, num_samples: int = 100, *, prior: bool = False, seed: int = 0
     ) -> Iterator[Draws]:
         """The parts of `draws`, some rows of `x` at a time; all see the same draws of the global latents."""
-        _check_count("num_samples", num_samples)
+        check_count("num_samples", num_samples)
         shared = None
         states = math.prod(s.num_states for s in self.structure.sites)
         for index, batch in enumerate(self._chunks(x, per_row=num_samples * states)):
-            with self._noise(seed, index):
+            # draws from the prior share no noise with those from the guide
+            with self._noise(seed, index + PRIOR_DRAWS * prior):
                 part = self._draws(batch, num_samples, prior, shared)
             shared = shared or part.shared
             yield part
@@ -280,7 +281,8 @@ def suit(model: Any, batch: Batch) -> Batch:
     return batch
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
+    """Raise `SettingError` unless the value is a positive whole number."""
     if not isinstance(value, int) or value < 1:
         raise SettingError(f"{name} must be a positive whole number, not {value!r}")
 

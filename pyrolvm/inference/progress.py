@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
 
 PATIENCE = 1.0
 """Seconds before what may be over at once shows a bar."""
@@ -20,18 +22,18 @@ _open: list[Progress] = []
 class Bar:
     """What a loop tells its watcher; this one says nothing."""
 
-    done = 0
+    done = 0.0
 
     def begin(self, done: int) -> None:
         """Steps start now, after `done` that a run before this one took."""
 
-    def update(self, done: int, **fields: Any) -> None:
+    def update(self, done: float, **fields: Any) -> None:
         """`done` steps are finished."""
 
     def note(self, text: str) -> None:
         """Say what is going on."""
 
-    def advance(self, steps: int = 1) -> None:
+    def advance(self, steps: float = 1) -> None:
         """So many more steps are finished."""
         self.done += steps
         self.update(self.done)
@@ -49,7 +51,7 @@ class _RichBar(Bar):
         self.first, self.start = done, time.perf_counter()
         self._show("", completed=done)
 
-    def update(self, done: int, **fields: Any) -> None:
+    def update(self, done: float, **fields: Any) -> None:
         speed = (done - self.first) / max(time.perf_counter() - self.start, 1e-9)
         rate = [f"{speed:,.0f} {self.unit}/s"] if self.unit else []
         self._show("  ".join([f"{k} {v:.3f}" for k, v in fields.items()] + rate), completed=done)
@@ -104,3 +106,13 @@ def progress_bar(
     bar.begin(0)
     with bar.stack:
         yield bar
+
+
+def watched(
+    steps: Iterable[T], title: str, total: int, *, enabled: bool = True, unit: str = ""
+) -> Iterator[T]:
+    """`steps` one by one, under a patient bar."""
+    with progress_bar(title, total, enabled=enabled, unit=unit, after=PATIENCE) as bar:
+        for step in steps:
+            yield step
+            bar.advance()

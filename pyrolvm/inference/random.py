@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 INITIALISATION, NOISE, EVALUATION = 1, 2, 3
+PRIOR_DRAWS = 2**40  # above EVALUATION and the number of any chunk
 
 
 def derived_seed(seed: int, purpose: int) -> int:

@@ -1,16 +1,18 @@
-"""Figures of a page, each drawn for light and for dark, and those that only a page has."""
+"""Figures of a page, in the page's own colours, light or dark; and those that only a page has."""
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import io
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
@@ -18,27 +20,38 @@ from matplotlib.ticker import ScalarFormatter
 from pyrolvm.plots.style import BLUE, GREY, ORANGE, PALE, RED, axes_of, legend_above, plain
 from pyrolvm.report.parts import Part
 
-INK = "#000000"
-DARK = {
-    INK: "#e6e8eb",
-    "#ffffff": "#15181d",
-    GREY: "#a3a9b3",
-    PALE: "#4a515c",
-    BLUE: "#58aee6",
-    RED: "#ff8a4c",
-    ORANGE: "#f0b040",
+COLOURS = {
+    "#000000": "ink",
+    "#ffffff": "page",
+    GREY: "soft",
+    PALE: "pale",
+    BLUE: "blue",
+    RED: "red",
+    ORANGE: "orange",
 }
-"""The colours of figures on white -> on black."""
+"""Colours of a figure on white -> the variable of the page's style that stands for each."""
+
+# what only a file needs, and what would act on the whole page or say twice what `alt` says
+_OF_A_FILE = re.compile(
+    r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", re.S
+)
+_NAMESPACES = re.compile(r' (?:xmlns(?::\w+)?|version)="[^"]*"')
+_NAMED = re.compile(r'(\bid="|href="#|url\(#)')
 
 
 def figure(draw: Callable[[], Figure], title: str, alt: str) -> Part:
-    """A figure as two pictures, of which the page shows the one for light or for dark; `alt` says what it shows."""
-    light = _svg(draw())
-    dark = light
-    for colour, other in DARK.items():
-        dark = dark.replace(colour.lower(), other)
-    light, dark = (s.replace("<svg ", f'<svg fill="{c}" ', 1) for s, c in ((light, INK), (dark, DARK[INK])))
-    return Part("figure", {"light": _data_uri(light), "dark": _data_uri(dark), "alt": alt}, title)
+    """A figure as a drawing inside the page; `alt` says what it shows."""
+    return Part("figure", {"svg": Markup(_inline(_svg(draw()))), "alt": alt}, title)
+
+
+def _inline(svg: str) -> str:
+    """The drawing without what only a file needs, its names its own, its colours the page's."""
+    svg = _NAMESPACES.sub("", _OF_A_FILE.sub("", svg))
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    svg = _NAMED.sub(rf"\g<1>{own}-", svg)
+    for colour, name in COLOURS.items():
+        svg = svg.replace(f": {colour.lower()}", f": var(--{name})")
+    return svg.strip()
 
 
 def _svg(drawn: Figure) -> str:
@@ -59,10 +72,6 @@ def _whole_ticks(ax: Axes) -> None:
         formatter = axis.get_major_formatter()
         if isinstance(formatter, ScalarFormatter):
             formatter.set_useOffset(False)
-
-
-def _data_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def draw_evidence(tables: dict[str, pd.DataFrame]) -> Figure:

@@ -26,7 +26,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a section: `kind` is text, words, note, facts, table, figure or code."""
+    """A piece of a section: `kind` is text, words (a list), note, facts, table, figure or code."""
 
     kind: str
     content: Any

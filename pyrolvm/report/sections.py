@@ -70,7 +70,7 @@ def _summary(found: Findings) -> list[Part]:
             ("stopped", fitted.stopped_because),
         ]
     )
-    return [shown, *(_missing(found) if diagnosis is None else [Part("words", diagnosis.paragraph)])]
+    return [shown, *(_missing(found) if diagnosis is None else [Part("words", diagnosis.sentences)])]
 
 
 def _rows(found: Findings) -> str:

@@ -28,7 +28,7 @@ def write_report(
     num_samples: int = 1000,
     max_rows: int = 500,
     gaps: bool = False,
-    reference: bool = False,
+    reference: bool | str = False,
     image_shape: Sequence[int] | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -42,7 +42,8 @@ def write_report(
         keeps to what the run folder says.
     model, guide: of a pair of your own, as in `pyrolvm.load`; for a run of the shell also `model="file.py:Name"`.
     num_samples: draws per datum. max_rows: data that are looked at one by one, drawn at random if there are more.
-    gaps, reference: also split the evidence gap, or compare with NUTS; see `diagnose`. They take minutes.
+    gaps, reference: also split the evidence gap, or compare with NUTS (True or "nuts"); see `diagnose`. They take
+        minutes.
     image_shape: [height, width] if rows are pictures and their columns do not say so.
 
     Raises `RunFolderError` if the folder is no run or cannot be written, `DataError` for data that do not fit,

@@ -1,6 +1,8 @@
 """Ranks and VSBC probabilities: against Gaussian distribution functions, and guides that are wrong on purpose."""
 
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pyro
@@ -124,6 +126,23 @@ def test_refits_can_run_elsewhere():
 
     calibrate(exact_mean(x), x, refit=exact_mean, num_simulations=4, num_samples=5, map=run)
     assert seen == [4]
+
+
+def refit_mean(x):
+    """At the top of a module: other processes find it by name."""
+    options = {"num_steps": 40, "learning_rate": 0.1, "progress": False, "engine": "eager"}
+    return pyrolvm.fit(GlobalMean().model, x, guide=GlobalMean().guide, **options)
+
+
+def test_refits_in_other_processes_give_the_same_ranks():
+    x = torch.randn(10)
+    options = {"refit": refit_mean, "num_simulations": 4, "num_samples": 30, "progress": False}
+    alone = calibrate(refit_mean(x), x, **options)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        together = calibrate(refit_mean(x), x, map=pool.map, **options)
+    assert together.ranks.equals(alone.ranks)
+    assert together.uniforms.equals(alone.uniforms)
+    assert alone.ranks["m"].nunique() > 1
 
 
 def test_the_tests_of_uniformity_keep_their_level():

@@ -1,5 +1,6 @@
 """The diagnosis: what it says of right and wrong guides, and of programs it is not defined for."""
 
+import io
 import math
 
 import pyro
@@ -8,6 +9,7 @@ import pytest
 import torch
 from programs import GlobalMean, LocalNormal, eight_schools
 from pyro.infer.autoguide import AutoMultivariateNormal
+from rich.console import Console
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, GaussianMixture, PowerVAE, data_plate
@@ -137,3 +139,38 @@ def test_the_model_that_cannot_make_the_data_is_said_to():
     x[3, 1] = 80.0
     found = diagnose(pyrolvm.fit(model, X, **FREEZE), x, 100, statistics={"largest": torch.max})
     assert "does not make data like these: largest larger" in found.paragraph
+
+
+def test_nuts_is_asked_for_by_name_and_other_references_are_refused():
+    x = torch.linspace(-2, 2, 30)
+    fitted = pyrolvm.fit(LocalNormal().model, x, guide=LocalNormal().guide, **FREEZE)
+    found = diagnose(fitted, x, 100, reference="nuts")
+    assert "Against NUTS, z: means off by" in found.sentences[-2]
+    assert found.reference.table["reference_sd"].mean() == pytest.approx(math.sqrt(0.5), rel=0.1)
+    with pytest.raises(pyrolvm.SettingError, match="reference='stan' is not known"):
+        diagnose(fitted, x, 100, reference="stan")
+
+
+def test_shared_latents_of_a_factor_analysis_are_affordable():
+    """Draws of all factors at once: 60 rows, 1000 draws and 100 inner ones in seconds."""
+    x = X.repeat(2, 1)[:60]
+    fitted = pyrolvm.fit(BayesianFactorAnalysis(4, 1), x, num_steps=5, progress=False, engine="eager")
+    tail = diagnose(fitted, x, 200).global_tail
+    assert set(tail.names) == {"loadings", "noise_scale", "offset"}
+    assert "evaluations" not in tail.reason
+
+
+def test_what_takes_long_shows_where_it_is(monkeypatch):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=120, color_system=None)
+    monkeypatch.setattr("pyrolvm.inference.progress.Console", lambda **_: console)
+    for name in ("guide_quality", "gaps", "reference", "tails"):
+        monkeypatch.setattr(f"pyrolvm.diagnostics.{name}.PATIENCE", 0.0)
+    monkeypatch.setattr("pyrolvm.inference.progress.PATIENCE", 0.0)
+    x = torch.linspace(-2, 2, 20)
+    fitted = pyrolvm.fit(LocalNormal().model, x, guide=LocalNormal().guide, **FREEZE)
+    diagnose(fitted, x, 100, gaps=True, progress=False)
+    assert stream.getvalue() == ""
+    diagnose(fitted, x, 100, gaps=True)
+    for name in ("diagnose", "k-hat", "collapse", "evidence gaps", "predictive check", "6/6"):
+        assert name in stream.getvalue(), name

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, SettingError
-from pyrolvm.diagnostics import to_inference_data
+from pyrolvm.diagnostics import collect, to_inference_data
 from pyrolvm.diagnostics.inference_data import GROUPS, arviz_is_modern
 
 with warnings.catch_warnings():
@@ -234,3 +234,22 @@ def test_a_run_is_written_and_read_back(ppca, tmp_path):
 def test_importing_the_package_does_not_import_arviz():
     code = "import sys, pyrolvm, pyrolvm.diagnostics; sys.exit('arviz' in sys.modules or 'xarray' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
+
+
+def test_more_than_the_memory_holds_is_refused_in_a_line(monkeypatch):
+    x = torch.randn(30, 5)
+    fitted = pyrolvm.fit(pyrolvm.PPCA(5, 2), x, num_steps=1, progress=False, engine="eager")
+    arrays = to_inference_data(fitted, x, num_samples=40)
+    held = sum(
+        v.nbytes
+        for group in ("posterior", "prior", "posterior_predictive", "prior_predictive", "log_likelihood")
+        for v in arrays[group].data_vars.values()
+    )
+    stats = ("posterior", "prior", "posterior_predictive", "prior_predictive", "log_likelihood")
+    assert held == 4 * 40 * collect.numbers_per_draw(fitted.structure, 30, stats)
+    monkeypatch.setattr(collect, "physical_memory", lambda: 2.0 * held)
+    with pytest.raises(
+        SettingError, match=r"150 draws for 30 rows take .* GiB and this machine has .*: pass fewer rows"
+    ):
+        to_inference_data(fitted, x, num_samples=150)
+    to_inference_data(fitted, x, num_samples=150, groups=["posterior", "log_likelihood"])

@@ -94,3 +94,14 @@ def test_other_data_than_the_training_data_are_refused_for_shared_latents():
         compare_with_nuts(fitted, x[:5])
     with pytest.raises(SettingError, match="no reference"):
         compare_with_nuts(fitted, x, 2)
+
+
+def test_a_few_rows_of_many_are_not_scaled_up():
+    """The posterior of a row's latents is that of the row, however many rows the fit had: sd sqrt(1/2)."""
+    x = torch.linspace(-2, 2, 60)
+    program = LocalNormal()
+    fitted = pyrolvm.fit(program.model, x, guide=program.guide, **FREEZE)
+    found = compare_with_nuts(fitted, x[::20], **SHORT)
+    assert found.table["reference_sd"].to_numpy() == pytest.approx(math.sqrt(0.5), rel=4 / math.sqrt(2 * 100))
+    standard = (found.table["reference_mean"] - x[::20].numpy() / 2) / math.sqrt(0.5)
+    assert (standard.abs() * found.table["effective_sample_size"] ** 0.5 < 4).all()

@@ -103,3 +103,29 @@ def test_chunks_are_the_parts_of_the_whole(fitted, monkeypatch):
     whole = fitted.draws(X, 8, seed=2)
     assert torch.equal(torch.cat([p.values["z"] for p in parts], 1), whole.values["z"])
     assert all(torch.equal(p.values["m"], whole.values["m"]) for p in parts)
+
+
+def test_programs_with_shared_latents_are_drawn_at_once_also_from_a_few_rows_of_many():
+    x = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
+    fitted = pyrolvm.fit(pyrolvm.BayesianFactorAnalysis(5, 2), x, num_steps=2, progress=False, engine="eager")
+    assert fitted.vectorized
+
+
+def test_prior_and_posterior_share_no_noise():
+    """With q(z | x) = p(z) the draws of both would be the same numbers."""
+
+    def model(x):
+        with pyrolvm.data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyrolvm.data_plate(x):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    x = torch.zeros(50)
+    fitted = pyrolvm.fit(
+        model, x, guide=guide, num_steps=1, learning_rate=1e-12, progress=False, engine="eager"
+    )
+    prior, posterior = (fitted.draws(x, 40, prior=p).values["z"].flatten() for p in (True, False))
+    assert torch.corrcoef(torch.stack([prior, posterior]))[0, 1].abs() < 4 / 2000**0.5
