@@ -58,7 +58,7 @@ def _show(console: Console, fitted: FittedModel, held_out: Dataset) -> None:
         "ELBO, training": last["elbo"],
         "    expected log-likelihood": last["log_likelihood"],
         "    KL(q(z|x) || p(z))": last["kl"],
-        "ELBO, held out": fitted.history["validation_elbo"].dropna().iloc[-1],
+        "ELBO, held out": fitted.held_out_elbo,
         "log p(x), held out (200 importance samples)": evidence.mean().item(),
     }
     for name, value in rows.items():

@@ -542,6 +542,15 @@ def test_a_finished_run_can_be_gone_on_with(tmp_path):
     assert len(pd.read_csv(tmp_path / "parts" / "history.csv")) == 25
 
 
+def test_a_run_that_went_back_to_its_start_is_written(own):
+    """Its first chunk diverges, so that there is no history to draw."""
+    np.save(own / "x.npy", np.full((9, 2), 1e15))
+    fit = ("fit", "own.py:Line", "x.npy", "--optimizer", "sgd", "--lr", 1e9, "-n", 5, "--engine", "eager")
+    out = done(*fit, "--on-nan", "rollback", "-o", "run")
+    assert "went back to step 0" in out
+    assert done("compare", "run").startswith("run ")
+
+
 def test_diverging_runs_fail_with_one_line_and_keep_the_state(tmp_path):
     words = [
         "fit",

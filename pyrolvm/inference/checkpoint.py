@@ -47,7 +47,10 @@ def write_together(files: dict[Path, Writer]) -> None:
 
 
 def _empty_beside(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise _named(error, path) from None
     os.close(handle)
     return Path(name)
 

@@ -157,7 +157,7 @@ def fit(
         program,
         structure,
         training.history.frame(),
-        settings=training.settings | {"num_steps": steps},
+        settings=training.settings | {"num_steps": steps, "kept_step": training.kept_step},
         example=_few(batch) if structure.takes_any_rows and not structure.per_datum else batch,
         num_rows=total_rows,
         engine=getattr(running, "note", note),  # an engine that fell back says so itself

@@ -21,6 +21,7 @@ from pyrolvm.inference.draws import BUDGET, Draws, can_vectorize, concatenate, p
 from pyrolvm.inference.enumerated import can_be_drawn, enumerated_draws
 from pyrolvm.inference.generation import Generator
 from pyrolvm.inference.handlers import Fixed, Means, location
+from pyrolvm.inference.history import held_out_elbo
 from pyrolvm.inference.program import Program
 from pyrolvm.inference.random import EVALUATION, PRIOR_DRAWS, derived_seed, seeded
 from pyrolvm.inference.structure import Structure, sample_sites
@@ -68,6 +69,11 @@ class FittedModel:
     def elbo(self) -> float:
         """The bound averaged over the last hundred steps, nats per datum."""
         return float(self.history["elbo"].tail(100).mean())
+
+    @property
+    def held_out_elbo(self) -> float:
+        """The held-out bound of these parameters, nats per datum; nan if nothing was held out."""
+        return held_out_elbo(self.history, self.settings.get("kept_step"))
 
     @torch.no_grad()
     def encode(self, x: Any, *, seed: int = 0) -> Values:

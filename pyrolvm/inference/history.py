@@ -74,3 +74,16 @@ class History:
         if len(values):
             history._chunks.append(values.numpy().copy())
         return history
+
+
+def held_out_elbo(history: pd.DataFrame, kept_step: int | None = None) -> float:
+    """The held-out bound of the parameters kept, nats per datum: that of `kept_step`, else the last; nan if none.
+
+    history: as `History.frame` gives it. kept_step: the step whose parameters were put back, if any were.
+    """
+    if "validation_elbo" not in history:
+        return float("nan")
+    values = history.set_index("step")["validation_elbo"].dropna()
+    if kept_step is not None and kept_step in values.index:
+        return float(values.loc[kept_step])
+    return float(values.iloc[-1]) if len(values) else float("nan")

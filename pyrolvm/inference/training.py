@@ -67,6 +67,8 @@ class Training:
     on_nan: str = "raise"
     callbacks: Sequence[Callback] = ()
     stopped_because: str = ""
+    kept_step: int | None = None
+    """The step whose parameters were put back as the best held out; None if the last ones stay."""
 
     def run(self, bar: Bar) -> None:
         """Train; on an interrupt, write a checkpoint and say how to go on."""
@@ -95,6 +97,7 @@ class Training:
         self._check_warmup()
         if self.plateau is not None and self.plateau.best_parameters:
             self.step.program.load(self.plateau.best_parameters)
+            self.kept_step = self.plateau.best_step
             self.stopped_because += (
                 f"; parameters are those of step {self.plateau.best_step}, the best held out"
             )

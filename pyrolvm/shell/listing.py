@@ -15,6 +15,7 @@ from pyrolvm.data import DATASETS
 from pyrolvm.errors import RunFolderError
 from pyrolvm.inference.checkpoint import read_json
 from pyrolvm.inference.folder import CONFIG, HISTORY, PARAMETERS
+from pyrolvm.inference.history import held_out_elbo
 from pyrolvm.models import REGISTRY
 from pyrolvm.shell.pairs import Pair
 from pyrolvm.shell.runs import EVIDENCE
@@ -76,7 +77,6 @@ def _facts(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise RunFolderError(f"{path / CONFIG} is not the record of a run")
     history = _history(path)
-    held_out = history.get("validation_elbo", pd.Series(dtype=float)).dropna()
     run = config.get("run") or {}
     data = run.get("data") or {}
     return {
@@ -85,7 +85,7 @@ def _facts(path: Path) -> dict[str, Any]:
         "parameters": _count(path / PARAMETERS),
         "steps": int(history["step"].max()) if len(history) else 0,
         "elbo": float(history["elbo"].tail(100).mean()),
-        "held_out": float(held_out.iloc[-1]) if len(held_out) else math.nan,
+        "held_out": held_out_elbo(history, (config.get("settings") or {}).get("kept_step")),
         "data": (data.get("sha256"), json.dumps(data.get("transforms"))),
         "estimates": _estimates(path / EVIDENCE),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def _save(fitted: FittedModel, restarts: Any, folder: RunFolder, job: Job) -> No
         folder.clear_derived()
     if restarts is not None:
         write_atomically(folder.path / "restarts.csv", lambda p: restarts.to_csv(p, index=False))
-    figure = plot_elbo(fitted.history)
-    write_atomically(folder.path / "elbo.png", lambda p: figure.savefig(p, format="png", dpi=150))
+    if len(fitted.history):  # a run that went back to its start has none
+        figure = plot_elbo(fitted.history)
+        write_atomically(folder.path / "elbo.png", lambda p: figure.savefig(p, format="png", dpi=150))
     if job.options.inference_data:
         from pyrolvm.diagnostics.inference_data import save_inference_data, to_inference_data
 
@@ -60,7 +62,7 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job) -> None:
         columns = ["seed", "bound", "steps", "seconds", "outcome"]
         print_table(columns, restarts[columns].astype(object).to_numpy().tolist(), "restarts, best first")
         console().print()
-    history, held_out = fitted.history, job.data.held_out
+    history = fitted.history
     unit = "nats per datum" if fitted.structure.data_plate else "nats in total"
     facts: list[tuple[str, Any]] = [
         ("model", _described(job)),
@@ -70,8 +72,8 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job) -> None:
         ("stopped", fitted.stopped_because),
         (f"ELBO, {unit}", fitted.elbo),
     ]
-    if held_out is not None and "validation_elbo" in history:
-        facts.append(("ELBO, held out", float(history["validation_elbo"].dropna().iloc[-1])))
+    if not math.isnan(fitted.held_out_elbo):
+        facts.append(("ELBO, held out", fitted.held_out_elbo))
     if job.options.kl_warmup and len(history):
         facts.append(("KL weight at the end", float(history["kl_weight"].iloc[-1])))
     print_facts([*facts, ("run", job.options.out)])

@@ -63,6 +63,8 @@ def test_fit_stops_on_a_plateau_says_why_and_restores_the_best():
     late = held_out[fitted.history["kl_weight"] == 1.0]
     best_step = int(fitted.history.loc[late.idxmax(), "step"])
     assert f"those of step {best_step}," in fitted.stopped_because
+    assert fitted.held_out_elbo == late.max()  # that of the parameters kept, not of the last step
+    assert fitted.held_out_elbo > held_out.iloc[-1]
 
 
 def test_a_plateau_is_carried_over_by_a_checkpoint(tmp_path):
