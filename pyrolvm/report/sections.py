@@ -64,7 +64,7 @@ def _summary(found: Findings) -> list[Part]:
             ("model", described(found.config)),
             ("rows", _rows(found)),
             (f"ELBO, {found.unit}", f"{number(fitted.elbo)} (mean of the last {LAST} steps)"),
-            ("ELBO, held out", _last(fitted.history, "validation_elbo")),
+            ("ELBO, held out", fitted.held_out_elbo if "validation_elbo" in fitted.history else None),
             (f"{evidence_name(diagnosis)}, nats per datum", _mean_evidence(diagnosis)),
             ("engine", fitted.engine),
             ("stopped", fitted.stopped_because),
