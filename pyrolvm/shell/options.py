@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +37,9 @@ Columns = Annotated[str | None, typer.Option(metavar="A,B", help="Columns to tak
 Labels = Annotated[
     str | None, typer.Option(metavar="COLUMN", help="Column to keep apart as labels.", rich_help_panel=DATA)
 ]
-Key = Annotated[str | None, typer.Option(help="Array of an npz file, or layer of an h5ad file.", rich_help_panel=DATA)]
+Key = Annotated[
+    str | None, typer.Option(help="Array of an npz file, or layer of an h5ad file.", rich_help_panel=DATA)
+]
 Header = Annotated[
     bool | None,
     typer.Option("--header/--no-header", help="Whether a csv's first row is names.", rich_help_panel=DATA),
@@ -53,6 +58,41 @@ OwnModel = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the random numbers.")]
+
+READING: dict[str, tuple[Any, Any]] = {
+    "columns": (Columns, None),
+    "labels": (Labels, None),
+    "key": (Key, None),
+    "header": (Header, None),
+    "data_option": (DataOption, []),
+}
+"""Options of every command that reads DATA: name -> (annotation, default)."""
+ASKING: dict[str, tuple[Any, Any]] = {"seed": (Seed, 0), "model": (OwnModel, None), "device": (Device, "cpu")}
+"""Options of every command that asks something of a run."""
+
+
+def sharing(*groups: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add options to a command that takes them as `**shared`; typer reads them from its signature."""
+    added = {name: option for group in groups for name, option in group.items()}
+
+    def share(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in added.items()
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        command.__annotations__ |= {name: annotation for name, (annotation, _) in added.items()}
+        return command
+
+    return share
+
+
+def namespace(own: dict[str, Any]) -> SimpleNamespace:
+    """The arguments of a command, those of `sharing` among the others."""
+    shared = own.pop("shared")
+    return SimpleNamespace(**own, **shared)
 
 
 def repeatable(context: Any) -> str:

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pyrolvm.shell.completion import words
-from pyrolvm.shell.options import (
-    Columns,
-    DataName,
-    DataOption,
-    Device,
-    Header,
-    Key,
-    Labels,
-    OwnModel,
-    Run,
-    Seed,
-)
+from pyrolvm.shell.options import ASKING, READING, DataName, Run, namespace, sharing
 
 
+@sharing(ASKING)
 def sample_command(
     run: Run,
     num_samples: Annotated[int, typer.Option("--num-samples", "-s", min=1, help="Rows to draw.")] = 16,
@@ -34,9 +23,7 @@ def sample_command(
     image_shape: Annotated[
         str | None, typer.Option(metavar="HEIGHT,WIDTH", help="Of a png; square by default.")
     ] = None,
-    seed: Seed = 0,
-    model: OwnModel = None,
-    device: Device = "cpu",
+    **shared: Any,
 ) -> None:
     """Draw new data from the model of RUN, in the units of its data.
 
@@ -46,26 +33,20 @@ def sample_command(
 
     pyrolvm sample runs/vae --num-samples 64 --mean --out digits.png
     """
-    options = SimpleNamespace(**locals())
+    options = namespace(locals())
     from pyrolvm.shell.using import run_sample
 
     run_sample(options)
 
 
+@sharing(READING, ASKING)
 def encode_command(
     run: Run,
     data: DataName,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A csv, tsv, npy or npz file; else printed as csv.")
     ] = None,
-    columns: Columns = None,
-    labels: Labels = None,
-    key: Key = None,
-    header: Header = None,
-    data_option: DataOption = [],  # noqa: B006
-    seed: Seed = 0,
-    model: OwnModel = None,
-    device: Device = "cpu",
+    **shared: Any,
 ) -> None:
     """Where the guide of RUN puts each row of DATA: means of q(z | x), or class probabilities.
 
@@ -73,12 +54,13 @@ def encode_command(
 
     pyrolvm encode runs/iris iris --out codes.csv
     """
-    options = SimpleNamespace(**locals())
+    options = namespace(locals())
     from pyrolvm.shell.using import run_encode
 
     run_encode(options)
 
 
+@sharing(READING, ASKING)
 def reconstruct_command(
     run: Run,
     data: DataName,
@@ -89,14 +71,7 @@ def reconstruct_command(
     image_shape: Annotated[
         str | None, typer.Option(metavar="HEIGHT,WIDTH", help="Of a png; square by default.")
     ] = None,
-    columns: Columns = None,
-    labels: Labels = None,
-    key: Key = None,
-    header: Header = None,
-    data_option: DataOption = [],  # noqa: B006
-    seed: Seed = 0,
-    model: OwnModel = None,
-    device: Device = "cpu",
+    **shared: Any,
 ) -> None:
     """The mean of p(x | z) at each row's code, in the units of the data.
 
@@ -104,12 +79,13 @@ def reconstruct_command(
 
     pyrolvm reconstruct runs/vae digits --out reconstructions.png
     """
-    options = SimpleNamespace(**locals())
+    options = namespace(locals())
     from pyrolvm.shell.using import run_reconstruct
 
     run_reconstruct(options)
 
 
+@sharing(READING, ASKING)
 def evidence_command(
     run: Run,
     data: DataName,
@@ -128,14 +104,7 @@ def evidence_command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write log p(x) of each row: csv, tsv, npy or npz.")
     ] = None,
-    columns: Columns = None,
-    labels: Labels = None,
-    key: Key = None,
-    header: Header = None,
-    data_option: DataOption = [],  # noqa: B006
-    seed: Seed = 0,
-    model: OwnModel = None,
-    device: Device = "cpu",
+    **shared: Any,
 ) -> None:
     """Estimate log p(x) of each row of DATA under RUN, in nats; noted in the run for `compare`.
 
@@ -145,24 +114,19 @@ def evidence_command(
 
     pyrolvm evidence runs/iris iris --method exact --out evidence.csv
     """
-    options = SimpleNamespace(**locals())
+    options = namespace(locals())
     from pyrolvm.shell.using import run_evidence
 
     run_evidence(options)
 
 
+@sharing(READING, ASKING)
 def diagnose_command(
     run: Run,
     data: DataName,
     num_samples: Annotated[int, typer.Option("--num-samples", "-s", min=1, help="Draws per row.")] = 500,
     quick: Annotated[bool, typer.Option("--quick", help="Only the draws and their summary.")] = False,
-    columns: Columns = None,
-    labels: Labels = None,
-    key: Key = None,
-    header: Header = None,
-    data_option: DataOption = [],  # noqa: B006
-    model: OwnModel = None,
-    device: Device = "cpu",
+    **shared: Any,
 ) -> None:
     """How good the guide of RUN is on DATA: evidence, k-hat, collapse, predictive checks, and draws for ArviZ.
 
@@ -174,12 +138,13 @@ def diagnose_command(
 
     pyrolvm diagnose runs/iris iris --quick
     """
-    options = SimpleNamespace(**locals())
+    options = namespace(locals())
     from pyrolvm.shell.using import run_diagnose
 
     run_diagnose(options)
 
 
+@sharing(ASKING)
 def report_command(
     run: Run,
     data: Annotated[
@@ -193,9 +158,7 @@ def report_command(
     reference: Annotated[
         bool, typer.Option("--reference", help="Also compare with NUTS; takes minutes.")
     ] = False,
-    seed: Seed = 0,
-    model: OwnModel = None,
-    device: Device = "cpu",
+    **shared: Any,
 ) -> None:
     """Write report.html in RUN: what the run folder and its diagnosis say, on one page.
 
@@ -203,7 +166,7 @@ def report_command(
 
     pyrolvm report runs/iris
     """
-    options = SimpleNamespace(**locals())
+    options = namespace(locals())
     from pyrolvm.shell.using import run_report
 
     run_report(options)

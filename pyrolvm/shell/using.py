@@ -174,12 +174,12 @@ def run_diagnose(options: Any) -> None:
 
     question = Question(options)
     dataset = question.data()
-    idata = to_inference_data(question.fitted, dataset, num_samples=options.num_samples)
+    idata = to_inference_data(question.fitted, dataset, num_samples=options.num_samples, seed=options.seed)
     written = [save_inference_data(idata, question.path / "inference_data.nc").name]
     _print_summary(_summary(question.fitted, idata), question.path / "summary.csv")
     written.append("summary.csv")
     if not options.quick:
-        diagnosis = diagnose(question.fitted, dataset, options.num_samples)
+        diagnosis = diagnose(question.fitted, dataset, options.num_samples, seed=options.seed)
         console().print(f"\n{diagnosis.paragraph}")
         if diagnosis.k_hat is not None:
             path = question.path / "k_hat.csv"
