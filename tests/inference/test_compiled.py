@@ -597,7 +597,7 @@ def test_a_compiler_that_fails_is_reported(monkeypatch):
     step, plan = make("particles, looped")
     monkeypatch.setattr(native.cache, "is_stored", lambda path: False)
     monkeypatch.setattr(native, "_precompile", lambda header: None)
-    monkeypatch.setattr(native.graphs, "cpp_source", lambda graph: "this is no C++")
+    monkeypatch.setattr(native, "_whole", lambda code, num_inputs: "this is no C++")
     engine = CompiledEngine(step, fall_back=True)
     state, terms = engine.run(start(engine), plan.rows(0, 5))
     assert (engine.name, state.step, len(terms)) == ("eager", 5, 5)

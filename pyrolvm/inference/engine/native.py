@@ -10,42 +10,20 @@ import contextlib
 import ctypes
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pyrolvm.inference.engine import cache, graphs, loops, tracing
+from pyrolvm.inference.engine import cache, graphs, loops, source, tracing
 from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.tracing import TracedStep
 
-LOOP = """
-extern "C" const char* pyrolvm_run(int64_t num_steps, AtenTensorHandle* inputs) {
-    static thread_local std::string error;
-    try {
-        std::vector<AtenTensorHandle> own(NUM_INPUTS);
-        AtenTensorHandle none[1];
-        for (int64_t step = 0; step < num_steps; ++step) {
-            // a step takes its handles away; the tensors behind them stay
-            for (int i = 0; i < NUM_INPUTS; ++i) {
-                aoti_torch_new_tensor_handle(inputs[i], &own[i]);
-            }
-            inductor_entry_impl(own.data(), none);
-            if (PyErr_Occurred()) {  // ctypes raises it
-                return nullptr;
-            }
-        }
-        return nullptr;
-    } catch (const std::exception& e) {
-        error = e.what();
-        return error.c_str();
-    } catch (...) {
-        return "an unknown error";
-    }
-}
-"""
+CPP = Path(__file__).with_name("cpp")
 COMPILERS = ("g++", "clang++")
 
 
@@ -55,8 +33,9 @@ class CompilerError(RuntimeError):
 
 def key(traced: TracedStep) -> str:
     """The name of the compiled step in the cache: the step, and the sources that turn it into code."""
-    sources = [Path(module.__file__ or "").read_text("utf-8") for module in (graphs, loops, tracing)]
-    return cache.digest(traced.text(), LOOP, *sources)
+    modules = (graphs, loops, source, tracing, sys.modules[__name__])
+    sources = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
+    return cache.digest(traced.text(), *sources, _runtime())
 
 
 def is_compiled(traced: TracedStep) -> bool:
@@ -106,9 +85,22 @@ def _compile(advance: Callable[..., Any], inputs: Sequence[Tensor], path: Path) 
         code = graphs.cpp_source(graphs.functional(advance, inputs))
         ready.result()
     with cache.storing(path) as target:
-        source = target.with_suffix(".cpp")
-        source.write_text(code + LOOP.replace("NUM_INPUTS", str(len(inputs))), encoding="utf-8")
-        _call(graphs.compiler_command(source, target, header))
+        written = target.with_suffix(".cpp")
+        written.write_text(_whole(code, len(inputs)), encoding="utf-8")
+        _call(graphs.compiler_command(written, target, header))
+
+
+def _whole(code: str, num_inputs: int) -> str:
+    """inductor's C++ of one step with the loop around it and the products it calls."""
+    # an operator written in Python leaves its error with the interpreter, which is asked after each step
+    steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
+    settings = {"NUM_INPUTS": num_inputs, "NUM_THREADS": torch.get_num_threads(), "STEPS_PER_CALL": steps}
+    lines = [f"#define {name} {value}" for name, value in settings.items()]
+    return "\n".join([graphs.HEADERS, *lines, _runtime(), source.looped(code)])
+
+
+def _runtime() -> str:
+    return "\n".join((CPP / name).read_text("utf-8") for name in ("gemm.h", "runtime.h"))
 
 
 def _header() -> Path:

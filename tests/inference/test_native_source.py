@@ -1,0 +1,150 @@
+"""The native loop's own parts: narrow matrix products, and inductor's C++ with its housekeeping before the loop."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from pyrolvm.inference.engine.native import COMPILERS, CPP
+from pyrolvm.inference.engine.source import LARGEST_KEPT, looped
+
+WRAPPER = """
+extern "C" void product(int64_t M, int64_t N, int64_t K, const float* a, int64_t a0, int64_t a1, const float* b,
+                        int64_t b0, int64_t b1, const float* s, int64_t s0, int64_t s1, float* c, int64_t ldc) {
+    pyrolvm::gemm<2>(M, N, K, {a, a0, a1}, {b, b0, b1}, {s, s0, s1}, c, ldc);
+}
+"""
+SHAPES = [
+    (1, 1, 1),
+    (7, 5, 3),
+    (64, 64, 8),
+    (64, 8, 64),
+    (33, 17, 41),
+    (20, 50, 200),
+    (5, 16, 300),
+    (200, 90, 64),
+]
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory: pytest.TempPathFactory):
+    compiler = next((name for name in COMPILERS if shutil.which(name)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("gemm")
+    (folder / "gemm.cpp").write_text((CPP / "gemm.h").read_text() + WRAPPER)
+    command = [
+        compiler,
+        "-O2",
+        "-w",
+        "-march=native",
+        "-fopenmp",
+        "-shared",
+        "-fPIC",
+        "gemm.cpp",
+        "-o",
+        "gemm.so",
+    ]
+    subprocess.run(command, cwd=folder, check=True)
+    function = ctypes.CDLL(str(folder / "gemm.so")).product
+    kinds = {"i": ctypes.c_int64, "p": ctypes.c_void_p}
+    function.argtypes = [kinds[k] for k in "iiipiipiipiipi"]
+    function.restype = None
+    return function
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
+def test_narrow_products_are_those_of_torch(product, shape, transposed):
+    m, k, n = shape
+    torch.manual_seed(m + k + n)
+    a = torch.randn(k, m).T if "a" in transposed else torch.randn(m, k)
+    b = torch.randn(n, k).T if "b" in transposed else torch.randn(k, n)
+    for bias in (None, torch.randn(n), torch.randn(m, 1), torch.randn(m, n)):
+        strides = (0, 0) if bias is None else bias.expand(m, n).stride()
+        out = torch.full((m, n + 3), torch.nan)  # the columns behind the product's are not its own
+        product(m, n, k, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(),
+                None if bias is None else bias.data_ptr(), *strides, out.data_ptr(), n + 3)  # fmt: skip
+        expected = a.double() @ b.double() + (0 if bias is None else bias.double())
+        scale = (a.abs().double() @ b.abs().double()).max()
+        assert (out[:, :n] - expected).abs().max() < 1e-6 * scale
+        assert out[:, n:].isnan().all()
+
+
+def entry(*lines: str) -> str:
+    body = ["py::gil_scoped_release_simple release;", *lines]
+    return "void f() {\n" + "".join(f"    {line}\n" for line in body) + "} // inductor_entry_impl\n"
+
+
+BUFFER = (
+    "static constexpr int64_t int_array_0[] = {%dL, };",
+    "AtenTensorHandle buf0_handle;",
+    "AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, int_array_0, int_array_0, "
+    "cached_torch_dtype_float32, cached_torch_device_type_cpu, 0, &buf0_handle));",
+    "RAIIAtenTensorHandle buf0(buf0_handle);",
+)
+START = (
+    "auto inputs = steal_from_raw_handles_to_raii_handles(input_handles, 1);",
+    "auto arg0_1 = std::move(inputs[0]);",
+)
+
+
+def parts(*lines: str) -> tuple[str, str]:
+    before, loop, within = looped(entry(*START, *lines)).partition("for (int64_t left")
+    assert loop
+    return before, within
+
+
+def small(*lines: str) -> list[str]:
+    return [line % 3 if "%d" in line else line for line in (*BUFFER, *lines)]
+
+
+def test_buffers_and_views_are_made_once_and_reused_by_name():
+    view = (
+        "wrap_with_raii_handle_if_needed(reinterpret_tensor_wrapper(arg0_1, 1, int_array_0, int_array_0, 0L))"
+    )
+    before, within = parts(
+        *small(
+            f"mm_out(buf0, {view});",
+            "auto buf1 = std::move(buf0);  // reuse",
+            "use(buf1);",
+            "arg0_1.reset();",
+        )
+    )
+    assert "empty_strided" in before
+    assert "RAIIAtenTensorHandle buf0" in before
+    assert "auto& buf1 = buf0;" in before
+    assert f"auto view_0 = {view};" in before
+    assert within.split("\n")[1:3] == ["    mm_out(buf0, view_0);", "    use(buf1);"]
+    assert "reset" not in within
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ([line % (LARGEST_KEPT + 1) if "%d" in line else line for line in BUFFER], "large"),
+        (small("give(buf0.release());"), "given away"),
+    ],
+    ids=["large", "given away"],
+)
+def test_buffers_that_cannot_be_kept_stay_in_the_step(lines, why):
+    before, within = parts(*lines, "auto buf1 = std::move(buf0);  // reuse", "buf1.reset();")
+    assert "empty_strided" not in before, why
+    order = [
+        "AtenTensorHandle buf0_handle;",
+        "empty_strided",
+        "RAIIAtenTensorHandle buf0(",
+        "std::move(buf0)",
+    ]
+    places = [within.index(text) for text in [*order, "buf1.reset();"]]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("code", ["int main() {}", entry(*START, "give(arg0_1.release());")])
+def test_another_form_is_refused(code):
+    with pytest.raises(RuntimeError, match=r"inductor's C\+\+"):
+        looped(code)
