@@ -30,7 +30,7 @@ import torch
 from pyrolvm.diagnostics.simulated import Arrays, Simulation, simulations
 from pyrolvm.diagnostics.uniformity import chi_square_p, ecdf_band, kolmogorov_p, symmetry_p
 from pyrolvm.errors import ProgramError, SettingError
-from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.fitted import FittedModel, check_count
 from pyrolvm.inference.progress import watched
 from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
 
@@ -179,7 +179,9 @@ def calibrate(
     Raises `ProgramError` if the guide is not amortised or no latent is left to rank, `SettingError` if the
     simulated values cannot be put where the data were.
     """
-    count = num_simulations or (100 if refit is not None else 1000)
+    count = (100 if refit is not None else 1000) if num_simulations is None else num_simulations
+    check_count("num_simulations", count)
+    check_count("num_samples", num_samples)
     names = sites or _ranked(fitted, refit is not None)
     if refit is not None and x is None and fitted.structure.takes_any_rows:
         raise SettingError("refits need data sets of the real size: pass the training data as x")

@@ -22,6 +22,7 @@ import pandas as pd
 from scipy.stats import entropy
 
 from pyrolvm.errors import DataError, SettingError
+from pyrolvm.inference.progress import watched
 
 METRICS = ("mig", "sap", "dci", "factor_vae", "modularity")
 BINS = 20
@@ -62,6 +63,7 @@ def disentanglement(
     continuous_factors: bool = False,
     classifier: Callable[[], Any] | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Disentanglement:
     """Score codes against the factors that the data were made from.
 
@@ -93,7 +95,7 @@ def disentanglement(
         from sklearn.ensemble import GradientBoostingClassifier
 
         make = classifier or (lambda: GradientBoostingClassifier(random_state=seed))
-        matrices["importance"], accuracy = importances(z, v, train, test, make)
+        matrices["importance"], accuracy = importances(z, v, train, test, make, progress=progress)
         scores["dci_disentanglement"] = dci_disentanglement(matrices["importance"])
         scores["dci_completeness"] = dci_completeness(matrices["importance"])
         scores["dci_informativeness"] = accuracy
@@ -153,10 +155,17 @@ def squared_correlation(z: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def importances(
-    z: np.ndarray, v: np.ndarray, train: np.ndarray, test: np.ndarray, make: Callable[[], Any]
+    z: np.ndarray,
+    v: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    make: Callable[[], Any],
+    *,
+    progress: bool = False,
 ) -> tuple[np.ndarray, float]:
     """How much each code helps to predict each factor, [codes, factors], and the mean test accuracy."""
-    models = [make().fit(z[train], factor[train]) for factor in v.T]
+    factors = watched(v.T, "DCI, factor by factor", v.shape[1], enabled=progress)
+    models = [make().fit(z[train], factor[train]) for factor in factors]
     accuracy = [m.score(z[test], factor[test]) for m, factor in zip(models, v.T, strict=True)]
     return np.abs(np.stack([m.feature_importances_ for m in models], 1)), float(np.mean(accuracy))
 

@@ -75,7 +75,7 @@ class RestartComparison:
         if self.reconstruction_r_hat < AGREEMENT:
             words += ", though not in what they say of the data"
             if not self.aligned:
-                words += ": names or rotations of the latents may be all that differs; pass align=..."
+                words += ": names or rotations of the latents may be all that differs (align= takes them out)"
         return words + "."
 
     def __str__(self) -> str:

@@ -190,6 +190,12 @@ def test_what_cannot_be_calibrated_is_refused_in_one_line():
         calibration_of({"z": np.zeros(3)}, {"z": np.zeros((5, 4))})
 
 
+@pytest.mark.parametrize("wrong", [{"num_simulations": 0}, {"num_samples": -1}, {"num_simulations": 2.5}])
+def test_numbers_that_cannot_be_are_refused(wrong):
+    with pytest.raises(SettingError, match=f"{next(iter(wrong))} must be a positive whole number"):
+        calibrate(local(), **wrong)
+
+
 def test_observed_values_that_are_no_argument_need_a_rebuild():
     def model(x):
         with data_plate(x):

@@ -52,7 +52,7 @@ def test_a_rotation_shows_until_it_is_aligned(ppca):
     raw = compare_restarts(pair, X)
     assert raw.bounds["near_best"].all()
     assert not raw.agree
-    assert "pass align" in raw.sentence
+    assert "align= takes them out" in raw.sentence
     # mean of the squared R-hats: 1 + B / W, with B of the two means and W the posterior's variance
     means = [m.exact_posterior(X)[0].detach() for m in (ppca, turned)]
     scale = [m.exact_posterior(X)[1].detach().square().sum(1) for m in (ppca, turned)]
