@@ -8,7 +8,7 @@ from pyrolvm.diagnostics.collapse import CollapseReport, collapse_report
 from pyrolvm.diagnostics.disentanglement import Disentanglement, disentanglement
 from pyrolvm.diagnostics.gaps import Gaps, evidence_gaps
 from pyrolvm.diagnostics.guide_quality import Diagnosis, diagnose
-from pyrolvm.diagnostics.inference_data import to_inference_data
+from pyrolvm.diagnostics.inference_data import approximate_loo, to_inference_data
 from pyrolvm.diagnostics.predictive import PredictiveCheck, predictive_check
 from pyrolvm.diagnostics.reference import ReferenceComparison, compare_with_nuts
 from pyrolvm.diagnostics.restarts import RestartComparison, compare_restarts
@@ -24,6 +24,7 @@ __all__ = [
     "PredictiveCheck",
     "ReferenceComparison",
     "RestartComparison",
+    "approximate_loo",
     "calibrate",
     "calibration_of",
     "collapse_report",

@@ -56,7 +56,7 @@ def to_inference_data(
     log_likelihood: log p(x | z) of each observed site, [chain, draw, row]; where latents are summed out, the sum.
     observed_data: the observed values, [row, event...].
     sample_stats: `log_p` and `log_q` [chain, draw], the joint log p(x, z) and log q(z) over the rows of `x`, as
-        `az.loo_approximate_posterior` takes them; `log_p_row` and `log_q_row` [chain, draw, row], the part of
+        `approximate_loo` takes them; `log_p_row` and `log_q_row` [chain, draw, row], the part of
         each datum given the global latents.
 
     Dimensions: a plate gives its name ("data"); the entries of a row are "feature", with the table's column names
@@ -145,6 +145,67 @@ def summarise(idata: Any, names: Sequence[str] = ()) -> Any:
     with _quietly():
         import arviz
     return arviz.summary(idata, kind="stats", var_names=list(names) or None, round_to=4)
+
+
+def approximate_loo(idata: Any) -> Any:
+    """Leave-one-out log predictive density of the *posterior* from draws of the guide, as `az.compare` takes it.
+
+    The draws are weighed by p(x, z) / (q(z) p(x_n | z)), smoothed by Pareto's tail (Magnusson et al. 2019, "Bayesian
+    leave-one-out cross-validation for large data"), so that fits of the same model with different guides agree where
+    `pareto_k` is below 0.7; `az.loo` alone takes the guide for the posterior. ArviZ 1.x has it as
+    `loo_approximate_posterior`; for ArviZ 0.23 it is computed here.
+
+    Raises `SettingError` unless `idata` has the groups log_likelihood, of one site, and sample_stats.
+    """
+    with _quietly():
+        import arviz
+    groups = {g: idata[g] for g in ("log_likelihood", "sample_stats") if g in idata}
+    if len(groups) < 2 or len(groups["log_likelihood"].data_vars) != 1:
+        from pyrolvm.errors import SettingError
+
+        raise SettingError(
+            "approximate_loo needs log_likelihood of one observed site, and sample_stats: pass "
+            "to_inference_data(fitted, x), with these among its groups"
+        )
+    stats = groups["sample_stats"]
+    if arviz_is_modern():
+        modern: Any = arviz
+        return modern.loo_approximate_posterior(idata, stats["log_p"], stats["log_q"], pointwise=True)
+    [log_likelihood] = groups["log_likelihood"].data_vars.values()
+    return _weighed_loo(
+        arviz, log_likelihood.stack(__sample__=("chain", "draw")), stats["log_p"] - stats["log_q"]
+    )
+
+
+def _weighed_loo(arviz: Any, log_likelihood: Any, log_ratio: Any) -> Any:
+    """`az.loo` of ArviZ 0.23 with weights: log_likelihood [rows..., samples], log_ratio [chain, draw]."""
+    import numpy as np
+    from scipy.special import logsumexp
+
+    ratio = log_ratio.stack(__sample__=("chain", "draw"))
+    corrected = (ratio - ratio.max() - log_likelihood).transpose(..., "__sample__")
+    log_weights, pareto_k = arviz.psislw(corrected)  # normalised over samples
+    each = (log_weights + log_likelihood).reduce(logsumexp, "__sample__").rename("loo_i")
+    whole, _ = arviz.psislw(np.asarray(ratio - ratio.max()))
+    fitted = logsumexp(np.asarray(log_likelihood) + whole, axis=-1).sum()
+    samples = log_likelihood.sizes["__sample__"]
+    good_k = min(1 - 1 / np.log10(samples), 0.7)
+    total, error = float(each.sum()), float((each.size * each.var()) ** 0.5)
+    found = {
+        "elpd_loo": total,
+        "se": error,
+        "p_loo": float(fitted - total),
+        "n_samples": samples,
+        "n_data_points": each.size,
+        "warning": bool((pareto_k > good_k).any()),
+        "loo_i": each,
+        "pareto_k": pareto_k,
+        "scale": "log",
+        "good_k": good_k,
+    }
+    from arviz.stats.stats_utils import ELPDData
+
+    return ELPDData(data=list(found.values()), index=list(found))
 
 
 def save_inference_data(idata: Any, path: str | Path) -> Path:

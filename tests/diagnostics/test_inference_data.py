@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, SettingError
-from pyrolvm.diagnostics import collect, to_inference_data
+from pyrolvm.diagnostics import approximate_loo, collect, to_inference_data
 from pyrolvm.diagnostics.inference_data import GROUPS, arviz_is_modern
 
 with warnings.catch_warnings():
@@ -253,3 +253,29 @@ def test_more_than_the_memory_holds_is_refused_in_a_line(monkeypatch):
     ):
         to_inference_data(fitted, x, num_samples=150)
     to_inference_data(fitted, x, num_samples=150, groups=["posterior", "log_likelihood"])
+
+
+def test_loo_of_the_posterior_from_a_guide_that_is_wrong():
+    """m ~ N(0, 1), x_n ~ N(m, 1): log N(x_n; sum of the others / N, 1 + 1 / N), whatever the guide."""
+    x = torch.randn(12, generator=torch.Generator().manual_seed(2)) + 1
+    exact = dist.Normal((x.sum() - x) / 12, math.sqrt(1 + 1 / 12)).log_prob(x)
+    found = {}
+    for name, shift, scale in (("right", 0.0, 1.0), ("wrong", 0.8, 1.5)):  # in posterior sds
+        fitted = pyrolvm.fit(GlobalMean().model, x, guide=GlobalMean().guide, **STILL)
+        with torch.no_grad():
+            fitted.program.parameters["loc"].fill_((x.sum() / 13 + shift / 13**0.5).item())
+            fitted.program.parameters["scale"].fill_(math.log(scale / 13**0.5))
+        idata = to_inference_data(fitted, x, num_samples=20_000)
+        found[name] = approximate_loo(idata)
+        pointwise = np.asarray(found[name].elpd_i if arviz_is_modern() else found[name].loo_i)
+        np.testing.assert_allclose(pointwise, exact, atol=0.03)
+        plain = az.loo(idata)
+        gap = float(plain.elpd if arviz_is_modern() else plain.elpd_loo) - exact.sum().item()
+        assert (abs(gap) > 0.3) == (name == "wrong")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ArviZ 0.23's own, of pandas
+        table = az.compare(found)
+    assert set(table.index) == {"right", "wrong"}
+    assert table["elpd_diff"].abs().max() < 0.1
+    with pytest.raises(SettingError, match="approximate_loo needs log_likelihood of one observed site"):
+        approximate_loo(to_inference_data(fitted, x, num_samples=5, groups=["posterior"]))
