@@ -33,6 +33,7 @@ INDUCTOR_SETTINGS: dict[str, Any] = {
     "fallback_random": True,  # draws are ATen's own, from the default generators
     "size_asserts": False,  # shapes cannot change between steps
     "cpp.vec_isa_ok": True,  # skips a trial compilation; a compiler that cannot fails at once
+    "pattern_matcher": False,  # it would join products and sums again, for BLAS, and takes time
     "cpp_wrapper": True,
 }
 # -O3 only takes longer: inductor vectorises the kernels itself
@@ -130,6 +131,7 @@ def functional(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.Gra
         table = {k: v for k, v in select_decomp_table().items() if not _draws(k)}
         table[torch.ops.aten.multinomial.default] = _multinomial
         table[torch.ops.aten.bernoulli.default] = _bernoulli
+        table[torch.ops.aten.addmm.default] = _addmm
         pure = torch.func.functionalize(function, remove="mutations")
         flat = make_fx(pure, decomposition_table=table, tracing_mode="fake")(*inputs)
     _hoist_scalars(flat)
@@ -224,6 +226,13 @@ def _bernoulli(weights: Tensor, *, generator: Any = None) -> Any:
         return NotImplemented
     noise = torch.rand(weights.shape, dtype=weights.dtype, device=weights.device)
     return (noise < weights).to(weights.dtype)
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """A product and a sum, which joins the kernel that reads it."""
+    if beta != 1 or alpha != 1:
+        return NotImplemented
+    return torch.mm(left, right) + bias
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -38,7 +38,7 @@ _RESET = re.compile(r" *(\w+)\.reset\(\);")
 _GIVEN = re.compile(r"(\w+)\.release\(\)|std::move\((\w+)\)")
 _ANY_VIEW = re.compile(_VIEW)
 
-PRODUCTS = {"aoti_torch_cpu_mm_out(": "pyrolvm::mm_out(", "aoti_torch_cpu_addmm_out(": "pyrolvm::addmm_out("}
+PRODUCTS = {"aoti_torch_cpu_mm_out(": "pyrolvm::mm_out("}
 
 
 @dataclass

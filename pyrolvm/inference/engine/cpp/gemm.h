@@ -1,4 +1,4 @@
-// C = A B + bias in single precision for the small and the narrow matrices of latent variable models.
+// C = A B in single precision for the small and the narrow matrices of latent variable models.
 //
 // A latent dimension of 8 leaves a general BLAS at a tenth of the machine. Here a block of MR rows of C by one
 // or two vectors of its columns stays in registers while k runs (Goto and van de Geijn 2008, section 4), and
@@ -30,7 +30,7 @@ constexpr int WIDTH = 8;
 // MR rows by NV vectors of W columns; b is packed: row k at b + k * ldb.
 template <int W, int MR, int NV>
 inline void gemm_block(
-    int64_t K, Matrix a, const float* b, int64_t ldb, Matrix bias, float* c, int64_t ldc, int64_t columns) {
+    int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t columns) {
     typedef typename Lanes<W>::type Vector;
     Vector sum[MR][NV] = {};
     for (int64_t k = 0; k < K; ++k) {
@@ -46,37 +46,31 @@ inline void gemm_block(
     }
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-        float line[NV * W];
-        std::memcpy(line, sum[r], sizeof line);
-        if (bias.data) {
-            for (int64_t j = 0; j < columns; ++j) line[j] += bias.data[r * bias.row_stride + j * bias.col_stride];
-        }
-        if (columns == NV * W) {
-            std::memcpy(c + r * ldc, line, sizeof line);
-        } else {
-            std::memcpy(c + r * ldc, line, columns * sizeof(float));
-        }
+        if (columns == NV * W)
+            std::memcpy(c + r * ldc, sum[r], sizeof sum[r]);
+        else
+            std::memcpy(c + r * ldc, sum[r], columns * sizeof(float));
     }
 }
 
 inline Matrix offset(Matrix m, int64_t row, int64_t column) {
-    if (m.data) m.data += row * m.row_stride + column * m.col_stride;
+    m.data += row * m.row_stride + column * m.col_stride;
     return m;
 }
 
 template <int W, int NV>
 void gemm_columns(
-    int64_t M, int64_t K, Matrix a, const float* b, int64_t ldb, Matrix bias, float* c, int64_t ldc, int64_t columns) {
+    int64_t M, int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t columns) {
     constexpr int MR = NV == 2 && WIDTH == 8 ? 6 : 8;  // what the registers hold
     int64_t i = 0;
     for (; i + MR <= M; i += MR)
-        gemm_block<W, MR, NV>(K, offset(a, i, 0), b, ldb, offset(bias, i, 0), c + i * ldc, ldc, columns);
+        gemm_block<W, MR, NV>(K, offset(a, i, 0), b, ldb, c + i * ldc, ldc, columns);
     for (; i + 4 <= M; i += 4)
-        gemm_block<W, 4, NV>(K, offset(a, i, 0), b, ldb, offset(bias, i, 0), c + i * ldc, ldc, columns);
+        gemm_block<W, 4, NV>(K, offset(a, i, 0), b, ldb, c + i * ldc, ldc, columns);
     for (; i + 2 <= M; i += 2)
-        gemm_block<W, 2, NV>(K, offset(a, i, 0), b, ldb, offset(bias, i, 0), c + i * ldc, ldc, columns);
+        gemm_block<W, 2, NV>(K, offset(a, i, 0), b, ldb, c + i * ldc, ldc, columns);
     for (; i < M; ++i)
-        gemm_block<W, 1, NV>(K, offset(a, i, 0), b, ldb, offset(bias, i, 0), c + i * ldc, ldc, columns);
+        gemm_block<W, 1, NV>(K, offset(a, i, 0), b, ldb, c + i * ldc, ldc, columns);
 }
 
 // Some columns of B side by side and padded with zeros to a width that the kernel reads.
@@ -94,32 +88,32 @@ const float* gemm_pack(int64_t K, int64_t columns, Matrix b) {
 
 template <int W, int NV>
 void gemm_panel(
-    int64_t M, int64_t K, Matrix a, Matrix b, Matrix bias, float* c, int64_t ldc, int64_t columns) {
+    int64_t M, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc, int64_t columns) {
     constexpr int WIDE = W * NV;
     if (b.col_stride == 1 && columns == WIDE)
-        gemm_columns<W, NV>(M, K, a, b.data, b.row_stride, bias, c, ldc, columns);
+        gemm_columns<W, NV>(M, K, a, b.data, b.row_stride, c, ldc, columns);
     else
-        gemm_columns<W, NV>(M, K, a, gemm_pack<WIDE>(K, columns, b), WIDE, bias, c, ldc, columns);
+        gemm_columns<W, NV>(M, K, a, gemm_pack<WIDE>(K, columns, b), WIDE, c, ldc, columns);
 }
 
 template <int W>
 void gemm_rows(
-    int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, Matrix bias, float* c, int64_t ldc) {
+    int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc) {
     for (int64_t j = 0; j < N; j += 2 * W) {
-        const Matrix own = offset(b, 0, j), add = offset(bias, 0, j);
+        const Matrix own = offset(b, 0, j);
         if (N - j > W)
-            gemm_panel<W, 2>(M, K, a, own, add, c + j, ldc, std::min<int64_t>(2 * W, N - j));
+            gemm_panel<W, 2>(M, K, a, own, c + j, ldc, std::min<int64_t>(2 * W, N - j));
         else
-            gemm_panel<W, 1>(M, K, a, own, add, c + j, ldc, N - j);
+            gemm_panel<W, 1>(M, K, a, own, c + j, ldc, N - j);
     }
 }
 
-// c [M, N] with rows `ldc` apart = a [M, K] b [K, N] + bias [M, N], whose strides may be 0; no bias: data null.
+// c [M, N] with rows `ldc` apart = a [M, K] b [K, N].
 template <int THREADS>
-void gemm(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, Matrix bias, float* c, int64_t ldc) {
+void gemm(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc) {
     auto part = [&](int64_t first, int64_t last) {
         auto rows = N <= 8 ? gemm_rows<8> : gemm_rows<WIDTH>;
-        rows(last - first, N, K, offset(a, first, 0), b, offset(bias, first, 0), c + first * ldc, ldc);
+        rows(last - first, N, K, offset(a, first, 0), b, c + first * ldc, ldc);
     };
     const int64_t share = (M / THREADS + 7) / 8 * 8;
     if (THREADS == 1 || M * N * K < (1 << 20) || share * (THREADS - 1) >= M) {

@@ -18,19 +18,7 @@ inline bool is_float(AtenTensorHandle tensor) {
     return type == aoti_torch_dtype_float32();
 }
 
-// The strides of `bias` [N] or [M or 1, N or 1] read as [M, N].
-inline Matrix expanded(AtenTensorHandle bias) {
-    void* data;
-    int64_t dim, *sizes, *strides;
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(bias, &data));
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(bias, &dim));
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(bias, &sizes));
-    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(bias, &strides));
-    auto stride = [&](int64_t d) { return d < 0 || sizes[d] == 1 ? 0 : strides[d]; };
-    return {static_cast<const float*>(data), stride(dim - 2), stride(dim - 1)};
-}
-
-inline bool multiply(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b, AtenTensorHandle bias) {
+inline bool multiply(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {
     if (!is_float(out)) return false;
     int64_t *sizes, K;
     AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(out, &sizes));
@@ -38,19 +26,12 @@ inline bool multiply(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle 
     const Matrix left = matrix(a), right = matrix(b), target = matrix(out);
     if (target.col_stride != 1 || !gemm_suits(sizes[0], sizes[1], K, right.col_stride != 1)) return false;
     gemm<NUM_THREADS>(
-        sizes[0], sizes[1], K, left, right, bias ? expanded(bias) : Matrix{nullptr, 0, 0},
-        const_cast<float*>(target.data), target.row_stride);
+        sizes[0], sizes[1], K, left, right, const_cast<float*>(target.data), target.row_stride);
     return true;
 }
 
 inline AOTITorchError mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {
-    return multiply(out, a, b, nullptr) ? AOTI_TORCH_SUCCESS : aoti_torch_cpu_mm_out(out, a, b);
-}
-
-inline AOTITorchError addmm_out(
-    AtenTensorHandle out, AtenTensorHandle bias, AtenTensorHandle a, AtenTensorHandle b, double beta, double alpha) {
-    if (beta == 1 && alpha == 1 && multiply(out, a, b, bias)) return AOTI_TORCH_SUCCESS;
-    return aoti_torch_cpu_addmm_out(out, bias, a, b, beta, alpha);
+    return multiply(out, a, b) ? AOTI_TORCH_SUCCESS : aoti_torch_cpu_mm_out(out, a, b);
 }
 
 static thread_local int64_t num_steps;
