@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import torch
 
+from pyrolvm.inference.engine import graphs, rewrites
 from pyrolvm.inference.engine.native import COMPILERS, CPP
 from pyrolvm.inference.engine.source import LARGEST_KEPT, looped
 
@@ -144,3 +145,40 @@ def test_buffers_that_cannot_be_kept_stay_in_the_step(lines, why):
 def test_another_form_is_refused(code):
     with pytest.raises(RuntimeError, match=r"inductor's C\+\+"):
         looped(code)
+
+
+def test_a_function_of_a_broadcast_is_taken_before_it():
+    def run(scale: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> tuple[()]:
+        wide = scale.expand(3, 4).expand(5, 3, 4)
+        out.copy_((x / wide.log()).sum() + wide.square().sum())
+        return ()
+
+    inputs = [torch.full((4,), 2.0), torch.randn(5, 3, 4), torch.zeros(())]
+    graph = graphs.functional(run, inputs)
+    shapes = [
+        n.meta["val"].shape for n in graph.graph.nodes if n.op == "call_function" and "log" in str(n.target)
+    ]
+    assert shapes == [(4,)]
+    graph(*inputs)
+    torch.testing.assert_close(inputs[2], (inputs[1] / inputs[0].log()).sum() + 15 * inputs[0].square().sum())
+
+
+@pytest.mark.parametrize("by_inversion", [True, False])
+def test_a_category_is_drawn_as_torch_draws_it(monkeypatch, by_inversion):
+    if by_inversion and not rewrites.exponential_by_inversion():
+        pytest.skip("this machine's exponential noise is MKL's")
+    monkeypatch.setattr(rewrites, "exponential_by_inversion", lambda: by_inversion)
+    weights, out = torch.rand(200, 5), torch.zeros(200, dtype=torch.int64)
+
+    def run(weights: torch.Tensor, out: torch.Tensor) -> tuple[()]:
+        out.copy_(torch.multinomial(weights, 1, replacement=True)[:, 0])
+        return ()
+
+    graph = graphs.functional(run, [weights, out])
+    torch.manual_seed(4)
+    expected = torch.multinomial(weights, 1, replacement=True)[:, 0]
+    after = torch.get_rng_state()
+    torch.manual_seed(4)
+    graph(weights, out)
+    assert torch.equal(out, expected)
+    assert torch.equal(torch.get_rng_state(), after)

@@ -14,7 +14,6 @@ eagerly and say so.
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 import re
 import shlex
@@ -28,11 +27,14 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 
+from pyrolvm.inference.engine import rewrites
+
 # What makes the numbers those of eager torch, and what only makes compiling quicker.
 INDUCTOR_SETTINGS: dict[str, Any] = {
     "fallback_random": True,  # draws are ATen's own, from the default generators
     "size_asserts": False,  # shapes cannot change between steps
     "cpp.vec_isa_ok": True,  # skips a trial compilation; a compiler that cannot fails at once
+    "cpp.min_chunk_size": 8192,  # a parallel region costs microseconds, and far more on a busy machine
     "pattern_matcher": False,  # it would join products and sums again, for BLAS, and takes time
     "cpp_wrapper": True,
 }
@@ -126,117 +128,14 @@ def functional(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.Gra
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    rewrites.exponential_by_inversion()  # asked before the trace, which draws no numbers
     with config.patch(INDUCTOR_SETTINGS), torch.no_grad():
-        # draws stay ATen's own, which the decompositions' are not
-        table = {k: v for k, v in select_decomp_table().items() if not _draws(k)}
-        table[torch.ops.aten.multinomial.default] = _multinomial
-        table[torch.ops.aten.bernoulli.default] = _bernoulli
-        table[torch.ops.aten.addmm.default] = _addmm
+        table = rewrites.decompositions(select_decomp_table())
         pure = torch.func.functionalize(function, remove="mutations")
         flat = make_fx(pure, decomposition_table=table, tracing_mode="fake")(*inputs)
-    _hoist_scalars(flat)
+    rewrites.delay_expansions(flat)
+    rewrites.hoist_scalars(flat)
     return flat
-
-
-COSTLY = (
-    "pow",
-    "exp",
-    "log",
-    "log1p",
-    "expm1",
-    "sqrt",
-    "rsqrt",
-    "tanh",
-    "sigmoid",
-    "lgamma",
-    "digamma",
-    "div",
-)
-
-
-def _hoist_scalars(graph: fx.GraphModule) -> None:
-    """Compute each costly scalar once, not again in the inner loop of every kernel that reads it.
-
-    Adam's bias corrections are two powers; inlined, they cost as much as the matrix products of a VAE.
-    """
-    operator = _realized()
-    costly: set[fx.Node] = set()
-    for node in list(graph.graph.nodes):
-        value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, Tensor) or value.dim():
-            continue
-        name = getattr(node.target, "_opname", "")
-        if name not in COSTLY and not any(n in costly for n in node.all_input_nodes):
-            continue
-        if not any(_is_large(user) for user in node.users):
-            costly.add(node)
-            continue
-        with graph.graph.inserting_after(node):
-            once = graph.graph.call_function(operator, (node,))
-        once.meta["val"] = value
-        for user in list(node.users):
-            if user is not once:
-                user.replace_input_with(node, once)
-    graph.recompile()
-
-
-def _is_large(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.numel() > 64
-
-
-@functools.cache
-def _realized() -> Any:
-    """An operator that does nothing but have inductor keep its argument in memory."""
-    from torch._inductor.lowering import register_lowering
-
-    @torch.library.custom_op("pyrolvm::realized", mutates_args=())
-    def realized(value: Tensor) -> Tensor:
-        return value.clone()
-
-    realized.register_fake(torch.empty_like)
-    operator = torch.ops.pyrolvm.realized.default
-
-    @register_lowering(operator, type_promotion_kind=None)
-    def lower(value: Any) -> Any:
-        value.realize()
-        return value
-
-    return operator
-
-
-def _draws(operator: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
-
-
-def _multinomial(
-    weights: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None
-) -> Any:
-    """One draw as ATen makes it, from the same noise; inductor itself would call Python for it."""
-    if num_samples != 1 or generator is not None or not _is_plain(weights):
-        return NotImplemented
-    # of memory of its own: what inductor makes of `weights` may be laid out in another order
-    noise = torch.ops.aten.exponential.default(weights.new_empty(weights.shape))
-    return (weights / noise).argmax(-1, keepdim=True)
-
-
-def _bernoulli(weights: Tensor, *, generator: Any = None) -> Any:
-    """As `_multinomial`, for weights [...] of 1."""
-    if generator is not None or not _is_plain(weights):
-        return NotImplemented
-    noise = torch.rand(weights.shape, dtype=weights.dtype, device=weights.device)
-    return (noise < weights).to(weights.dtype)
-
-
-def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """A product and a sum, which joins the kernel that reads it."""
-    if beta != 1 or alpha != 1:
-        return NotImplemented
-    return torch.mm(left, right) + bias
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 class _Source(BaseException):

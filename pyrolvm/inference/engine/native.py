@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrolvm.inference.engine import cache, graphs, loops, source, tracing
+from pyrolvm.inference.engine import cache, graphs, loops, rewrites, source, tracing
 from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.tracing import TracedStep
 
@@ -33,9 +33,10 @@ class CompilerError(RuntimeError):
 
 def key(traced: TracedStep) -> str:
     """The name of the compiled step in the cache: the step, and the sources that turn it into code."""
-    modules = (graphs, loops, source, tracing, sys.modules[__name__])
+    modules = (graphs, loops, rewrites, source, tracing, sys.modules[__name__])
     sources = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
-    return cache.digest(traced.text(), *sources, _runtime())
+    own = [_header_text(path.name) for path in sorted(CPP.glob("*.h"))]
+    return cache.digest(traced.text(), *sources, *own)
 
 
 def is_compiled(traced: TracedStep) -> bool:
@@ -96,11 +97,13 @@ def _whole(code: str, num_inputs: int) -> str:
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
     settings = {"NUM_INPUTS": num_inputs, "NUM_THREADS": torch.get_num_threads(), "STEPS_PER_CALL": steps}
     lines = [f"#define {name} {value}" for name, value in settings.items()]
-    return "\n".join([graphs.HEADERS, *lines, _runtime(), source.looped(code)])
+    looped = source.looped(code)
+    names = ("gemm.h", "products.h", "runtime.h") if "pyrolvm::mm_out" in looped else ("runtime.h",)
+    return "\n".join([graphs.HEADERS, *lines, *map(_header_text, names), looped])
 
 
-def _runtime() -> str:
-    return "\n".join((CPP / name).read_text("utf-8") for name in ("gemm.h", "runtime.h"))
+def _header_text(name: str) -> str:
+    return (CPP / name).read_text("utf-8")
 
 
 def _header() -> Path:

@@ -9,6 +9,14 @@
 #include <cstring>
 #include <vector>
 
+// a product is summed without rounding in between, whatever the flags of the rest
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
 namespace pyrolvm {
 
 struct Matrix {
@@ -132,3 +140,7 @@ inline bool gemm_suits(int64_t M, int64_t N, int64_t K, bool transposed_b) {
 }
 
 }  // namespace pyrolvm
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,176 @@
+"""What a step's graph is made of for inductor: the same numbers in fewer or cheaper operations.
+
+    decompositions     operators in terms of others
+    delay_expansions   elementwise operations before a broadcast, not after it
+    hoist_scalars      costly scalars computed once
+
+Draws stay ATen's own, from the default generators.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def decompositions(table: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
+    """inductor's `table` without those of draws, which are not ATen's, and with our own."""
+    own = {k: v for k, v in table.items() if torch.Tag.nondeterministic_seeded not in getattr(k, "tags", ())}
+    own[torch.ops.aten.multinomial.default] = _multinomial
+    own[torch.ops.aten.bernoulli.default] = _bernoulli
+    own[torch.ops.aten.addmm.default] = _addmm
+    return own
+
+
+def _multinomial(
+    weights: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None
+) -> Any:
+    """One draw as ATen makes it, from the same noise; inductor itself would call Python for it."""
+    if num_samples != 1 or generator is not None or not _is_plain(weights):
+        return NotImplemented
+    if exponential_by_inversion() and weights.dtype == torch.float32:
+        noise = -torch.log1p(-torch.rand(weights.shape, dtype=torch.float64)).to(weights.dtype)
+    else:
+        # of memory of its own: what inductor makes of `weights` may be laid out in another order
+        noise = torch.ops.aten.exponential.default(weights.new_empty(weights.shape))
+    return (weights / noise).argmax(-1, keepdim=True)
+
+
+@functools.cache
+def exponential_by_inversion() -> bool:
+    """Whether ATen's exponential noise is -log(1 - u) of its uniform noise, which vectorises; with MKL it is not."""
+    first, second = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    noise = torch.empty(100).exponential_(generator=first)
+    uniform = torch.rand(100, dtype=torch.float64, generator=second)
+    same = torch.equal(first.get_state(), second.get_state())
+    return same and torch.equal(noise, -torch.log1p(-uniform).float())
+
+
+def _bernoulli(weights: Tensor, *, generator: Any = None) -> Any:
+    """As `_multinomial`, for weights [...] of 1."""
+    if generator is not None or not _is_plain(weights):
+        return NotImplemented
+    noise = torch.rand(weights.shape, dtype=weights.dtype, device=weights.device)
+    return (noise < weights).to(weights.dtype)
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """A product and a sum, which joins the kernel that reads it."""
+    if beta != 1 or alpha != 1:
+        return NotImplemented
+    return torch.mm(left, right) + bias
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+COSTLY = (
+    "pow",
+    "exp",
+    "log",
+    "log1p",
+    "expm1",
+    "sqrt",
+    "rsqrt",
+    "tanh",
+    "sigmoid",
+    "lgamma",
+    "digamma",
+    "div",
+)
+
+
+def delay_expansions(graph: fx.GraphModule) -> None:
+    """f(expand(x)) as expand(f(x)) for elementwise f of one tensor.
+
+    The logarithm of a scale is taken once, and not for each datum.
+    """
+    expand = torch.ops.aten.expand.default
+    for node in list(graph.graph.nodes):
+        sources = node.all_input_nodes
+        if len(sources) != 1 or sources[0].target is not expand or not _is_elementwise(node):
+            continue
+        base: Any = sources[0]
+        while base.target is expand:
+            base = base.args[0]
+        with graph.graph.inserting_before(node):
+            small = graph.graph.node_copy(node, dict.fromkeys(sources, base).__getitem__)
+            wide = graph.graph.call_function(expand, (small, list(node.meta["val"].shape)))
+        small.meta["val"] = _value(node, base)
+        wide.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(wide)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    tags = getattr(node.target, "tags", ())
+    return (
+        isinstance(value, Tensor)
+        and torch.Tag.pointwise in tags
+        and value.shape == node.all_input_nodes[0].meta["val"].shape
+    )
+
+
+def _value(node: fx.Node, base: Any) -> Tensor:
+    """What `node` gives for `base` in the place of its only tensor, as a fake tensor."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: base.meta["val"])
+    with base.meta["val"].fake_mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def hoist_scalars(graph: fx.GraphModule) -> None:
+    """Compute each costly scalar once, not again in the inner loop of every kernel that reads it.
+
+    Adam's bias corrections are two powers; inlined, they cost as much as the matrix products of a VAE.
+    """
+    operator = _realized()
+    costly: set[fx.Node] = set()
+    for node in list(graph.graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor) or value.dim():
+            continue
+        name = getattr(node.target, "_opname", "")
+        if name not in COSTLY and not any(n in costly for n in node.all_input_nodes):
+            continue
+        if not any(_is_large(user) for user in node.users):
+            costly.add(node)
+            continue
+        with graph.graph.inserting_after(node):
+            once = graph.graph.call_function(operator, (node,))
+        once.meta["val"] = value
+        for user in list(node.users):
+            if user is not once:
+                user.replace_input_with(node, once)
+    graph.recompile()
+
+
+def _is_large(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.numel() > 64
+
+
+@functools.cache
+def _realized() -> Any:
+    """An operator that does nothing but have inductor keep its argument in memory."""
+    from torch._inductor.lowering import register_lowering
+
+    @torch.library.custom_op("pyrolvm::realized", mutates_args=())
+    def realized(value: Tensor) -> Tensor:
+        return value.clone()
+
+    realized.register_fake(torch.empty_like)
+    operator = torch.ops.pyrolvm.realized.default
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lower(value: Any) -> Any:
+        value.realize()
+        return value
+
+    return operator
