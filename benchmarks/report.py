@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import CONTENDERS
+from benchmarks.goals import NUMPYRO, outcomes
 from benchmarks.measure import Result
 
 RATIOS = {
@@ -20,7 +21,7 @@ RATIOS = {
     "torch by hand": ("torch",),
     "torch.compile": ("torch-compile",),
     "CUDA graph": ("cuda-graph",),
-    "NumPyro (its best)": ("numpyro-scan", "numpyro-jit", "numpyro-run"),
+    "NumPyro (its best)": NUMPYRO,
 }
 """How many times longer than our compiled engine; the floor is given the other way round."""
 
@@ -50,6 +51,7 @@ class Report:
         titles = {} if brief else self.titles
         found = [("Microseconds per step", *_times(self.rows, titles, self.contenders, brief))]
         found += [("Time per step as a multiple of pyrolvm compiled", *_ratios(self.rows, titles))]
+        found += [("Goals", *_goals(self))]
         found += [("Seconds until the first steps are done, in this process", *_start_up(self))]
         for title, rows in self.sweeps.items():
             found.append((f"Microseconds per step by {title}", *_times(rows, {}, self.contenders, brief)))
@@ -146,6 +148,16 @@ def _ratios(rows: dict[str, list[Result]], titles: dict[str, str]) -> tuple[list
         floor = _number(ours / medians.get("floor", math.nan))
         lines.append([titles.get(name, name), *line, floor, _break_even(results)])
     return ["row", *RATIOS, "ours / matrix products", "pays after (steps)"], lines
+
+
+def _goals(report: Report) -> tuple[list[str], list[list[str]]]:
+    device = "cuda" if "accelerator" in report.machine else "cpu"
+    lines = []
+    for row, results in report.rows.items():
+        for goal, reached in outcomes(device, row, {r.contender: r.median for r in results}):
+            verdict = "met" if reached >= goal.at_least else "missed"
+            lines.append([row, goal.against, _number(goal.at_least), _number(reached), verdict])
+    return ["row", "time of this over ours", "at least", "measured", ""], lines
 
 
 def _best(medians: dict[str, float], names: tuple[str, ...]) -> float:

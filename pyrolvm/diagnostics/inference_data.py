@@ -140,11 +140,29 @@ def _quietly() -> Iterator[None]:
 def summarise(idata: Any, names: Sequence[str] = ()) -> Any:
     """ArviZ's table of the posterior (of `names`, or all), a DataFrame of means, sds and intervals.
 
-    A guide's draws are independent and one chain, so that r-hat and effective sizes would say nothing.
+    A guide's draws are independent and one chain, so that r-hat and effective sizes would say nothing. Labels have no
+    mean: discrete latents are left out, or, where all are discrete, given as the share of the draws at each value.
     """
     with _quietly():
         import arviz
-    return arviz.summary(idata, kind="stats", var_names=list(names) or None, round_to=4)
+    posterior = idata["posterior"]
+    chosen = list(names) or list(posterior.data_vars)
+    numbers = [name for name in chosen if posterior[name].dtype.kind == "f"]
+    if not numbers:
+        return _shares({name: posterior[name].values for name in chosen})
+    return arviz.summary(idata, kind="stats", var_names=numbers, round_to=4)
+
+
+def _shares(labels: dict[str, Any]) -> Any:
+    """How many of the draws of discrete latents [chain, draw, ...] take each value."""
+    import numpy as np
+    import pandas as pd
+
+    lines = {}
+    for name, values in labels.items():
+        for label, count in zip(*np.unique(values, return_counts=True), strict=True):
+            lines[f"{name} = {label}"] = {"share": round(count / values.size, 4)}
+    return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def approximate_loo(idata: Any) -> Any:

@@ -74,7 +74,7 @@ def posterior_draws(
     if vectorized:
         return run.draws(*run.traces(num_samples, (shared or [{}])[0]))
     fixed = shared or [{}] * num_samples
-    return _stack([run.draws(*run.traces(None, values)) for values in fixed])
+    return stack([run.draws(*run.traces(None, values)) for values in fixed])
 
 
 def prior_draws(
@@ -91,7 +91,7 @@ def prior_draws(
     run = _Pair(program, structure, batch, total)
     if vectorized:
         return run.prior(num_samples, (shared or [{}])[0])
-    return _stack([run.prior(None, values) for values in shared or [{}] * num_samples])
+    return stack([run.prior(None, values) for values in shared or [{}] * num_samples])
 
 
 def can_vectorize(program: Program, structure: Structure, batch: Batch, total: int) -> bool:
@@ -242,7 +242,7 @@ def _observed(trace: Trace) -> Iterable[dict[str, Any]]:
     return (s for s in sample_sites(trace) if s["is_observed"])
 
 
-def _stack(draws: list[Draws]) -> Draws:
+def stack(draws: list[Draws]) -> Draws:
     """Draws taken one at a time, as if taken together."""
     together = concatenate(draws, dim=0, local=None)
     together.shared = [d.shared[0] for d in draws if d.shared]

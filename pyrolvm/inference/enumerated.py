@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.draws import Draws, _Pair, _with_log_prob, tidy
+from pyrolvm.inference.draws import Draws, _Pair, _with_log_prob, stack, tidy
 from pyrolvm.inference.handlers import Fixed
 from pyrolvm.inference.program import Program
 from pyrolvm.inference.structure import Structure, sample_sites
@@ -58,18 +58,25 @@ def enumerated_draws(
     batch: Batch,
     num_samples: int,
     *,
+    vectorized: bool,
     total: int,
     shared: list[dict[str, Tensor]] | None = None,
 ) -> Draws:
     """As `posterior_draws`, with the summed-out latents drawn from their exact posterior."""
     pair = _Enumerated(program, structure, batch, total)
-    return pair.enumerated_draws(num_samples, (shared or [{}])[0])
+    if vectorized:
+        return pair.enumerated_draws(num_samples, (shared or [{}])[0])
+    return stack([pair.enumerated_draws(None, values) for values in shared or [{}] * num_samples])
 
 
 class _Enumerated(_Pair):
     """One program on one batch, its enumerated sites summed out and drawn."""
 
-    def enumerated_draws(self, num_samples: int, shared: dict[str, Tensor]) -> Draws:
+    together = True
+    """Whether draws have a dimension of their own, left of the plates'."""
+
+    def enumerated_draws(self, num_samples: int | None, shared: dict[str, Tensor]) -> Draws:
+        self.together = num_samples is not None
         with self.program.scope(self.rows), Fixed(shared):
             guide = self._trace(self._wrapped(self.program.guide, num_samples))
             replayed = pyro.poutine.replay(self._wrapped(self.program.model, num_samples), trace=guide)
@@ -87,7 +94,7 @@ class _Enumerated(_Pair):
     @property
     def _depth(self) -> int:
         """The dimensions right of those of the states: draws and plates."""
-        return 1 + self.structure.max_plate_nesting
+        return self.together + self.structure.max_plate_nesting
 
     def _parallel(self, model: Callable) -> Callable:
         names = {s.name for s in self.structure.sites if s.enumerated}
@@ -104,10 +111,11 @@ class _Enumerated(_Pair):
         """log p(k, ...), with or without what is observed, of what depends on k: [states, S, rows], nats."""
         sites = [s for s in self._dependent(states) if observed or not s["is_observed"]]
         terms = [scale_and_mask(s["unscaled_log_prob"], mask=s["mask"]) for s in sites]
-        inner = [d for d in range(1 - self._depth, 0) if d != self._row_dim]
+        inner = [d for d in range(-self.structure.max_plate_nesting, 0) if d != self._row_dim]
         total = sum(t.sum(inner, keepdim=True) if inner else t for t in terms)
         assert isinstance(total, Tensor)  # an enumerated site depends on itself
-        return total.reshape(-1, total.shape[-self._depth], total.shape[self._row_dim])
+        num_samples = total.shape[-self._depth] if self.together else 1
+        return total.reshape(-1, num_samples, total.shape[self._row_dim])
 
     @property
     def _row_dim(self) -> int:
@@ -119,7 +127,7 @@ class _Enumerated(_Pair):
         sites = [s for s in sample_sites(states) if "_enumerate_dim" in s["infer"]]
         sites.sort(key=lambda s: s["infer"]["_enumerate_dim"])  # leftmost first, as states are numbered
         places = torch.unravel_index(chosen, [s["value"].numel() for s in sites])
-        shape = [len(chosen)] + [1] * (self._depth - 1)
+        shape = [len(chosen)] * self.together + [1] * self.structure.max_plate_nesting
         shape[self._row_dim] = chosen.shape[1]
         return {s["name"]: s["value"].flatten()[i].reshape(shape) for s, i in zip(sites, places, strict=True)}
 

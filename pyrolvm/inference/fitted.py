@@ -186,11 +186,10 @@ class FittedModel:
         self, batch: Batch, num_samples: int, prior: bool, shared: list[dict[str, Tensor]] | None
     ) -> Draws:
         arguments: Any = (self.program, self.structure, batch, num_samples)
-        options: dict[str, Any] = {"total": self.num_rows, "shared": shared}
+        take: Any = prior_draws if prior else posterior_draws
         if not prior and can_be_drawn(self.structure):
-            return enumerated_draws(*arguments, **options)
-        take = prior_draws if prior else posterior_draws
-        return take(*arguments, vectorized=self.vectorized, **options)
+            take = enumerated_draws
+        return take(*arguments, vectorized=self.vectorized, total=self.num_rows, shared=shared)
 
     @property
     def vectorized(self) -> bool:

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import pyrolvm
 from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, SettingError
 from pyrolvm.diagnostics import approximate_loo, collect, to_inference_data
-from pyrolvm.diagnostics.inference_data import GROUPS, arviz_is_modern
+from pyrolvm.diagnostics.inference_data import GROUPS, arviz_is_modern, summarise
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -279,3 +279,18 @@ def test_loo_of_the_posterior_from_a_guide_that_is_wrong():
     assert table["elpd_diff"].abs().max() < 0.1
     with pytest.raises(SettingError, match="approximate_loo needs log_likelihood of one observed site"):
         approximate_loo(to_inference_data(fitted, x, num_samples=5, groups=["posterior"]))
+
+
+def test_labels_are_counted_and_not_averaged():
+    x = torch.cat([torch.zeros(30, 1), torch.full((10, 1), 8.0)]) + 0.3 * torch.arange(40.0).sin()[:, None]
+    mixture = pyrolvm.GaussianMixture(1, 2)
+    fitted = pyrolvm.fit(mixture, x, num_steps=100, learning_rate=0.02, engine="eager", progress=False)
+    idata = to_inference_data(fitted, x, num_samples=20, groups=["posterior"])
+    shares = summarise(idata)
+    assert sorted(shares["share"]) == pytest.approx([0.25, 0.75], abs=0.05)
+    assert shares["share"].sum() == pytest.approx(1.0)
+    assert list(shares.index) == ["z = 0", "z = 1"]
+    mixture = pyrolvm.GaussianMixture(1, 2, prior="conjugate")
+    fitted = pyrolvm.fit(mixture, x, num_steps=20, learning_rate=0.02, engine="eager", progress=False)
+    idata = to_inference_data(fitted, x, num_samples=5, groups=["posterior"])
+    assert not any(str(name).startswith("z") for name in summarise(idata).index)

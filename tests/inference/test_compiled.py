@@ -94,7 +94,8 @@ class Regression(PyroModule):
 
     def __init__(self):
         super().__init__()
-        self.weight = PyroSample(lambda self: dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        # made now, with the validation of now
+        self.weight = PyroSample(dist.Normal(torch.zeros(4), 1.0, validate_args=True).to_event(1))
         self.noise = PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive)
 
     def forward(self, x):

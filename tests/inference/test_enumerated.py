@@ -114,3 +114,35 @@ def test_a_mixture_is_drawn_at_once(mixture):
     draws = mixture.draws(X, 5, prior=True)
     assert draws.values["z"].shape == (5, 30)
     assert draws.predictive["x"].shape == (5, 30, 5)
+
+
+def test_a_mixture_that_is_indexed_plainly_is_drawn_one_by_one():
+    """`locs[z]` knows no dimension of draws; the assignments are still those of the exact posterior."""
+    x, locs, scales = (
+        torch.tensor([-2.0, -0.3, 0.4, 2.5]),
+        torch.tensor([-1.0, 1.0]),
+        torch.tensor([0.8, 1.2]),
+    )
+
+    def model(x):
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("components", 2):
+            centres = pyro.sample("locs", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(centres[z], scales[z]), obs=x)
+
+    def guide(x):
+        share = pyro.param("share", torch.tensor([0.3, 0.7]), constraint=dist.constraints.simplex)
+        pyro.sample("weights", dist.Delta(share, event_dim=1))
+        with pyro.plate("components", 2):
+            pyro.sample("locs", dist.Delta(pyro.param("locs_at", locs)))
+
+    fitted = pyrolvm.fit(model, x, guide=guide, **STILL)
+    assert not fitted.vectorized
+    draws = fitted.draws(x, 2000)
+    joint = dist.Normal(locs, scales).log_prob(x[:, None]) + torch.tensor([0.3, 0.7]).log()
+    exact = joint.softmax(-1)[:, 1]
+    error = (draws.values["z"].float().mean(0) - exact).abs()
+    assert (error < 4.5 * (exact * (1 - exact) / 2000).sqrt()).all()
+    torch.testing.assert_close(draws.log_likelihood[7], joint.logsumexp(-1), rtol=1e-4, atol=1e-4)

@@ -103,7 +103,7 @@ def digest(*parts: str) -> str:
 def _surroundings() -> str:
     versions = [f"{name} {_version(name)}" for name in ("torch", "pyro-ppl", "pyrolvm")]
     return "\n".join(
-        [sys.version, platform.machine(), _processor(), str(torch.version.git_version), *versions]
+        [sys.version, platform.machine(), processor(), str(torch.version.git_version), *versions]
     )
 
 
@@ -114,7 +114,7 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the compiler's -march=native sees: the processor's model and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

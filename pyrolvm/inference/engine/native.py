@@ -95,11 +95,21 @@ def _whole(code: str, num_inputs: int) -> str:
     """inductor's C++ of one step with the loop around it and the products it calls."""
     # an operator written in Python leaves its error with the interpreter, which is asked after each step
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
-    settings = {"NUM_INPUTS": num_inputs, "NUM_THREADS": torch.get_num_threads(), "STEPS_PER_CALL": steps}
+    settings = {
+        "NUM_INPUTS": num_inputs,
+        "NUM_THREADS": torch.get_num_threads(),
+        "STEPS_PER_CALL": steps,
+        "BLAS_FROM": _blas_from(),
+    }
     lines = [f"#define {name} {value}" for name, value in settings.items()]
     looped = source.looped(code)
     names = ("gemm.h", "products.h", "runtime.h") if "pyrolvm::mm_out" in looped else ("runtime.h",)
     return "\n".join([graphs.HEADERS, *lines, *map(_header_text, names), looped])
+
+
+def _blas_from() -> int:
+    """Multiplications from which BLAS is as quick as `gemm.h`; MKL's code for AMD's processors never is."""
+    return 2**31 if torch.backends.mkl.is_available() and "AMD" in cache.processor() else 2**20
 
 
 def _header_text(name: str) -> str:

@@ -54,10 +54,11 @@ inline void gemm_block(
     }
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-        if (columns == NV * W)
-            std::memcpy(c + r * ldc, sum[r], sizeof sum[r]);
-        else
-            std::memcpy(c + r * ldc, sum[r], columns * sizeof(float));
+        float edge[NV * W];
+        float* line = columns == NV * W ? c + r * ldc : edge;
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) *reinterpret_cast<Vector*>(line + v * W) = sum[r][v];
+        if (line == edge) std::memcpy(c + r * ldc, edge, columns * sizeof(float));
     }
 }
 
@@ -81,17 +82,47 @@ void gemm_columns(
         gemm_block<W, 1, NV>(K, offset(a, i, 0), b, ldb, c + i * ldc, ldc, columns);
 }
 
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+// dst[k * stride + j] = src[j * ld + k] for j, k < 4
+inline void transpose_four(const float* src, int64_t ld, float* dst, int64_t stride) {
+    typedef int32_t Index __attribute__((vector_size(16)));
+    Four r[4];
+    for (int j = 0; j < 4; ++j) r[j] = *reinterpret_cast<const Four*>(src + j * ld);
+#if defined(__clang__)
+    const Four a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+    const Four c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+    const Four t[4] = {
+        __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+        __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+#else
+    const Index low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, last = {2, 3, 6, 7};
+    const Four a = __builtin_shuffle(r[0], r[1], low), b = __builtin_shuffle(r[2], r[3], low);
+    const Four c = __builtin_shuffle(r[0], r[1], high), d = __builtin_shuffle(r[2], r[3], high);
+    const Four t[4] = {
+        __builtin_shuffle(a, b, first), __builtin_shuffle(a, b, last), __builtin_shuffle(c, d, first),
+        __builtin_shuffle(c, d, last)};
+#endif
+    for (int k = 0; k < 4; ++k) *reinterpret_cast<Four*>(dst + k * stride) = t[k];
+}
+
 // Some columns of B side by side and padded with zeros to a width that the kernel reads.
 template <int WIDE>
 const float* gemm_pack(int64_t K, int64_t columns, Matrix b) {
     static thread_local std::vector<float> packed;
     packed.resize(std::max<size_t>(packed.size(), K * WIDE));
+    float* out = packed.data();
+    const int64_t fours = b.row_stride == 1 ? K / 4 * 4 : 0, whole = columns / 4 * 4;
+    for (int64_t k = 0; k < fours; k += 4)
+        for (int64_t j = 0; j < whole; j += 4)
+            transpose_four(b.data + k + j * b.col_stride, b.col_stride, out + k * WIDE + j, WIDE);
     for (int64_t k = 0; k < K; ++k) {
-        float* row = packed.data() + k * WIDE;
-        for (int64_t j = 0; j < columns; ++j) row[j] = b.data[k * b.row_stride + j * b.col_stride];
+        float* row = out + k * WIDE;
+        for (int64_t j = k < fours ? whole : 0; j < columns; ++j)
+            row[j] = b.data[k * b.row_stride + j * b.col_stride];
         for (int64_t j = columns; j < WIDE; ++j) row[j] = 0.0f;
     }
-    return packed.data();
+    return out;
 }
 
 template <int W, int NV>
@@ -119,24 +150,33 @@ void gemm_rows(
 // c [M, N] with rows `ldc` apart = a [M, K] b [K, N].
 template <int THREADS>
 void gemm(int64_t M, int64_t N, int64_t K, Matrix a, Matrix b, float* c, int64_t ldc) {
-    auto part = [&](int64_t first, int64_t last) {
-        auto rows = N <= 8 ? gemm_rows<8> : gemm_rows<WIDTH>;
-        rows(last - first, N, K, offset(a, first, 0), b, c + first * ldc, ldc);
+    auto part = [&](int64_t i, int64_t j, int64_t m, int64_t n) {
+        auto rows = n <= 8 ? gemm_rows<8> : gemm_rows<WIDTH>;
+        if (m > 0 && n > 0) rows(m, n, K, offset(a, i, 0), offset(b, 0, j), c + i * ldc + j, ldc);
     };
-    const int64_t share = (M / THREADS + 7) / 8 * 8;
-    if (THREADS == 1 || M * N * K < (1 << 20) || share * (THREADS - 1) >= M) {
-        part(0, M);
+    if (THREADS == 1 || M * N * K < (1 << 20)) {
+        part(0, 0, M, N);
         return;
     }
+    // by columns where B is packed, so that none of it is packed twice, and where rows are few
+    const bool wide = (b.col_stride != 1 || M < THREADS * 32) && N >= THREADS * 4 * WIDTH;
+    const int64_t whole = wide ? N : M, unit = wide ? WIDTH : 8;
+    const int64_t share = (whole + THREADS * unit - 1) / (THREADS * unit) * unit;
 #pragma omp parallel for num_threads(THREADS) schedule(static, 1)
-    for (int t = 0; t < THREADS; ++t) part(t * share, t + 1 == THREADS ? M : (t + 1) * share);
+    for (int t = 0; t < THREADS; ++t) {
+        const int64_t first = std::min(t * share, whole), count = std::min(share, whole - first);
+        if (wide)
+            part(0, first, M, count);
+        else
+            part(first, 0, count, N);
+    }
 }
 
-// Whether `gemm` is quicker than BLAS; the bounds were measured on AVX-512 and AVX2.
-inline bool gemm_suits(int64_t M, int64_t N, int64_t K, bool transposed_b) {
+// Whether `gemm` is quicker than a BLAS that is as good as it up to `blas` multiplications.
+inline bool gemm_suits(int64_t M, int64_t N, int64_t K, bool transposed_b, int64_t blas) {
     const int64_t work = M * N * K;
     if (transposed_b && M < 32 && work > (1 << 15)) return false;  // packing B would cost more than the product
-    return work <= (1 << 20) || (std::min({M, N, K}) <= 32 && work <= (1 << 23));
+    return (work <= blas && K <= 4096) || (std::min({M, N, K}) <= 32 && work <= (1 << 23));
 }
 
 }  // namespace pyrolvm

@@ -1,6 +1,6 @@
 // Matrix products of inductor's code by `gemm.h` where that is quicker, else by BLAS.
 //
-// Before it: inductor's own headers, gemm.h and NUM_THREADS (see native.py).
+// Before it: inductor's own headers, gemm.h, NUM_THREADS and BLAS_FROM (see native.py).
 
 namespace pyrolvm {
 
@@ -24,7 +24,7 @@ inline bool multiply(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle 
     AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(out, &sizes));
     AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(a, 1, &K));
     const Matrix left = matrix(a), right = matrix(b), target = matrix(out);
-    if (target.col_stride != 1 || !gemm_suits(sizes[0], sizes[1], K, right.col_stride != 1)) return false;
+    if (target.col_stride != 1 || !gemm_suits(sizes[0], sizes[1], K, right.col_stride != 1, BLAS_FROM)) return false;
     gemm<NUM_THREADS>(
         sizes[0], sizes[1], K, left, right, const_cast<float*>(target.data), target.row_stride);
     return true;
