@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -26,6 +27,7 @@ from pyro.infer.autoguide import (
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
+import pyrolvm
 from pyrolvm import RenyiELBO, data_plate
 from pyrolvm.data.arrays import as_batch
 from pyrolvm.data.plan import BatchPlan
@@ -730,3 +732,20 @@ def test_the_captured_step_is_the_eager_step(name):
     found, own = engine.run(state.clone(), plan.rows(0, 30))
     torch.testing.assert_close(own, terms, rtol=1e-3, atol=1e-3)
     assert_same(found, wanted, 1e-3)
+
+
+@pytest.mark.parametrize("blas_from", [0, 2**31])
+def test_products_are_the_same_by_either_kernel(monkeypatch, blas_from):
+    """In single precision by BLAS or not, in double precision by BLAS alone."""
+    monkeypatch.setattr(native, "_blas_from", lambda: blas_from)
+    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float64):
+        fits = []
+        for engine in ("eager", "compiled"):
+            torch.manual_seed(2)
+            model = pyrolvm.VAE(40, 3, "gaussian", hidden=(50,))
+            options = {"engine": engine, "dtype": dtype, "num_steps": 20, "batch_size": 60, "progress": False}
+            fits.append(pyrolvm.fit(model, x, **options))
+        eager, compiled = fits
+        assert compiled.engine.startswith("compiled engine")
+        np.testing.assert_allclose(compiled.history["elbo"], eager.history["elbo"], rtol=1e-5)

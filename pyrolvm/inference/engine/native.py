@@ -36,7 +36,7 @@ def key(traced: TracedStep) -> str:
     modules = (graphs, loops, rewrites, source, tracing, sys.modules[__name__])
     sources = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
     own = [_header_text(path.name) for path in sorted(CPP.glob("*.h"))]
-    return cache.digest(traced.text(), *sources, *own)
+    return cache.digest(traced.text(), str(_blas_from()), *sources, *own)
 
 
 def is_compiled(traced: TracedStep) -> bool:

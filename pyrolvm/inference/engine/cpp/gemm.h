@@ -2,7 +2,7 @@
 //
 // A latent dimension of 8 leaves a general BLAS at a tenth of the machine. Here a block of MR rows of C by one
 // or two vectors of its columns stays in registers while k runs (Goto and van de Geijn 2008, section 4), and
-// only B is packed. Large square products are better left to BLAS: `gemm_suits` says which are not.
+// only parts of B are packed. Wide products are left to a BLAS that is as good: `gemm_suits` says which.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -35,7 +35,7 @@ constexpr int WIDTH = 16;
 constexpr int WIDTH = 8;
 #endif
 
-// MR rows by NV vectors of W columns; b is packed: row k at b + k * ldb.
+// MR rows by NV vectors of W columns; row k of B is at b + k * ldb.
 template <int W, int MR, int NV>
 inline void gemm_block(
     int64_t K, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t columns) {
