@@ -16,7 +16,7 @@ import torch
 import pyrolvm
 from benchmarks.machine import describe
 from pyrolvm.data import load_mnist
-from pyrolvm.inference.evidence import evidence_table
+from pyrolvm.inference.posterior.evidence import evidence_table
 
 SETTINGS = {"hidden": (200, 200), "activation": "tanh"}
 

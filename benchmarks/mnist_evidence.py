@@ -22,7 +22,7 @@ import pyrolvm
 from benchmarks.machine import describe
 from benchmarks.process import peak_megabytes
 from pyrolvm.data import load_mnist
-from pyrolvm.inference.evidence import iwae_bounds, khat_threshold
+from pyrolvm.inference.posterior.evidence import iwae_bounds, khat_threshold
 
 SETTINGS: dict[str, Any] = {"hidden": (200, 200), "activation": "tanh"}
 

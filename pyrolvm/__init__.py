@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyrolvm._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from pyrolvm import data, diagnostics, inference, models, plots
     from pyrolvm.diagnostics import diagnose, to_inference_data
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
         SettingError,
     )
     from pyrolvm.inference import FittedModel, RenyiELBO, fit_restarts
-    from pyrolvm.inference.fit import fit
+    from pyrolvm.inference.training.fit import fit
     from pyrolvm.models import (
         PPCA,
         REGISTRY,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     )
     from pyrolvm.plates import data_plate
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "pyrolvm.diagnostics": ("diagnose", "to_inference_data"),
@@ -78,7 +79,7 @@ def load(path: str | Path, *, model: Any = None, guide: Any = None, device: str 
     for a model that was given networks as objects: built as they were when the run was saved.
     Raises `RunFolderError` if the folder is missing, damaged, or of another program or version.
     """
-    from pyrolvm.inference.folder import load_run
+    from pyrolvm.inference.posterior.saving import load_run
     from pyrolvm.models import REGISTRY
 
     return load_run(Path(path), REGISTRY, model, guide, device)

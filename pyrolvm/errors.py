@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
 
 class PyrolvmError(Exception):
     """Base of every error this package raises on purpose."""
@@ -25,3 +33,27 @@ class RunFolderError(PyrolvmError, ValueError):
 
 class DivergenceError(PyrolvmError, ArithmeticError):
     """The bound or a parameter stopped being finite, or the fit ended in a degenerate state."""
+
+
+def one_of(name: str, value: T, choices: Iterable[Any]) -> T:
+    """`value` if it is one of `choices`; else `SettingError` that lists them."""
+    known = list(choices)
+    if value not in known:
+        raise SettingError(f"{name}={value!r} is not known: choose from {', '.join(map(str, known))}")
+    return value
+
+
+def count(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int if it is a whole number of at least `least`; else `SettingError`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        wanted = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
+        raise SettingError(f"{name} must be {wanted}, not {value!r}")
+    return int(value)
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line of the caller outside this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("pyrolvm."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

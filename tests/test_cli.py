@@ -101,9 +101,10 @@ def test_a_run_equals_the_same_call_from_python(tmp_path):
         "-o",
         tmp_path / "run",
     )
-    from pyrolvm.inference.random import INITIALISATION, derived_seed, seeded
+    from pyrolvm.inference.program.noise import seeded
+    from pyrolvm.seeds import Purpose, derived_seed
 
-    with seeded(derived_seed(0, INITIALISATION), torch.device("cpu")):
+    with seeded(derived_seed(0, Purpose.START), torch.device("cpu")):
         model = pyrolvm.PPCA(4, 2)
     options = {"num_steps": 30, "learning_rate": 0.05, "batch_size": 32, "engine": "eager", "progress": False}
     fitted = pyrolvm.fit(model, load_dataset("iris"), **options)
@@ -508,7 +509,7 @@ def test_a_full_disk_leaves_the_run_that_was_to_be_replaced(tmp_path, monkeypatc
     def full(*_, **__):
         raise OSError(28, "No space left on device", "x")
 
-    monkeypatch.setattr("pyrolvm.inference.checkpoint.os.fsync", full)
+    monkeypatch.setattr("pyrolvm.files.os.fsync", full)
     result = pyrolvm_(*words, "--overwrite", "--seed", 1)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].endswith("run.json: No space left on device")

@@ -14,8 +14,8 @@ import pyrolvm
 from pyrolvm import PPCA, REGISTRY, VAE, BayesianFactorAnalysis, DataError, GaussianMixture, PowerVAE
 from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.objectives import estimate, prepare
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.structure import inspect_program
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import inspect_program
 from pyrolvm.plates import data_rows
 
 IRIS = torch.tensor(load_iris().data, dtype=torch.float32)

@@ -352,7 +352,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(iris, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pyrolvm.inference.checkpoint.os.replace", full)
+    monkeypatch.setattr("pyrolvm.files.os.replace", full)
     with pytest.raises(RunFolderError, match="No space left"):
         write_report(iris[0], False, seed=1)
     assert path.read_bytes() == before

@@ -10,11 +10,11 @@ from benchmarks.rows import Case
 from pyrolvm.data.arrays import as_batch
 from pyrolvm.errors import PyrolvmError
 from pyrolvm.inference.engine import Engine, Step, choose_engine
+from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import prepare
-from pyrolvm.inference.optimizers import OptimizerSpec
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.random import noise_state
-from pyrolvm.inference.structure import inspect_program
+from pyrolvm.inference.program.noise import noise_state
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import inspect_program
 
 
 def make_step(case: Case) -> Step:

@@ -15,11 +15,11 @@ import numbers
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyrolvm.errors import DataError, SettingError
+from pyrolvm.seeds import Purpose, derived_seed
 
 # Permutations of short data are drawn many epochs at a time: one generator per epoch would cost more
 # than the training steps themselves. The block's size depends on N alone, so the plan stays pure.
@@ -110,15 +110,9 @@ class BatchPlan:
         return self._blocks[index]
 
     def _draw_block(self, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_mix(self.seed, index))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, Purpose.PLAN, index))
         epochs = range(self._epochs_per_block)
         return torch.cat([torch.randperm(self.num_rows, generator=generator) for _ in epochs])
-
-
-def _mix(seed: int, index: int) -> int:
-    """A seed for torch, the same on every machine and in every process, unlike `hash`."""
-    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
-    return int(state[0]) >> 1  # torch takes 63 bits
 
 
 def _is_integer(value: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import warnings
 import zlib
@@ -16,7 +15,7 @@ import pandas as pd
 
 from pyrolvm.data.numeric import check_finite, frame_to_numpy
 from pyrolvm.data.table import Dataset, find_column
-from pyrolvm.errors import DataError
+from pyrolvm.errors import DataError, warn_user
 
 _DAMAGED = (pd.errors.ParserError, pd.errors.ParserWarning, EOFError, zlib.error, OSError)
 
@@ -247,11 +246,3 @@ def optional(module: str, kind: str, command: str) -> ModuleType:
         return __import__(module, fromlist=["_"])
     except ImportError:
         raise DataError(f"reading {kind} needs {module.split('.')[0]}: type {command}") from None
-
-
-def warn_user(message: str) -> None:
-    """Warn at the line of the caller outside this package."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("pyrolvm."):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)

@@ -30,11 +30,10 @@ import torch
 from pyrolvm.diagnostics.simulated import Arrays, Simulation, simulations
 from pyrolvm.diagnostics.uniformity import chi_square_p, ecdf_band, kolmogorov_p, symmetry_p
 from pyrolvm.errors import ProgramError, SettingError
-from pyrolvm.inference.fitted import FittedModel, check_count
-from pyrolvm.inference.progress import watched
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
-
-RANKING = 1000  # a purpose of random numbers: the draws that are ranked share none with the simulations
+from pyrolvm.inference.posterior.fitted import FittedModel, check_count
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.progress import watched
+from pyrolvm.seeds import Purpose, derived_seed
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def calibrate(
     if refit is not None and x is None and fitted.structure.takes_any_rows:
         raise SettingError("refits need data sets of the real size: pass the training data as x")
     data = fitted.batch(x) if x is not None else fitted.example
-    with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
+    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
         simulated = simulations(fitted, data, count, rebuild, rows=refit is None)
         if refit is None:
             truth, draws = _amortised(fitted, simulated, names, num_samples, seed)
@@ -220,7 +219,7 @@ def _amortised(
     fitted: FittedModel, simulated: Iterable[Simulation], names: list[str], num_samples: int, seed: int
 ) -> tuple[Arrays, Arrays]:
     [simulation] = simulated
-    found = fitted.draws(simulation.data, num_samples, seed=derived_seed(seed, RANKING)).values
+    found = fitted.draws(simulation.data, num_samples, seed=derived_seed(seed, Purpose.GUIDE)).values
     return {n: simulation.truth[n] for n in names}, {n: found[n].cpu().double().numpy() for n in names}
 
 
@@ -235,7 +234,7 @@ def _refitted(
 ) -> tuple[Arrays, Arrays]:
     every = list(simulated)
     # noise of its own for each: common noise would make the ranks depend on each other
-    seeds = [derived_seed(seed, RANKING + i) for i in range(len(every))]
+    seeds = [derived_seed(seed, Purpose.RESTART, i) for i in range(len(every))]
     results = run(partial(_posterior_after, refit, names, num_samples), [s.data for s in every], seeds)
     found = list(watched(results, "calibration", len(every), enabled=progress, unit="fits"))
     truth = {n: np.stack([s.truth[n] for s in every]) for n in names}

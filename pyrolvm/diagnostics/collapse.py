@@ -30,10 +30,11 @@ from pyrolvm.diagnostics.mixture import MixtureDraws, log_mixture
 from pyrolvm.diagnostics.pair import Pair, Values, local_sites, row_chunks
 from pyrolvm.diagnostics.sites import latent_fn, latent_mean, site_kl
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.progress import watched
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.progress import watched
+from pyrolvm.seeds import Purpose, derived_seed
 
 FIRST_ROWS = 500
 """The rows that the IWAE paper's code takes the variance of means over."""
@@ -137,7 +138,7 @@ def collapse_report(
             "give at least 2 of each"
         )
     whole = bool(fitted.structure.per_datum) or not fitted.structure.takes_any_rows
-    with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
+    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
         given = Pair(fitted, data).global_means()
         kept = max(1, min(num_samples // 2, round(MIXTURE_DRAWS / data.num_rows)))
         chunks = list(row_chunks(data, num_samples, fitted.program.device, whole))

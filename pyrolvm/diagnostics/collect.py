@@ -18,13 +18,13 @@ from torch import Tensor
 from pyrolvm.data.arrays import Batch
 from pyrolvm.diagnostics.tables import Arrays, Layout
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.draws import Draws, tidy
-from pyrolvm.inference.enumerated import TOGETHER, enumerated_sites
-from pyrolvm.inference.fitted import FittedModel, check_count
-from pyrolvm.inference.folder import model_record, versions
-from pyrolvm.inference.handlers import Fixed
-from pyrolvm.inference.progress import watched
-from pyrolvm.inference.structure import Structure, sample_sites
+from pyrolvm.inference.posterior.fitted import FittedModel, check_count
+from pyrolvm.inference.posterior.saving import model_record, versions
+from pyrolvm.inference.program.draws import Draws, tidy
+from pyrolvm.inference.program.enumerated import TOGETHER, enumerated_sites
+from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.progress import watched
 
 POSTERIOR = {"posterior", "posterior_predictive", "log_likelihood", "sample_stats"}
 PRIOR = {"prior", "prior_predictive"}

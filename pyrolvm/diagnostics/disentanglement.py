@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.stats import entropy
 
 from pyrolvm.errors import DataError, SettingError
-from pyrolvm.inference.progress import watched
+from pyrolvm.progress import watched
 
 METRICS = ("mig", "sap", "dci", "factor_vae", "modularity")
 BINS = 20

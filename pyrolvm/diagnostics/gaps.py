@@ -33,9 +33,10 @@ from pyrolvm.diagnostics.gaussians import (
 )
 from pyrolvm.diagnostics.pair import Pair, local_sites, row_chunks
 from pyrolvm.errors import ProgramError, SettingError
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.progress import PATIENCE, Bar, progress_bar
+from pyrolvm.seeds import Purpose, derived_seed
 
 FAMILIES = ("auto", "mean_field", "full")
 
@@ -118,7 +119,7 @@ def evidence_gaps(
     known = _known_evidence(fitted, x, data, log_evidence)
     parts, first = [], 0
     bars = progress_bar("evidence gaps", data.num_rows, enabled=progress, unit="rows", after=PATIENCE)
-    noise = seeded(derived_seed(seed, EVALUATION), fitted.program.device)
+    noise = seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device)
     with bars as bar, noise, torch.enable_grad():
         for rows in row_chunks(data, num_samples, fitted.program.device, whole):
             part = _Refinement(Pair(fitted, rows), family, num_samples, num_steps, learning_rate)

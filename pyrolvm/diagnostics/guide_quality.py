@@ -19,12 +19,13 @@ from pyrolvm.diagnostics.predictive import PredictiveCheck, Statistic, predictiv
 from pyrolvm.diagnostics.reference import ReferenceComparison, compare_with_nuts
 from pyrolvm.diagnostics.tails import GlobalTail, global_khat, local_khat
 from pyrolvm.errors import PyrolvmError, SettingError
-from pyrolvm.inference.evidence import evidence_table, khat_threshold
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.posterior.evidence import evidence_table, khat_threshold
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.plates import arange_rows
+from pyrolvm.progress import PATIENCE, Bar, progress_bar
+from pyrolvm.seeds import Purpose, derived_seed
 
 WORST = 5
 REPLICATES = 200
@@ -301,7 +302,7 @@ def _evidence(
 @torch.no_grad()
 def _is_tempered(fitted: FittedModel, data: Batch) -> bool:
     """Whether the program weighs its likelihood by a power, so that its evidence is not log p(x)."""
-    with seeded(derived_seed(0, EVALUATION), fitted.program.device):
+    with seeded(derived_seed(0, Purpose.DIAGNOSE), fitted.program.device):
         model, _ = Pair(fitted, _first(fitted, data, 2)).run(1)
     observed = [s for s in sample_sites(model) if s["is_observed"]]
     plates = [

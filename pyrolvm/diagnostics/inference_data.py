@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyrolvm.diagnostics.tables import Tables
-    from pyrolvm.inference.fitted import FittedModel
+    from pyrolvm.inference.posterior.fitted import FittedModel
 
 GROUPS = (
     "posterior",
@@ -228,7 +228,7 @@ def _weighed_loo(arviz: Any, log_likelihood: Any, log_ratio: Any) -> Any:
 
 def save_inference_data(idata: Any, path: str | Path) -> Path:
     """Write what `to_inference_data` gave as one netCDF file, in one step: the old file stays until then."""
-    from pyrolvm.inference.checkpoint import write_atomically
+    from pyrolvm.files import write_atomically
 
     write_atomically(Path(path), lambda p: idata.to_netcdf(str(p), engine="h5netcdf"))
     return Path(path)

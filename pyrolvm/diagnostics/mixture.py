@@ -15,9 +15,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.diagnostics.pair import Pair, Values
-from pyrolvm.inference.draws import BUDGET
-from pyrolvm.inference.progress import watched
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.program.draws import BUDGET
+from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.progress import watched
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.draws import BUDGET
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.handlers import Fixed, Means
-from pyrolvm.inference.structure import Site, sample_sites
-from pyrolvm.inference.weights import PARTICLES
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.draws import BUDGET
+from pyrolvm.inference.program.handlers import Fixed, Means
+from pyrolvm.inference.program.structure import Site, sample_sites
+from pyrolvm.inference.program.weights import PARTICLES
 from pyrolvm.plates import arange_rows
 
 Values = dict[str, Tensor]

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from pyrolvm.diagnostics.pair import Pair, Values
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.draws import BUDGET
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.progress import watched
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.draws import BUDGET
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.progress import watched
+from pyrolvm.seeds import Purpose, derived_seed
 
 Statistic = Callable[[Tensor], Any]
 EXTREME = 0.05
@@ -104,7 +105,7 @@ def predictive_check(
     if not chosen:
         raise SettingError("statistics is empty: pass a dict of name -> function of a tensor [rows, ...]")
     data = fitted.batch(x)
-    with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
+    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
         model, _ = Pair(fitted, data).run(1)
         nodes: Any = model.nodes
         observed = _evaluate(chosen, nodes[name]["value"])
@@ -145,14 +146,14 @@ def _same(fitted: FittedModel, x: Any, name: str, num_samples: int, seed: int) -
     size = max(1, BUDGET // width)
     for first in range(0, num_samples, size):
         count = min(size, num_samples - first)
-        yield from fitted.draws(x, count, seed=derived_seed(seed, EVALUATION + first)).predictive[name]
+        yield from fitted.draws(x, count, seed=derived_seed(seed, Purpose.DIAGNOSE, first)).predictive[name]
 
 
 def _new(fitted: FittedModel, x: Any, name: str, num_samples: int, seed: int) -> Iterator[Tensor]:
     """Replicates with latents of each datum from the model, one data set at a time."""
     pair = Pair(fitted, fitted.batch(x))
     for index in range(num_samples):
-        with seeded(derived_seed(seed, EVALUATION + index), fitted.program.device):
+        with seeded(derived_seed(seed, Purpose.DIAGNOSE, index), fitted.program.device):
             nodes: Any = pair.simulate(_shared(pair)).nodes
             yield nodes[name]["value"]
 

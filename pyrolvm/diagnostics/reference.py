@@ -22,9 +22,10 @@ from torch import Tensor
 from pyrolvm.data.arrays import Batch
 from pyrolvm.diagnostics.pair import Pair
 from pyrolvm.errors import ProgramError, SettingError
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.progress import PATIENCE, Bar, progress_bar
+from pyrolvm.seeds import Purpose, derived_seed
 
 QUANTILES = (0.05, 0.95)
 R_HAT_LIMIT = 1.05
@@ -141,7 +142,7 @@ def _chains(
     # these rows are all the data: scaled to more, the likelihood of each would count several times
     rows = (pair.batch.num_rows, pair.rows[1])
     for chain in range(num_chains):
-        noise = seeded(derived_seed(seed, EVALUATION + 1 + chain), pair.program.device)
+        noise = seeded(derived_seed(seed, Purpose.DIAGNOSE, 1 + chain), pair.program.device)
         with pair.program.scope(rows), noise, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kernel = NUTS(pair.program.model, max_plate_nesting=pair.nesting)

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from pyrolvm.diagnostics.pair import Pair
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.progress import watched
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.progress import watched
+from pyrolvm.seeds import Purpose, derived_seed
 
 Draws = dict[str, Tensor]
 Align = Callable[[Draws, Draws], Draws]
@@ -113,7 +114,9 @@ def compare_restarts(
     best = fits[int(bounds["bound"].to_numpy().argmax())]
     reference = _latents(best, x, names, num_samples, seed)
     each = watched(near, "draws of restarts", len(near), enabled=progress, unit="fits")
-    draws = [_latents(f, x, names, num_samples, derived_seed(seed, i)) for i, f in enumerate(each)]
+    draws = [
+        _latents(f, x, names, num_samples, derived_seed(seed, Purpose.RESTART, i)) for i, f in enumerate(each)
+    ]
     if align is not None:
         draws = [align(d, reference) for d in draws]
     tables = [_r_hat(name, torch.stack([d[name] for d in draws])) for name in names] if names else []
@@ -138,7 +141,7 @@ def _bound(fitted: FittedModel, x: Any, num_samples: int, seed: int) -> tuple[fl
         return _summed_bound(fitted, x, num_samples, seed)
     pair = Pair(fitted, fitted.batch(x))
     parts = []
-    with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
+    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
         for model, guide in pair.draws(num_samples):
             shared = [not pair.is_local(s) for s in sample_sites(guide)]
             local = pair.log_prob(model, pair.is_local) - pair.log_prob(guide, pair.is_local)
@@ -183,6 +186,8 @@ def _reconstruction_r_hat(fits: list[FittedModel], x: Any, num_samples: int, see
     """R-hat of draws of new data given each datum's latents: the 99 % quantile over the elements of the data."""
     if len(fits) < 2 or any(s.enumerated for s in fits[0].structure.sites):
         return math.nan
-    made = [f.predict(x, num_samples, seed=derived_seed(seed, i)) for i, f in enumerate(fits)]
+    made = [
+        f.predict(x, num_samples, seed=derived_seed(seed, Purpose.RESTART, i)) for i, f in enumerate(fits)
+    ]
     tables = [_r_hat(name, torch.stack([m[name].double() for m in made])) for name in made[0]]
     return float(pd.concat(tables)["r_hat"].quantile(0.99))

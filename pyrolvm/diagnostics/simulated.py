@@ -14,8 +14,8 @@ from torch import Tensor
 from pyrolvm.data.arrays import Batch
 from pyrolvm.diagnostics.pair import Pair
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.plates import arange_rows
 
 Arrays = dict[str, np.ndarray]

@@ -19,11 +19,12 @@ from torch import Tensor
 from pyrolvm.data.arrays import Batch
 from pyrolvm.diagnostics.pair import Pair, Values, local_sites, row_chunks
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.evidence import pareto_khat
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar, watched
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.posterior.evidence import pareto_khat
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.progress import PATIENCE, Bar, progress_bar, watched
+from pyrolvm.seeds import Purpose, derived_seed
 
 NOISE_LIMIT = 0.5
 """Largest standard error, in nats, of a global latent's log-weight whose tail still is its own."""
@@ -56,7 +57,7 @@ def local_khat(
     data = fitted.batch(x)
     whole = bool(fitted.structure.per_datum) or not fitted.structure.takes_any_rows
     tables = []
-    with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
+    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
         given = Pair(fitted, data).global_means()
         chunks = list(row_chunks(data, num_samples, fitted.program.device, whole))
         for rows in watched(chunks, "k-hat", len(chunks), enabled=progress):
@@ -106,7 +107,7 @@ def global_khat(
     if reason:
         return GlobalTail(None, names, reason)
     whole = bool(structure.per_datum) or not structure.takes_any_rows
-    with seeded(derived_seed(seed, EVALUATION), fitted.program.device):
+    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
         chunks = list(row_chunks(data, num_samples, fitted.program.device, whole))
         first, totals, noise = Pair(fitted, chunks[0]), [], []
         with progress_bar(

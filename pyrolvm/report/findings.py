@@ -13,8 +13,8 @@ import pandas as pd
 from pyrolvm.data import Dataset, Transform
 from pyrolvm.diagnostics.guide_quality import Diagnosis
 from pyrolvm.errors import PyrolvmError
-from pyrolvm.inference.evidence import evidence_table
-from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.inference.posterior.evidence import evidence_table
+from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.shell.inputs import Source, fingerprint, read_like, transformed, transforms_of, vectors
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from pyrolvm import plots
 from pyrolvm.diagnostics.collapse import CollapseReport
 from pyrolvm.diagnostics.guide_quality import Diagnosis
-from pyrolvm.inference.checkpoint import read_json
+from pyrolvm.files import read_json
 from pyrolvm.report.figures import draw_evidence, draw_replicates, figure
 from pyrolvm.report.findings import Findings
 from pyrolvm.report.parts import Part, facts, number, row_name, table

@@ -11,7 +11,7 @@ import pandas as pd
 
 from pyrolvm import plots
 from pyrolvm.diagnostics.guide_quality import Diagnosis
-from pyrolvm.inference.folder import versions
+from pyrolvm.inference.posterior.saving import versions
 from pyrolvm.models import REGISTRY
 from pyrolvm.report.figures import figure
 from pyrolvm.report.findings import Findings

@@ -9,8 +9,8 @@ from typing import Any
 from pyrolvm import load
 from pyrolvm.diagnostics.guide_quality import diagnose
 from pyrolvm.errors import RunFolderError, SettingError
-from pyrolvm.inference.checkpoint import read_json, write_atomically
-from pyrolvm.inference.folder import CONFIG
+from pyrolvm.files import read_json, write_atomically
+from pyrolvm.inference.posterior.saving import CONFIG
 from pyrolvm.report.findings import Findings, data_record, given_data, held_out_evidence
 from pyrolvm.report.parts import render
 from pyrolvm.report.sections import all_sections, titled

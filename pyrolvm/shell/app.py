@@ -23,7 +23,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from pyrolvm import __version__
+        from pyrolvm._version import __version__
 
         print(f"pyrolvm {__version__}")
         raise typer.Exit

@@ -10,11 +10,12 @@ import torch
 
 from pyrolvm.data import BatchPlan, Dataset, as_batch
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.fit import fit
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.optimizers import OPTIMIZERS
-from pyrolvm.inference.random import INITIALISATION, derived_seed, seeded
-from pyrolvm.inference.restarts import fit_restarts
+from pyrolvm.inference.engine.optimizers import OPTIMIZERS
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.training.fit import fit
+from pyrolvm.inference.training.restarts import fit_restarts
+from pyrolvm.seeds import Purpose, derived_seed
 from pyrolvm.shell.inputs import Preparation, Prepared, Source, listed
 from pyrolvm.shell.pairs import Pair, find_pair, read_setting
 from pyrolvm.shell.runs import RunFolder
@@ -162,7 +163,7 @@ def build_model(
     pair: Pair, arguments: dict[str, Any], data: Prepared, seed: int, dtype: torch.dtype, start: bool
 ) -> Any:
     """The model, its starting values drawn from `seed` alone; started from the data where it knows how."""
-    with seeded(derived_seed(seed, INITIALISATION), torch.device("cpu")):
+    with seeded(derived_seed(seed, Purpose.START), torch.device("cpu")):
         built = pair.build(arguments)
         model = built[0] if isinstance(built, tuple) else built
         if start and pair.cls is not None and hasattr(model, "initialise_from"):

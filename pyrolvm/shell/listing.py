@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from pyrolvm.data import DATASETS
 from pyrolvm.errors import RunFolderError
-from pyrolvm.inference.checkpoint import read_json
-from pyrolvm.inference.folder import CONFIG, HISTORY, PARAMETERS
-from pyrolvm.inference.history import held_out_elbo
+from pyrolvm.files import read_json
+from pyrolvm.inference.posterior.history import held_out_elbo
+from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
 from pyrolvm.models import REGISTRY
 from pyrolvm.shell.pairs import Pair
 from pyrolvm.shell.runs import EVIDENCE

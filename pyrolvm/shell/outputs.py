@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.checkpoint import write_atomically
+from pyrolvm.files import write_atomically
 
 ARRAYS = (".csv", ".tsv", ".npy", ".npz")
 MAX_IMAGES = 400

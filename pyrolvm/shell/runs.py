@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyrolvm.data.tables import warn_user
-from pyrolvm.errors import RunFolderError
-from pyrolvm.inference.checkpoint import read_json, write_json
-from pyrolvm.inference.fitted import FittedModel
-from pyrolvm.inference.folder import CONFIG, HISTORY, PARAMETERS, load_run
-from pyrolvm.inference.training import CHECKPOINT_FILE, Report
+from pyrolvm.errors import RunFolderError, warn_user
+from pyrolvm.files import read_json, write_json
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS, load_run
+from pyrolvm.inference.training.loop import CHECKPOINT_FILE, Report
 from pyrolvm.models import REGISTRY
 from pyrolvm.shell.pairs import Pair, as_pair, find_pair
 

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from pyrolvm.errors import DivergenceError, SettingError
-from pyrolvm.inference.checkpoint import write_atomically
-from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.files import write_atomically
+from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.plots import plot_elbo
 from pyrolvm.shell.job import Job
 from pyrolvm.shell.runs import RunFolder

@@ -10,10 +10,10 @@ import pandas as pd
 
 from pyrolvm.data import Dataset
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.checkpoint import write_atomically
-from pyrolvm.inference.devices import resolve_device
-from pyrolvm.inference.evidence import evidence_table, khat_threshold
-from pyrolvm.inference.fitted import FittedModel
+from pyrolvm.files import write_atomically
+from pyrolvm.inference.posterior.evidence import evidence_table, khat_threshold
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.shell.inputs import Source, label_path, listed, log_scale, read_like, transforms_of, undone
 from pyrolvm.shell.outputs import ARRAYS, check_out, write_png, write_values
 from pyrolvm.shell.pairs import read_setting

@@ -163,10 +163,10 @@ def test_shared_latents_of_a_factor_analysis_are_affordable():
 def test_what_takes_long_shows_where_it_is(monkeypatch):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=120, color_system=None)
-    monkeypatch.setattr("pyrolvm.inference.progress.Console", lambda **_: console)
+    monkeypatch.setattr("pyrolvm.progress.Console", lambda **_: console)
     for name in ("guide_quality", "gaps", "reference", "tails"):
         monkeypatch.setattr(f"pyrolvm.diagnostics.{name}.PATIENCE", 0.0)
-    monkeypatch.setattr("pyrolvm.inference.progress.PATIENCE", 0.0)
+    monkeypatch.setattr("pyrolvm.progress.PATIENCE", 0.0)
     x = torch.linspace(-2, 2, 20)
     fitted = pyrolvm.fit(LocalNormal().model, x, guide=LocalNormal().guide, **FREEZE)
     diagnose(fitted, x, 100, gaps=True, progress=False)

@@ -65,7 +65,7 @@ def test_attributes_say_where_the_numbers_are_from(ppca):
 
 
 def test_values_are_those_of_draws_with_the_same_seed_in_any_chunks(ppca, monkeypatch):
-    import pyrolvm.inference.fitted as module
+    import pyrolvm.inference.posterior.fitted as module
 
     for budget in (2**22, 9 * 7 * 5):
         monkeypatch.setattr(module, "BUDGET", budget)

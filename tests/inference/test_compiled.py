@@ -37,12 +37,12 @@ from pyrolvm.inference.engine import choose as choosing
 from pyrolvm.inference.engine.compiled import CompiledEngine
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.loops import StaticLoop
+from pyrolvm.inference.engine.optimizers import OPTIMIZERS, OptimizerSpec
 from pyrolvm.inference.engine.tracing import UntraceableError
 from pyrolvm.inference.objectives import prepare
-from pyrolvm.inference.optimizers import OPTIMIZERS, OptimizerSpec
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.random import noise_state
-from pyrolvm.inference.structure import inspect_program
+from pyrolvm.inference.program.noise import noise_state
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import inspect_program
 
 CPU = torch.device("cpu")
 

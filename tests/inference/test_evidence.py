@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, GaussianMixture, ProgramError, SettingError, data_plate
-from pyrolvm.inference.evidence import evidence_table, runs
-from pyrolvm.inference.evidence.streams import StreamingBound
+from pyrolvm.inference.posterior.evidence import evidence_table, runs
+from pyrolvm.inference.posterior.evidence.streams import StreamingBound
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(1)) @ torch.randn(
     5, 5, generator=torch.Generator().manual_seed(2)

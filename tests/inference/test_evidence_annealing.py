@@ -10,9 +10,9 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, PowerVAE, ProgramError, SettingError, data_plate
-from pyrolvm.inference.evidence import Annealing, bidirectional, evidence_table
-from pyrolvm.inference.evidence.bdmc import _simulated
-from pyrolvm.inference.evidence.hmc import TARGET_ACCEPTANCE, State, adapted, hmc_move, slope_of
+from pyrolvm.inference.posterior.evidence import Annealing, bidirectional, evidence_table
+from pyrolvm.inference.posterior.evidence.bdmc import _simulated
+from pyrolvm.inference.posterior.evidence.hmc import TARGET_ACCEPTANCE, State, adapted, hmc_move, slope_of
 from pyrolvm.models.power_vae import tempered_log_marginal
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(1)) @ torch.randn(
@@ -335,7 +335,7 @@ def test_bidirectional_of_a_constrained_latent():
 
 
 def test_bidirectional_of_the_guide_and_in_parts(misled, monkeypatch):
-    from pyrolvm.inference.evidence import runs
+    from pyrolvm.inference.posterior.evidence import runs
 
     monkeypatch.setattr(runs, "BUDGET", 16 * 7 * 15)
     mean, scale_tril = misled.model.exact_posterior(X)

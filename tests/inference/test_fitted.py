@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, SettingError, data_plate
-from pyrolvm.inference.evidence import StreamingLogMeanExp
+from pyrolvm.inference.posterior.evidence import StreamingLogMeanExp
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(1)) @ torch.randn(
     5, 5, generator=torch.Generator().manual_seed(2)
@@ -84,7 +84,7 @@ def test_the_streaming_mean_is_the_whole_mean_with_its_error():
 
 
 def test_chunks_change_nothing_that_is_not_random(ppca, monkeypatch):
-    import pyrolvm.inference.fitted as module
+    import pyrolvm.inference.posterior.fitted as module
 
     whole = ppca.encode(X), ppca.reconstruct(X), ppca.log_evidence(X, "exact")
     shapes = {k: v.shape for k, v in ppca.posterior(X, 6).items()}
@@ -98,7 +98,7 @@ def test_chunks_change_nothing_that_is_not_random(ppca, monkeypatch):
 
 
 def test_chunks_of_one_draw_share_the_global_latent(monkeypatch):
-    import pyrolvm.inference.fitted as module
+    import pyrolvm.inference.posterior.fitted as module
 
     def model(x):
         m = pyro.sample("m", dist.Normal(0.0, 1.0))

@@ -20,7 +20,7 @@ from torch.distributions import Normal, kl_divergence
 
 import pyrolvm
 from pyrolvm import data_plate
-from pyrolvm.inference import evaluation
+from pyrolvm.inference.training import evaluation
 
 FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "validate_every": 1, "progress": False, "engine": "eager"}
 N = 40

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from pyrolvm.inference import progress as module
-from pyrolvm.inference.progress import Bar, progress_bar
+import pyrolvm.progress as module
+from pyrolvm.progress import Bar, progress_bar
 
 
 @pytest.fixture

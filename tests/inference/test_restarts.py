@@ -8,7 +8,7 @@ from programs import LocalNormal
 
 import pyrolvm
 from pyrolvm import DivergenceError, GaussianMixture, SettingError
-from pyrolvm.inference.restarts import fit_restarts
+from pyrolvm.inference.training.restarts import fit_restarts
 
 QUIET = {"progress": False, "engine": "eager"}
 

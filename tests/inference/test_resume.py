@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, RunFolderError
-from pyrolvm.inference.checkpoint import read_tensors, write_atomically
+from pyrolvm.files import read_tensors, write_atomically
 
 X = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import pyrolvm
 from pyrolvm import SettingError
 from pyrolvm.inference import JSONLines, TensorBoard
-from pyrolvm.inference.plateau import Plateau
+from pyrolvm.inference.training.plateau import Plateau
 
 QUIET = {"progress": False, "engine": "eager"}
 

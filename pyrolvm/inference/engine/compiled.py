@@ -20,7 +20,7 @@ from pyrolvm.inference.engine.native import NativeLoop, is_compiled
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.engine.step import Step
 from pyrolvm.inference.engine.tracing import Slots, TracedStep, trace_step
-from pyrolvm.inference.random import generator_state, kept_generators, noise_state, set_generator_state
+from pyrolvm.inference.program.noise import generator_state, kept_generators, noise_state, set_generator_state
 
 CHECKED_STEPS = 2
 PROBED_STEPS = 2

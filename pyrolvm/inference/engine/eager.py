@@ -8,7 +8,7 @@ from torch import Tensor
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.engine.step import Step
-from pyrolvm.inference.random import generator_state, kept_generators, set_generator_state
+from pyrolvm.inference.program.noise import generator_state, kept_generators, set_generator_state
 
 
 class EagerEngine:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyrolvm.inference.engine import graphs
 from pyrolvm.inference.engine.tracing import TracedStep
-from pyrolvm.inference.random import kept_generators
+from pyrolvm.inference.program.noise import kept_generators
 
 CAPACITY = 1024
 ROWS_CAPACITY = 2**20

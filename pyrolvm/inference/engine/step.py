@@ -13,10 +13,10 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
+from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import estimate
-from pyrolvm.inference.optimizers import OptimizerSpec
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.structure import Structure
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Structure
 from pyrolvm.plates import data_rows
 
 TERMS = ("elbo", "log_likelihood", "kl")

@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine import graphs
 from pyrolvm.inference.engine.step import TERMS, Step
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.random import kept_generators
+from pyrolvm.inference.program.noise import kept_generators
+from pyrolvm.inference.program.program import Program
 
 Slots = dict[str, dict[str, Tensor]]
 

@@ -14,7 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.structure import Structure, sample_sites
+from pyrolvm.inference.program.structure import Structure, sample_sites
 
 
 class Estimate(NamedTuple):

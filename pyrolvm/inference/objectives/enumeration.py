@@ -14,7 +14,7 @@ from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.poutine.trace_struct import Trace
 
 from pyrolvm.inference.objectives.base import Estimate, as_estimate, estimate, kl_term
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.program.structure import sample_sites
 
 
 @estimate.register

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyrolvm.inference.objectives.base import Estimate, estimate
-from pyrolvm.inference.weights import LogDensities, log_densities
+from pyrolvm.inference.program.weights import LogDensities, log_densities
 
 
 @estimate.register

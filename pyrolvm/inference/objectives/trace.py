@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions.kl import kl_divergence
 
 from pyrolvm.inference.objectives.base import Estimate, as_estimate, estimate, kl_term
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.program.structure import sample_sites
 
 
 @estimate.register

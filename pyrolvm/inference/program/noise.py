@@ -1,4 +1,4 @@
-"""Random numbers: apart for initialisation, batch plan and Monte Carlo noise; globals left as found.
+"""torch's default generators: put in a state, read, and left as found.
 
 Pyro draws from torch's default generators. The noise of a run is therefore kept as the *state* of
 those generators: put in before a chunk, taken out after it, and the caller's own state restored.
@@ -9,17 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
-INITIALISATION, NOISE, EVALUATION = 1, 2, 3
-PRIOR_DRAWS = 2**40  # above EVALUATION and the number of any chunk
-
-
-def derived_seed(seed: int, purpose: int) -> int:
-    """A seed for one purpose, so that no two purposes of a run share a stream."""
-    return int(np.random.SeedSequence([seed, purpose]).generate_state(1, np.uint64)[0] >> 1)
+from pyrolvm.seeds import Purpose, derived_seed
 
 
 def generator_state(device: torch.device) -> dict[str, Tensor]:
@@ -61,5 +54,5 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def noise_state(seed: int, device: torch.device) -> dict[str, Tensor]:
     """The state a run's Monte Carlo noise starts from."""
-    with seeded(derived_seed(seed, NOISE), device):
+    with seeded(derived_seed(seed, Purpose.NOISE), device):
         return generator_state(device)

@@ -20,17 +20,17 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.draws import refuse_enumeration
-from pyrolvm.inference.evidence.enumeration import summed_out
-from pyrolvm.inference.evidence.psis import tail_length
-from pyrolvm.inference.evidence.runs import Run, can_repeat, chunks
-from pyrolvm.inference.evidence.streams import LargestWeights, StreamingBound, StreamingLogMeanExp
-from pyrolvm.inference.handlers import Fixed
-from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
-from pyrolvm.inference.structure import Structure, sample_sites
+from pyrolvm.inference.posterior.evidence.enumeration import summed_out
+from pyrolvm.inference.posterior.evidence.psis import tail_length
+from pyrolvm.inference.posterior.evidence.runs import Run, can_repeat, chunks
+from pyrolvm.inference.posterior.evidence.streams import LargestWeights, StreamingBound, StreamingLogMeanExp
+from pyrolvm.inference.program.draws import refuse_enumeration
+from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.progress import PATIENCE, Bar, progress_bar
 
 if TYPE_CHECKING:
-    from pyrolvm.inference.fitted import FittedModel
+    from pyrolvm.inference.posterior.fitted import FittedModel
 
 NUM_PARTICLES = 50
 

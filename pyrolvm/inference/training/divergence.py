@@ -9,8 +9,8 @@ from torch import Tensor
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.engine.step import Step
-from pyrolvm.inference.random import kept_generators, set_generator_state
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.program.noise import kept_generators, set_generator_state
+from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.plates import data_rows
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.engine.step import Step
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
-from pyrolvm.inference.structure import find_data_plate
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.structure import find_data_plate
 from pyrolvm.plates import arange_rows, data_rows
+from pyrolvm.seeds import Purpose, derived_seed
 
 CHUNK_ROWS = 4096
 
@@ -40,7 +41,7 @@ class HeldOutBound:
     def __call__(self) -> float:
         """The bound, nats per datum."""
         program, total = self.step.program, 0.0
-        with seeded(derived_seed(self.seed, EVALUATION), program.device), program.scope():
+        with seeded(derived_seed(self.seed, Purpose.HELD_OUT), program.device), program.scope():
             for rows in self.chunks:
                 total += self._bound(rows) * len(rows)
         return total / sum(len(rows) for rows in self.chunks)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.random import seeded
+from pyrolvm.inference.program.noise import seeded
 from pyrolvm.plates import DATA_PLATE, Rows, current_rows, data_rows
 
 

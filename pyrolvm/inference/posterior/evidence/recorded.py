@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from pyrolvm.inference.engine import graphs
-from pyrolvm.inference.random import kept_generators
+from pyrolvm.inference.program.noise import kept_generators
 
 PATIENCE = 30
 """Calls before one is written down: recording takes about as long."""

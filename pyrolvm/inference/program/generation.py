@@ -9,9 +9,9 @@ import pyro
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
-from pyrolvm.inference.handlers import Fixed, location
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.structure import Structure, sample_sites
+from pyrolvm.inference.program.handlers import Fixed, location
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Structure, sample_sites
 from pyrolvm.plates import arange_rows, data_rows
 
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.evidence.ais import SCHEDULES, Annealing, ais_evidence
-from pyrolvm.inference.evidence.bdmc import bidirectional
-from pyrolvm.inference.evidence.exact import exact_evidence
-from pyrolvm.inference.evidence.importance import check_samples, importance_evidence, iwae_bounds
-from pyrolvm.inference.evidence.psis import khat_threshold, pareto_khat
-from pyrolvm.inference.evidence.streams import StreamingLogMeanExp
+from pyrolvm.inference.posterior.evidence.ais import SCHEDULES, Annealing, ais_evidence
+from pyrolvm.inference.posterior.evidence.bdmc import bidirectional
+from pyrolvm.inference.posterior.evidence.exact import exact_evidence
+from pyrolvm.inference.posterior.evidence.importance import check_samples, importance_evidence, iwae_bounds
+from pyrolvm.inference.posterior.evidence.psis import khat_threshold, pareto_khat
+from pyrolvm.inference.posterior.evidence.streams import StreamingLogMeanExp
 
 if TYPE_CHECKING:
-    from pyrolvm.inference.fitted import FittedModel
+    from pyrolvm.inference.posterior.fitted import FittedModel
 
 METHODS = ("exact", "importance", "iwae", "prior", "ais")
 DRAWS, CHAINS = 100, 16
@@ -77,7 +77,7 @@ def evidence_table(
     - effective_sample_size: (sum w)^2 / sum w^2 of the S weights, between 1 and S; over chains for "ais".
     - k_hat: the shape of the weights' tail, for "importance", "iwae" and "prior" of at least 21 draws. Above
       `khat_threshold(num_samples)` trust neither the value nor its error: the guide or the model is
-      poor there. See `pyrolvm.inference.evidence.psis`.
+      poor there. See `pyrolvm.inference.posterior.evidence.psis`.
     - acceptance: of the Hamiltonian moves, for "ais"; meant to be 0.65.
 
     What a method does not say is NaN. Raises as `FittedModel.log_evidence` does.

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.evidence.hmc import slope_of
-from pyrolvm.inference.evidence.recorded import Recorded
-from pyrolvm.inference.evidence.runs import Run
-from pyrolvm.inference.handlers import Fixed
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.posterior.evidence.hmc import slope_of
+from pyrolvm.inference.posterior.evidence.recorded import Recorded
+from pyrolvm.inference.posterior.evidence.runs import Run
+from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.structure import sample_sites
 
 STARTS = ("prior", "guide")
 

@@ -16,16 +16,24 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch, as_batch
 from pyrolvm.errors import DataError, ProgramError, SettingError
-from pyrolvm.inference import evidence
-from pyrolvm.inference.draws import BUDGET, Draws, can_vectorize, concatenate, posterior_draws, prior_draws
-from pyrolvm.inference.enumerated import can_be_drawn, enumerated_draws
-from pyrolvm.inference.generation import Generator
-from pyrolvm.inference.handlers import Fixed, Means, location
-from pyrolvm.inference.history import held_out_elbo
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.random import EVALUATION, PRIOR_DRAWS, derived_seed, seeded
-from pyrolvm.inference.structure import Structure, sample_sites
+from pyrolvm.inference.posterior import evidence
+from pyrolvm.inference.posterior.history import held_out_elbo
+from pyrolvm.inference.program.draws import (
+    BUDGET,
+    Draws,
+    can_vectorize,
+    concatenate,
+    posterior_draws,
+    prior_draws,
+)
+from pyrolvm.inference.program.enumerated import can_be_drawn, enumerated_draws
+from pyrolvm.inference.program.generation import Generator
+from pyrolvm.inference.program.handlers import Fixed, Means, location
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Structure, sample_sites
 from pyrolvm.plates import arange_rows
+from pyrolvm.seeds import Purpose, derived_seed
 
 Values = Tensor | dict[str, Tensor]
 
@@ -119,7 +127,7 @@ class FittedModel:
         """
         check_count("num_samples", num_samples)
         generate = Generator(self.program, self.structure, self.example, self.num_rows)
-        with self._noise(seed):
+        with self._noise(seed, 0, Purpose.GENERATE):
             if generate.makes_rows and not self.structure.global_latents:
                 return _one_or_all(generate(num_samples, mean=mean))
             parts = [generate(1, mean=mean) for _ in range(num_samples)]
@@ -143,7 +151,7 @@ class FittedModel:
         num_samples: draws per datum (100 if None), or chains of "ais" (16). num_particles: the K of "iwae".
         annealing: of "ais", num_steps=500, start="prior" or "guide", schedule="sigmoid", num_leapfrog=10.
 
-        See `pyrolvm.inference.evidence` for what each computes, and for `evidence_table`, which also gives
+        See `pyrolvm.inference.posterior.evidence` for what each computes, and for `evidence_table`, which also gives
         standard errors and diagnostics. Raises `SettingError` where a method cannot answer.
         """
         return evidence.log_evidence(
@@ -177,7 +185,7 @@ class FittedModel:
         states = math.prod(s.num_states for s in self.structure.sites)
         for index, batch in enumerate(self._chunks(x, per_row=num_samples * states)):
             # draws from the prior share no noise with those from the guide
-            with self._noise(seed, index + PRIOR_DRAWS * prior):
+            with self._noise(seed, index, Purpose.PRIOR if prior else Purpose.GUIDE):
                 part = self._draws(batch, num_samples, prior, shared)
             shared = shared or part.shared
             yield part
@@ -204,7 +212,7 @@ class FittedModel:
 
         extra: JSON-able notes on the run (its data, its command), kept in config.json under "run".
         """
-        from pyrolvm.inference.folder import save_run
+        from pyrolvm.inference.posterior.saving import save_run
 
         return save_run(self, Path(path), extra)
 
@@ -241,9 +249,9 @@ class FittedModel:
         size = max(1, BUDGET // (width * per_row))
         return [batch.take(r) for r in arange_rows(batch.num_rows, self.program.device).split(size)]
 
-    def _noise(self, seed: int, chunk: int = 0) -> Any:
+    def _noise(self, seed: int, chunk: int = 0, purpose: Purpose = Purpose.MEANS) -> Any:
         """Generators of their own for a chunk; the caller's are left as found."""
-        return seeded(derived_seed(seed, EVALUATION + chunk), self.program.device)
+        return seeded(derived_seed(seed, purpose, chunk), self.program.device)
 
     def _locations(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
         trace = self._guide_trace(batch)

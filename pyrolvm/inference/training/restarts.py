@@ -18,12 +18,12 @@ import torch
 from pyrolvm.data.arrays import as_batch
 from pyrolvm.errors import DivergenceError, SettingError
 from pyrolvm.inference.engine import Step
-from pyrolvm.inference.evaluation import HeldOutBound
-from pyrolvm.inference.fit import fit
-from pyrolvm.inference.fitted import FittedModel, suit
+from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import prepare
-from pyrolvm.inference.optimizers import OptimizerSpec
-from pyrolvm.inference.random import EVALUATION, derived_seed
+from pyrolvm.inference.posterior.fitted import FittedModel, suit
+from pyrolvm.inference.training.evaluation import HeldOutBound
+from pyrolvm.inference.training.fit import fit
+from pyrolvm.seeds import Purpose, derived_seed
 
 LAST_SHARE = 0.1
 """The share of the steps that the final bound is averaged over, where nothing is held out."""
@@ -132,7 +132,7 @@ def _hold_out(data: Any, options: dict[str, Any], seed: int) -> tuple[Any, dict[
         raise SettingError(
             f"validation={share} of {batch.num_rows} rows leaves {count} to hold out: give a share such as 0.1"
         )
-    generator = torch.Generator().manual_seed(derived_seed(seed, EVALUATION))
+    generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SPLIT))
     order = torch.randperm(batch.num_rows, generator=generator)
     held_out = batch.take(order[:count].sort().values)
     return batch.take(order[count:].sort().values), options | {"validation": held_out}

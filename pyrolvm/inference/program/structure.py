@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.program import Program, explained
+from pyrolvm.inference.program.program import Program, explained
 
 LEFT_TO_PRIOR = "left_to_prior"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.checkpoint import write_atomically
+from pyrolvm.files import write_atomically
 
 if TYPE_CHECKING:
-    from pyrolvm.inference.training import Report
+    from pyrolvm.inference.training.loop import Report
 
 
 class JSONLines:

@@ -9,13 +9,13 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.evidence.enumeration import enumerable, summed_out
-from pyrolvm.inference.evidence.runs import Run, chunks
-from pyrolvm.inference.handlers import Fixed
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.posterior.evidence.enumeration import enumerable, summed_out
+from pyrolvm.inference.posterior.evidence.runs import Run, chunks
+from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.structure import sample_sites
 
 if TYPE_CHECKING:
-    from pyrolvm.inference.fitted import FittedModel
+    from pyrolvm.inference.posterior.fitted import FittedModel
 
 
 def exact_evidence(fitted: FittedModel, x: Any, seed: int) -> Iterator[dict[str, Tensor]]:

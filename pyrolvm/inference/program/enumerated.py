@@ -22,10 +22,10 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.draws import Draws, _Pair, _with_log_prob, stack, tidy
-from pyrolvm.inference.handlers import Fixed
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.structure import Structure, sample_sites
+from pyrolvm.inference.program.draws import Draws, _Pair, _with_log_prob, stack, tidy
+from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Structure, sample_sites
 
 TOGETHER = "observed"
 """The name of the likelihood of several observed sites that share a summed-out latent."""

@@ -18,9 +18,10 @@ import pandas as pd
 import pyro
 import torch
 
+from pyrolvm._version import __version__
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import RunFolderError
-from pyrolvm.inference.checkpoint import (
+from pyrolvm.files import (
     FORMAT,
     Writer,
     json_writer,
@@ -29,13 +30,13 @@ from pyrolvm.inference.checkpoint import (
     tensor_writer,
     write_together,
 )
-from pyrolvm.inference.devices import resolve_device
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.structure import inspect_program
+from pyrolvm.inference.program.devices import resolve_device
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import inspect_program
 from pyrolvm.plates import arange_rows
 
 if TYPE_CHECKING:
-    from pyrolvm.inference.fitted import FittedModel
+    from pyrolvm.inference.posterior.fitted import FittedModel
 
 CONFIG, PARAMETERS, HISTORY = "config.json", "parameters.safetensors", "history.csv"
 
@@ -89,8 +90,6 @@ def _name_or_none(value: Any) -> bool:
 
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on."""
-    from pyrolvm import __version__
-
     return {
         "pyrolvm": __version__,
         "pyro": pyro.__version__,
@@ -117,7 +116,7 @@ def load_run(
     path: Path, registry: dict[str, Any], model: Any = None, guide: Any = None, device: str = "cpu"
 ) -> FittedModel:
     """Read a run folder. `registry` maps class names to the models that may be built from their arguments."""
-    from pyrolvm.inference.fitted import FittedModel
+    from pyrolvm.inference.posterior.fitted import FittedModel
 
     if not path.is_dir():
         raise RunFolderError(f"{path} is not a folder: name the folder that a run was saved in")

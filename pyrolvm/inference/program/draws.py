@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.handlers import Fixed
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.structure import Structure, sample_sites
-from pyrolvm.inference.weights import PARTICLES, log_densities
+from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.inference.program.weights import PARTICLES, log_densities
 
 BUDGET = 2**22
 """Numbers that one chunk of (draw x datum x feature) may hold."""

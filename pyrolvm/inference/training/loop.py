@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from pyrolvm.data.plan import BatchPlan
-from pyrolvm.data.tables import warn_user
-from pyrolvm.errors import DivergenceError, RunFolderError
-from pyrolvm.inference.checkpoint import read_tensors, write_tensors
-from pyrolvm.inference.divergence import explain, skip_bad_steps
+from pyrolvm.errors import DivergenceError, RunFolderError, warn_user
+from pyrolvm.files import read_tensors, write_tensors
 from pyrolvm.inference.engine import Engine, Step, TrainingState
-from pyrolvm.inference.history import History
-from pyrolvm.inference.plateau import Plateau
-from pyrolvm.inference.progress import Bar
+from pyrolvm.inference.posterior.history import History
+from pyrolvm.inference.training.divergence import explain, skip_bad_steps
+from pyrolvm.inference.training.plateau import Plateau
+from pyrolvm.progress import Bar
 
 CHUNK_SECONDS = 0.25
 CHECKPOINT_FILE = "state.safetensors"

@@ -7,7 +7,7 @@ From z_0 ~ p_0, the prior or the guide, through f_t = p_0^(1 - beta_t) p(x, z)^b
 with T_t a move of Hamiltonian Monte Carlo that leaves f_t invariant. Then E[w] = p(x), and the log of the
 mean of w over chains underestimates log p(x) on average, the less the more steps and chains. Run backwards
 from an exact draw of p(z | x), E[1 / w] = 1 / p(x), and the same mean overestimates it
-(`pyrolvm.inference.evidence.bdmc`).
+(`pyrolvm.inference.posterior.evidence.bdmc`).
 
 Step sizes are learned by a pilot run, one for each datum and part of the path, and then held: had they been
 adapted along the way, w would not be unbiased.
@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.draws import refuse_enumeration
-from pyrolvm.inference.evidence.hmc import State, adapted, hmc_move
-from pyrolvm.inference.evidence.importance import check_guide
-from pyrolvm.inference.evidence.runs import Run, chunks
-from pyrolvm.inference.evidence.streams import StreamingLogMeanExp
-from pyrolvm.inference.evidence.target import STARTS, Target
-from pyrolvm.inference.progress import PATIENCE, progress_bar
+from pyrolvm.inference.posterior.evidence.hmc import State, adapted, hmc_move
+from pyrolvm.inference.posterior.evidence.importance import check_guide
+from pyrolvm.inference.posterior.evidence.runs import Run, chunks
+from pyrolvm.inference.posterior.evidence.streams import StreamingLogMeanExp
+from pyrolvm.inference.posterior.evidence.target import STARTS, Target
+from pyrolvm.inference.program.draws import refuse_enumeration
+from pyrolvm.progress import PATIENCE, progress_bar
 
 if TYPE_CHECKING:
-    from pyrolvm.inference.fitted import FittedModel
+    from pyrolvm.inference.posterior.fitted import FittedModel
 
 SCHEDULES = ("sigmoid", "geometric", "linear")
 PILOT_CHAINS, PILOT_MOVES, PILOT_WARMUP = 4, 100, 20

@@ -22,14 +22,15 @@ from torch.nn.functional import softplus
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
-from pyrolvm.inference.structure import Site, Structure, sample_sites
-from pyrolvm.inference.weights import PARTICLES, LogDensities, log_densities
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Site, Structure, sample_sites
+from pyrolvm.inference.program.weights import PARTICLES, LogDensities, log_densities
 from pyrolvm.plates import arange_rows
+from pyrolvm.seeds import Purpose, derived_seed
 
 if TYPE_CHECKING:
-    from pyrolvm.inference.fitted import FittedModel
+    from pyrolvm.inference.posterior.fitted import FittedModel
 
 BUDGET = 2**20
 """Numbers that one evaluation of (draw x datum x feature) may hold: few MB, near the processor's cache."""
@@ -155,7 +156,7 @@ def chunks(fitted: FittedModel, x: Any, num_samples: int, seed: int) -> Iterator
     for index, part in enumerate(arange_rows(batch.num_rows, device).split(rows)):
         taken = batch if rows == batch.num_rows else batch.take(part)
         run = Run(fitted.program, structure, taken, fitted.num_rows)
-        with seeded(derived_seed(seed, EVALUATION + index), device):
+        with seeded(derived_seed(seed, Purpose.EVIDENCE, index), device):
             yield run, at_once
 
 

@@ -16,19 +16,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyrolvm.data.arrays import Batch, as_batch
 from pyrolvm.data.plan import BatchPlan
 from pyrolvm.errors import DataError, ProgramError, SettingError
-from pyrolvm.inference.devices import resolve_device
 from pyrolvm.inference.engine import Step, choose_engine
-from pyrolvm.inference.evaluation import HeldOutBound
-from pyrolvm.inference.fitted import FittedModel, suit
+from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import prepare
-from pyrolvm.inference.optimizers import OptimizerSpec
-from pyrolvm.inference.plateau import Plateau
-from pyrolvm.inference.program import Program
-from pyrolvm.inference.progress import progress_bar
-from pyrolvm.inference.random import EVALUATION, INITIALISATION, derived_seed, noise_state, seeded
-from pyrolvm.inference.structure import inspect_program
-from pyrolvm.inference.training import CHECKPOINT_FILE, Callback, Training
+from pyrolvm.inference.posterior.fitted import FittedModel, suit
+from pyrolvm.inference.program.devices import resolve_device
+from pyrolvm.inference.program.noise import noise_state, seeded
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import inspect_program
+from pyrolvm.inference.training.evaluation import HeldOutBound
+from pyrolvm.inference.training.loop import CHECKPOINT_FILE, Callback, Training
+from pyrolvm.inference.training.plateau import Plateau
 from pyrolvm.plates import arange_rows
+from pyrolvm.progress import progress_bar
+from pyrolvm.seeds import Purpose, derived_seed
 
 EXAMPLE_ROWS = 8
 
@@ -111,8 +112,8 @@ def fit(
     rows = plan.rows(0, 1)[0].to(target)
     first = batch.take(rows) if batch_size is not None else batch
     total_rows = batch.num_rows or 1
-    program.initialise(first, (total_rows, rows), derived_seed(seed, INITIALISATION))
-    with seeded(derived_seed(seed, EVALUATION), target):
+    program.initialise(first, (total_rows, rows), derived_seed(seed, Purpose.START))
+    with seeded(derived_seed(seed, Purpose.CHECK), target):
         structure = inspect_program(program, first, (total_rows, rows))
     steps = _num_steps(plan, num_steps, num_epochs)
     spec = OptimizerSpec(optimizer, learning_rate, optimizer_options or {}, schedule, clip_norm)
@@ -197,7 +198,7 @@ def _split(batch: Batch, validation: Any, program: Program, seed: int) -> tuple[
             f"validation={validation} of {batch.num_rows} rows leaves {count} to hold out: give a share such as 0.1, "
             "or held-out data"
         )
-    generator = torch.Generator().manual_seed(derived_seed(seed, EVALUATION))
+    generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SPLIT))
     order = torch.randperm(batch.num_rows, generator=generator)
     return batch.take(order[count:].sort().values), batch.take(order[:count].sort().values)
 
@@ -225,7 +226,7 @@ def _plateau(patience: int | None, held_out: Batch | None, step: Step) -> Platea
 def _first_step(step: Step, rows: Tensor, seed: int) -> None:
     """One bound and gradient with all of Pyro's validation on, before anything is trained."""
     program = step.program
-    noise = seeded(derived_seed(seed, EVALUATION), program.device)
+    noise = seeded(derived_seed(seed, Purpose.CHECK), program.device)
     with program.scope(validate=True), noise, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
         try:

@@ -26,17 +26,18 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.evidence.ais import Annealing, backward, check_annealable, forward, pilot
-from pyrolvm.inference.evidence.runs import Run, chunk_sizes, chunks
-from pyrolvm.inference.evidence.streams import StreamingLogMeanExp
-from pyrolvm.inference.evidence.target import Target
-from pyrolvm.inference.handlers import Fixed
-from pyrolvm.inference.progress import PATIENCE, Bar, progress_bar
-from pyrolvm.inference.random import EVALUATION, derived_seed, seeded
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.posterior.evidence.ais import Annealing, backward, check_annealable, forward, pilot
+from pyrolvm.inference.posterior.evidence.runs import Run, chunk_sizes, chunks
+from pyrolvm.inference.posterior.evidence.streams import StreamingLogMeanExp
+from pyrolvm.inference.posterior.evidence.target import Target
+from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.progress import PATIENCE, Bar, progress_bar
+from pyrolvm.seeds import Purpose, derived_seed
 
 if TYPE_CHECKING:
-    from pyrolvm.inference.fitted import FittedModel
+    from pyrolvm.inference.posterior.fitted import FittedModel
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def _simulated(fitted: FittedModel, num_rows: int, num_chains: int, seed: int) -
     rows, _ = chunk_sizes(structure, example, num_rows, num_chains)
     device, held = fitted.program.device, None
     for index, part in enumerate(torch.arange(num_rows, device=device).split(rows)):
-        with seeded(derived_seed(seed, EVALUATION + index), device):
+        with seeded(derived_seed(seed, Purpose.EVIDENCE, index), device):
             if held is None:
                 held = Run(fitted.program, structure, example, fitted.num_rows).held_draw(1)
             run = Run(fitted.program, structure, example.take(part % example.num_rows), fitted.num_rows)

@@ -19,7 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.structure import sample_sites
+from pyrolvm.inference.program.structure import sample_sites
 
 PARTICLES = "num_particles_vectorized"
 

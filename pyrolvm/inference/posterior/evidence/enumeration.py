@@ -21,9 +21,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.evidence.runs import Run
-from pyrolvm.inference.structure import sample_sites
-from pyrolvm.inference.weights import PARTICLES
+from pyrolvm.inference.posterior.evidence.runs import Run
+from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.weights import PARTICLES
 
 
 def summed_out(run: Run, num_samples: int | None, given: Any, held: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,1 @@
+"""`fit` and the loop that it runs."""
