@@ -115,5 +115,22 @@ class BatchPlan:
         return torch.cat([torch.randperm(self.num_rows, generator=generator) for _ in epochs])
 
 
+def split_rows(num_rows: int, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Which rows are trained on and which are held out: two sorted int64 tensors, the same for the same arguments.
+
+    The one splitter of the package: `fit(validation=0.1)`, `Dataset.split` and the shell all use it.
+    Raises `SettingError` unless both parts get a row.
+    """
+    held_out = round(share * num_rows)
+    if not 0 < held_out < num_rows:
+        raise SettingError(
+            f"validation={share} of {num_rows} rows leaves {max(held_out, 0)} to hold out: give a share such as 0.1, "
+            "or held-out data"
+        )
+    generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SPLIT))
+    order = torch.randperm(num_rows, generator=generator)
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

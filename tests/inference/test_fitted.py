@@ -89,8 +89,8 @@ def test_chunks_change_nothing_that_is_not_random(ppca, monkeypatch):
     whole = ppca.encode(X), ppca.reconstruct(X), ppca.log_evidence(X, "exact")
     shapes = {k: v.shape for k, v in ppca.posterior(X, 6).items()}
     monkeypatch.setattr(module, "BUDGET", 7 * 5)
-    assert torch.equal(ppca.encode(X), whole[0])
-    assert torch.equal(ppca.reconstruct(X), whole[1])
+    torch.testing.assert_close(ppca.encode(X), whole[0])
+    torch.testing.assert_close(ppca.reconstruct(X), whole[1])
     torch.testing.assert_close(ppca.log_evidence(X, "exact"), whole[2])
     assert {k: v.shape for k, v in ppca.posterior(X, 6).items()} == shapes
     draws = ppca.posterior(X, 3)["z"]
