@@ -42,10 +42,6 @@ def plot_loadings(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     ax : Axes, optional
         Axes to draw into.
 
-    Returns
-    -------
-    Figure
-
     Raises
     ------
     DataError
@@ -103,10 +99,6 @@ def plot_mixture(
         Names of the two columns of `x`.
     ax : Axes, optional
         Axes to draw into.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------
@@ -177,10 +169,6 @@ def plot_scree(
     ax : Axes, optional
         Axes to draw into.
 
-    Returns
-    -------
-    Figure
-
     Raises
     ------
     DataError
@@ -212,10 +200,6 @@ def plot_weights(weights: Any, *, names: Sequence[str] | None = None, ax: Axes |
         Of the components; their numbers by default.
     ax : Axes, optional
         Axes to draw into.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------

@@ -32,10 +32,6 @@ def plot_samples(
     ax : Axes, optional
         Axes to draw into.
 
-    Returns
-    -------
-    Figure
-
     Raises
     ------
     DataError
@@ -64,10 +60,6 @@ def plot_reconstructions(
         Pictures at most.
     ax : Axes, optional
         Axes to draw into.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------
@@ -106,10 +98,6 @@ def plot_traversals(
         Labels of the axes.
     ax : Axes, optional
         Axes to draw into.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------

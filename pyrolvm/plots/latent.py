@@ -46,10 +46,6 @@ def plot_latents(
     ax : Axes, optional
         Axes to draw into.
 
-    Returns
-    -------
-    Figure
-
     Raises
     ------
     DataError
@@ -117,10 +113,6 @@ def plot_active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
         calls `dimensions`.
     ax : Axes, optional
         Axes to draw into.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------

@@ -27,10 +27,6 @@ def plot_khat(k_hat: Any, threshold: float = 0.7, *, ax: Axes | None = None) -> 
     ax : Axes, optional
         Axes to draw into.
 
-    Returns
-    -------
-    Figure
-
     Raises
     ------
     DataError
@@ -87,10 +83,6 @@ def plot_ranks(
         Share of uniform ranks' counts that the band holds, bin by bin.
     ax : Axes, optional
         Axes to draw one quantity into.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------
@@ -161,10 +153,6 @@ def plot_gaps(table: pd.DataFrame | pd.Series, *, ax: Axes | None = None) -> Fig
         with columns `gap` and, if there, `standard_error`; or a series of gaps. All in nats per datum.
     ax : Axes, optional
         Axes to draw into.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------

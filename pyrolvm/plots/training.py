@@ -45,10 +45,6 @@ def plot_elbo(
     ax : Axes, optional
         Axes to draw into.
 
-    Returns
-    -------
-    Figure
-
     Raises
     ------
     DataError
@@ -84,10 +80,6 @@ def plot_terms(history: pd.DataFrame, columns: Sequence[str] | None = None) -> F
         A fit's record: `step` and any named columns of numbers.
     columns : sequence of str, optional
         By default all but the bounds and the seconds that are not constant.
-
-    Returns
-    -------
-    Figure
 
     Raises
     ------
