@@ -86,7 +86,7 @@ def test_a_bar_inside_another_is_a_further_line_and_vanishes(monkeypatch):
 
 
 def test_a_bar_starts_no_thread(monkeypatch):
-    terminal = watching(monkeypatch)
+    watching(monkeypatch)
     before = threading.active_count()
     with progress_bar("fit", 3):
         assert threading.active_count() == before
