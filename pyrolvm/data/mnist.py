@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pooch
 
+from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.idx import read_idx
-from pyrolvm.data.table import Dataset
 from pyrolvm.errors import DataError, one_of
 from pyrolvm.files import cache_folder
 

@@ -101,7 +101,7 @@ def test_the_second_mirror_helps_out(net, originals):
     [
         (
             ConnectionError("retries exceeded (Caused by no route)"),
-            r"mnist/: no route.*set the environment variable PYROLVM_DATA",
+            r"mnist/: no route.*set the environment.*PYROLVM_DATA",
         ),
         (TimeoutError("timed out"), "timed out"),
         (b"not the file", "hash of downloaded file.*does not match"),
