@@ -123,8 +123,8 @@ def _place(row: int, rest: list[int], columns: list[str] | None) -> str:
 def _refuse(value: Any, place: str, name: str) -> None:
     if np.isnan(value):
         raise DataError(
-            f"{name}: a value is missing at {place} (rows count from 0): fill or drop such rows first "
-            "(in Python, read(..., allow_missing=True) keeps NaN for a model that accepts it)"
+            f"{name}: a value is missing at {place} (rows count from 0): fill or drop such rows first, "
+            "or keep NaN by allow_missing=True for a model that accepts it"
         )
     raise DataError(f"{name}: the value at {place} (rows count from 0) is {value}: replace or drop such rows")
 
