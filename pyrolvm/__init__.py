@@ -55,7 +55,9 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__getattr__("__all__")])
 
 
-def load(path: str | Path, *, model: Any = None, guide: Any = None, device: str = "cpu") -> FittedModel:
+def load(
+    path: str | Path, *, model: Any = None, guide: Any = None, device: str = "cpu", example: Any = None
+) -> FittedModel:
     """Read a run folder back. Nothing in it is executed.
 
     Parameters
@@ -67,13 +69,15 @@ def load(path: str | Path, *, model: Any = None, guide: Any = None, device: str 
         saved. Registered models are built from their recorded arguments.
     device : str
         Where the parameters go.
+    example : optional
+        Some rows of the data, as `fit` took them, for programs that cannot be rebuilt without.
 
     Raises
     ------
     RunFolderError
         The folder is missing, damaged, or of another program or version.
     """
-    from pyrolvm.inference.posterior.saving import load_run
+    from pyrolvm.inference.posterior.loading import load_run
     from pyrolvm.models import REGISTRY
 
-    return load_run(Path(path), REGISTRY, model, guide, device)
+    return load_run(Path(path), REGISTRY, model, guide, device, example)

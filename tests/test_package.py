@@ -71,12 +71,7 @@ APART = {"inference": "models", "diagnostics": "models plots", "plots": "models 
 """What a room does not import although it stands below."""
 
 # Being removed: arrows between rooms that the floors do not allow
-BEING_REMOVED = {
-    ("report", "shell"),
-    ("report", "__init__"),
-    ("inference.posterior.evidence", "inference.posterior.fitted"),
-    ("inference.posterior.fitted", "inference.posterior.saving"),
-}
+BEING_REMOVED = {("report", "shell"), ("report", "__init__")}
 
 
 def modules():
