@@ -7,7 +7,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +28,6 @@ _OPTIONS = {
     "mmap": (".npy", ".idx", ".parquet"),
     "labels": (".csv", ".tsv", ".parquet", ".h5ad"),
 }
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One file and the options of its reading."""
-
-    path: Path
-    columns: Sequence[str] | None
-    labels: str | None
-    key: str | None
-    header: bool | None
-    mmap: bool
-    allow_missing: bool
 
 
 def read(
@@ -91,27 +77,23 @@ def read(
         return dataset if columns is None else dataset.select(columns)
     kind = _kind(path)
     _check_options(path, kind, labels=labels, key=key, header=header, mmap=mmap or None)
-    dataset = _read(_Request(path, columns, labels, key, header, mmap, allow_missing), kind)
+    if kind in (".csv", ".tsv"):
+        dataset = read_csv(path, columns, labels, header, "," if kind == ".csv" else "\t")
+    elif kind == ".parquet":
+        dataset = read_parquet(path, columns, labels, allow_missing, mmap)
+    elif kind == ".h5ad":
+        dataset = read_h5ad(path, columns, labels, key)
+    else:
+        array = read_idx(path, mmap) if kind == ".idx" else _read_numpy(path, key, mmap)
+        check_numeric(array, str(path))
+        dataset = Dataset(array, None, None, str(path))
+        dataset = dataset if columns is None else dataset.select(columns)
     if dataset.num_rows < 2:
         raise DataError(f"{path} has too few rows of data: {dataset.num_rows}, and at least 2 are needed")
     if dataset.values.size == 0:
         raise DataError(f"{path} has no columns of data: its shape is {list(dataset.values.shape)}")
     check_finite(dataset.values, str(path), dataset.columns, allow_missing)
     return dataset
-
-
-def _read(request: _Request, kind: str) -> Dataset:
-    path, columns, labels = request.path, request.columns, request.labels
-    if kind in (".csv", ".tsv"):
-        return read_csv(path, columns, labels, request.header, "," if kind == ".csv" else "\t")
-    if kind == ".parquet":
-        return read_parquet(path, columns, labels, request.allow_missing, request.mmap)
-    if kind == ".h5ad":
-        return read_h5ad(path, columns, labels, request.key)
-    array = read_idx(path, request.mmap) if kind == ".idx" else _read_numpy(request)
-    check_numeric(array, str(path))
-    dataset = Dataset(array, None, None, str(path))
-    return dataset if columns is None else dataset.select(columns)
 
 
 def _existing(source: str | os.PathLike[str]) -> Path | None:
@@ -160,16 +142,15 @@ def _check_options(path: Path, kind: str, **options: object) -> None:
             raise DataError(f"{option}= is for {', '.join(_OPTIONS[option])}, not for {path}: leave it out")
 
 
-def _read_numpy(request: _Request) -> np.ndarray:
+def _read_numpy(path: Path, key: str | None, mmap: bool) -> np.ndarray:
     """The array of an npy file, or of an npz file by its key. Nothing is ever unpickled."""
-    path = request.path
     try:
-        if request.mmap:
+        if mmap:
             return np.load(path, mmap_mode="c", allow_pickle=False)
         # opened here, because numpy leaves its own handle open when an npz file is damaged
         with path.open("rb") as stream:
             loaded = np.load(stream, allow_pickle=False)
-            return loaded if isinstance(loaded, np.ndarray) else loaded[_key(path, loaded.files, request.key)]
+            return loaded if isinstance(loaded, np.ndarray) else loaded[_key(path, loaded.files, key)]
     except DataError:
         raise
     except (ValueError, EOFError, OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
