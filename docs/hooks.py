@@ -13,6 +13,9 @@ from latex2mathml.converter import convert
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 
+# log p: a thin space, unless a bracket follows
+FUNCTION = re.compile(r'(<mi>(?:log|exp|det|min)</mi>)(?!<mo stretchy="false">&#x00028;)')
+
 
 def on_config(config: Any) -> Any:
     """Replace a folder of the menu (`Systems: systems/`) by its pages, so that a new page is listed by itself."""
@@ -32,4 +35,5 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def _mathml(equation: str, display: str) -> str:
     made = convert(html.unescape(equation), display=display)
-    return made.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")  # a relation: space around it
+    made = made.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")  # ~ as a relation: space around it
+    return FUNCTION.sub(r'\1<mspace width="0.167em" />', made)
