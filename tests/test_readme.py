@@ -50,7 +50,7 @@ def test_from_a_script(names):
     fitted, again, iris = (names[1][name] for name in ("fitted", "again", "iris"))
     assert len(fitted.history) == 2000
     exact = fitted.log_evidence(iris, "exact").mean().item()
-    assert exact == pytest.approx(-2.6998, abs=0.005)
+    assert -2.72 < exact <= -2.6997  # below the maximum, by the noise of the last steps
     assert fitted.elbo == pytest.approx(exact, abs=0.05)
     assert fitted.encode(iris).shape == (150, 2)
     assert fitted.sample(10).shape == (10, 4)
