@@ -288,12 +288,12 @@ def _evidence(
     """log p(x) of every row: exact where the model knows it or its latents can be summed out, else estimated."""
     latents = [s for s in fitted.structure.sites if not s.observed]
     if getattr(fitted.program.owner, "log_marginal", None) or all(s.discrete for s in latents):
-        table, method = evidence_table(fitted, data, "exact", seed=seed, progress=progress), "exact"
+        table, method = evidence_table(fitted.pair(data), "exact", seed=seed, progress=progress), "exact"
     elif k_hat is not None and not fitted.structure.global_latents:
         table, method = k_hat, "importance sampling"  # of the same weights
     else:
         table, method = (
-            evidence_table(fitted, data, "importance", num_samples, seed=seed, progress=progress),
+            evidence_table(fitted.pair(data), "importance", num_samples, seed=seed, progress=progress),
             "importance sampling",
         )
     return table[["log_evidence", "standard_error"]].copy(), method
