@@ -106,7 +106,7 @@ def test_a_mixture_over_an_auxiliary_draw_is_no_bound_and_refused():
             psi = pyro.sample("psi", dist.Normal(x / 2, 0.5), infer={"is_auxiliary": True})
             pyro.sample("z", dist.Normal(psi, width))
 
-    with pytest.raises(ProgramError, match="'psi'.*no bound"):
+    with pytest.raises(ProgramError, match=r"'psi'.*no bound"):
         pyrolvm.fit(local, X, guide=guide, num_steps=1, **QUIET)
 
 
@@ -181,13 +181,19 @@ def weighted(weights):
     """The same program, its rows weighted: under a tensor or a number around model and guide alike."""
 
     def model(x):
-        with data_plate(x) as rows, pyro.poutine.scale(scale=weights[rows] if weights.dim() else weights.item()):
+        with (
+            data_plate(x) as rows,
+            pyro.poutine.scale(scale=weights[rows] if weights.dim() else weights.item()),
+        ):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(x):
         width = pyro.param("width", torch.tensor(0.8))
-        with data_plate(x) as rows, pyro.poutine.scale(scale=weights[rows] if weights.dim() else weights.item()):
+        with (
+            data_plate(x) as rows,
+            pyro.poutine.scale(scale=weights[rows] if weights.dim() else weights.item()),
+        ):
             pyro.sample("z", dist.Normal(x / 2, width))
 
     return model, guide

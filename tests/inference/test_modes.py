@@ -23,7 +23,11 @@ class Modern(LatentVariableModel):
         super().__init__()
         self.latent_dim = latent_dim
         self.encoder = nn.Sequential(
-            nn.Linear(data_dim, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 2 * latent_dim)
+            nn.Linear(data_dim, 16),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(16, 2 * latent_dim),
         )
         self.decoder = nn.Linear(latent_dim, data_dim)
 
@@ -97,7 +101,9 @@ def test_training_uses_batch_statistics_and_moves_the_running_ones():
     before = buffers(model)
     pyrolvm.fit(model, X, num_steps=3, batch_size=20, **QUIET)
     norm = model.encoder[1]
-    assert norm.num_batches_tracked == before["encoder.1.num_batches_tracked"] + 3  # trial runs leave no trace
+    assert (
+        norm.num_batches_tracked == before["encoder.1.num_batches_tracked"] + 3
+    )  # trial runs leave no trace
     assert not torch.equal(norm.running_mean, before["encoder.1.running_mean"])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pyrolvm
-from pyrolvm import DataError, LatentVariableModel, SettingError, data_plate
+from pyrolvm import DataError, LatentVariableModel, SettingError
 from pyrolvm.data import Batch
 from pyrolvm.inference.program import pair as pairs
 
@@ -18,7 +18,7 @@ QUIET = {"progress": False, "engine": "eager"}
 
 
 class PerDatum(LatentVariableModel):
-    """z_n ~ N(0, 1), x_n ~ N(z_n, 1), and a private q(z_n) = N(loc_n, scale_n): exact at loc = x/2, scale = sqrt(1/2)."""
+    """z_n ~ N(0, 1), x_n ~ N(z_n, 1), and a private q(z_n) = N(loc_n, scale_n): exact at N(x/2, 1/2)."""
 
     def __init__(self, num_rows: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def test_every_argument_is_checked():
     assert abs(many.mean().item() - weight) < 4 / math.sqrt(4000)
     with pytest.raises(SettingError, match="given="):
         fitted.sample(3)
-    with pytest.raises(SettingError, match="'label'.*x, y"):
+    with pytest.raises(SettingError, match=r"'label'.*x, y"):
         fitted.sample(3, given={"label": y})
     with pytest.raises(DataError, match="has 2 rows"):
         fitted.sample(3, given={"y": y[:2]})

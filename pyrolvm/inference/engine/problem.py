@@ -83,7 +83,7 @@ class Problem:
     def values_at(self, step: int) -> dict[str, float]:
         """Every control but the learning rate after `step` steps."""
         row = self.controls(max(0, step - 1), 1)[0].tolist()
-        return dict(zip(self.scheduled, row, strict=True)) | self.constants
+        return dict(zip(self.scheduled[1:], row[1:], strict=True)) | self.constants
 
     # ------------------------------------------------------------------ loss and gradient
 

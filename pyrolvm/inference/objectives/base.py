@@ -11,6 +11,7 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import Schedule, value_of
 from pyrolvm.inference.program.pair import Pair
@@ -78,12 +79,20 @@ class Objective(pyro.infer.ELBO):
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """A scalar with the value of -bound (nats, summed over data) and the gradient of the surrogate."""
-        for name, module in self.modules().items():
-            pyro.module(f"{type(self).__name__}.{name}", module)
+        lazy = any(is_lazy(p) for module in self.modules().values() for p in module.parameters())
+        if not lazy:
+            self._register()
         controls = {name: value_of(name, schedule, 1.0) for name, schedule in self.controls().items()}
         result = self.estimate(PlainPair(model, guide, args, kwargs), controls)
+        if lazy:  # their shapes are known now
+            self._register()
         surrogate = result.surrogate + self._own_correction(result)
         return -result.bound.detach() + (surrogate - surrogate.detach())
+
+    def _register(self) -> None:
+        """Show Pyro the modules, so that SVI trains them."""
+        for name, module in self.modules().items():
+            pyro.module(f"{type(self).__name__}.{name}", module)
 
     def _own_correction(self, result: Estimate) -> Any:
         """What makes the gradient of the own modules that of their own loss, and changes no other."""

@@ -18,7 +18,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -320,12 +320,15 @@ class _Completed:
 @contextmanager
 def _without_handlers() -> Iterator[None]:
     """Run inside apart from the handlers that are active outside: a user's `poutine.scale` around `fit`, say."""
-    active = _PYRO_STACK[:]
-    _PYRO_STACK.clear()
+    stacks = (_PYRO_STACK, _DIM_ALLOCATOR._stack)  # handlers, and the dimensions that plates outside have taken
+    active = [stack[:] for stack in stacks]
+    for stack in stacks:
+        stack.clear()
     try:
         yield
     finally:
-        _PYRO_STACK[:] = active
+        for stack, before in zip(stacks, active, strict=True):
+            stack[:] = before
 
 
 @contextmanager
