@@ -67,12 +67,13 @@ class Calibration:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def _row(self, u: np.ndarray) -> dict[str, Any]:
-        level = self.alpha / max(self.ranks.shape[1], 1)
+        # half of a quantity's level for uniformity, shared by two tests, and half for symmetry
+        symmetry = self.alpha / max(self.ranks.shape[1], 1) / 2
         p = {"kolmogorov_p": kolmogorov_p(u), "chi_square_p": chi_square_p(u), "symmetry_p": symmetry_p(u)}
         spread = float(u.std() * np.sqrt(12))
-        uniform = min(p["kolmogorov_p"], p["chi_square_p"]) >= level / 2
-        verdict = "calibrated" if uniform and p["symmetry_p"] >= level else "not uniform"
-        if p["symmetry_p"] < level:
+        uniform = min(p["kolmogorov_p"], p["chi_square_p"]) >= symmetry / 2
+        verdict = "calibrated" if uniform else "not uniform"
+        if p["symmetry_p"] < symmetry:
             verdict = "shifted"
         elif not uniform and abs(spread - 1) > 2 / np.sqrt(len(u)):
             verdict = "too narrow" if spread > 1 else "too wide"
