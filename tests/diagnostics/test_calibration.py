@@ -19,7 +19,7 @@ from pyrolvm.diagnostics.calibration import Calibration, calibrate, calibration_
 from pyrolvm.diagnostics.simulated import simulations
 from pyrolvm.diagnostics.uniformity import chi_square_p, ecdf_band, kolmogorov_p, symmetry_p
 
-FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 
 
 EXACT = math.sqrt(0.5)
@@ -72,7 +72,7 @@ def test_a_narrow_but_centred_guide_passes_the_symmetry_test_and_a_shifted_one_f
 
 def test_vsbc_probabilities_are_the_gaussian_distribution_function():
     fitted = local(shift=0.3, scale=0.6)
-    [simulation] = simulations(fitted, fitted.example, 400, rows=True)
+    [simulation] = simulations(fitted.pair(fitted.example), 400, rows=True)
     draws = fitted.draws(simulation.data, 2000).values
     z, x = simulation.truth["z"], simulation.data.double().numpy()
     exact = norm.cdf((z - (x / 2 + 0.3)) / 0.6)
