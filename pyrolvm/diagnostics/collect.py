@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyrolvm.diagnostics.measures import is_whole
 from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import model_record, versions
@@ -121,6 +122,7 @@ def collect(
     if "sample_stats" in arrays:
         arrays["sample_stats"], note = _stats(arrays["sample_stats"], fitted, pair)
         attrs |= {"weights": note} if note else {}
+    arrays = {group: values for group, values in arrays.items() if values}
     plate = fitted.structure.data_plate.name if fitted.structure.data_plate else "row"
     named, coords = name_dims(arrays, layouts, dims, plate, row_names(x), fitted.columns or pair.batch.columns)
     return Collected(arrays, named, coords, attrs)
@@ -287,10 +289,10 @@ def _stats(parts: dict[str, np.ndarray], fitted: FittedModel, pair: Pair) -> tup
     structure, stats, note = fitted.structure, {}, ""
     if structure.data_plate is not None and structure.joint_guide is None:
         stats = {row: parts[row] for row in ROWS if parts[row].shape[1] == pair.num_rows}
-    if structure.global_latents and pair.batch.num_rows != fitted.num_rows:
+    if structure.global_latents and not is_whole(fitted, pair):
         note = (
             f"no log_p and log_q: '{structure.global_latents[0].name}' is shared by all data, its guide is fitted to "
-            f"{fitted.num_rows} rows, and weights for the {pair.batch.num_rows} rows given would lead to another "
+            f"{fitted.num_rows} rows, and weights for the {pair.num_rows} rows given would lead to another "
             "posterior"
         )
     else:

@@ -9,6 +9,7 @@ from enum import IntEnum
 from pyro.poutine.trace_struct import Trace
 
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair, Values
 from pyrolvm.inference.program.structure import Site, Structure
@@ -109,6 +110,11 @@ def local_sites(structure: Structure, what: str, *, summed_out: bool = False) ->
             "datum"
         )
     return sites
+
+
+def is_whole(fitted: FittedModel, pair: Pair) -> bool:
+    """Whether a pair holds as many rows as the fit: the posterior of what all data share is that of these."""
+    return fitted.structure.data_plate is None or pair.num_rows == fitted.num_rows
 
 
 def compared(values: list[float], limit: float) -> tuple[list[str], str]:

@@ -158,7 +158,7 @@ class _Observed:
         self.rows, self.holes = None, None
         if (kept := observed_mask(pair, node)) is not None:
             self.rows = kept.reshape(len(kept), -1).any(1)
-            self.holes = _event_wide(~kept[self.rows], self.value[self.rows])
+            self.holes = ~kept[self.rows]
             self.median = self.value[self.rows][~self.holes].double().median()
 
     def of(self, value: Tensor) -> dict[str, float]:
@@ -169,20 +169,18 @@ class _Observed:
 
 
 def observed_mask(pair: Pair, node: Any) -> Tensor | None:
-    """Which values of an observed site count: bool [rows, plates...]; None if all do."""
-    mask = node["mask"]
-    own = getattr(node["fn"], "_mask", None)  # of `dist.mask(...)`
-    both = [torch.as_tensor(m, device=pair.device) for m in (mask, own) if m is not None]
-    if not both:
-        return None
-    kept = both[0] if len(both) == 1 else both[0] & both[1]
-    kept = tidy(pair.structure, node, kept, event=False)[0]
-    return None if bool(kept.all()) else kept
+    """Which values of an observed site count: bool [rows, plates..., event...]; None if all do."""
+    fn, kept = node["fn"], _wide(node["mask"], node["fn"], node["value"])
+    while fn is not None:  # masks of `dist.mask(...)` lie below `to_event`
+        kept = kept & _wide(getattr(fn, "_mask", None), fn, node["value"])
+        fn = getattr(fn, "base_dist", None)
+    return None if bool(kept.all()) else tidy(pair.structure, node, kept)[0]
 
 
-def _event_wide(mask: Tensor, value: Tensor) -> Tensor:
-    """A mask [rows, plates...] for every entry of values [rows, plates..., event...]."""
-    return mask.reshape(*mask.shape, *(1,) * (value.dim() - mask.dim())).expand(value.shape)
+def _wide(mask: Any, fn: Any, value: Tensor) -> Tensor:
+    """A mask of the batch of `fn`, for every entry of its value."""
+    kept = torch.as_tensor(True if mask is None else mask, device=value.device)
+    return kept.reshape((*kept.shape, *(1,) * len(fn.event_shape))).expand(value.shape)
 
 
 def _evaluate(statistics: Mapping[str, Statistic], value: Tensor) -> dict[str, float]:

@@ -22,6 +22,7 @@ from pyrolvm.diagnostics.measures import (
     Measure,
     Report,
     compared,
+    is_whole,
     joint_draws,
     local_sites,
     measure_seed,
@@ -137,7 +138,8 @@ class GlobalTail(Report):
             return [f"For {names} k-hat is {value}, at most {limit}: the guide is close to their posterior."]
         words = f"For {names} k-hat is {value}, above {limit}: the approximation is poor or the model is wrong"
         if self.joint:
-            words += ", or there are many data (k-hat of a product of weights grows with their number)"
+            words += ", or there are many latents (k-hat of a product of weights grows with their number)"
+            return [f"{words}; a comparison with NUTS tells which."]
         return [
             f"{words}; a guide with correlations (AutoMultivariateNormal) or a comparison with NUTS tells which."
         ]
@@ -277,8 +279,8 @@ def _why_not(fitted: FittedModel, pair: Pair, names: tuple[str, ...]) -> str:
         return "no latents are shared by all data"
     if any(s.enumerated and not s.in_guide for s in structure.sites):
         return "some latents are summed out"
-    if pair.batch.num_rows != fitted.num_rows:
-        given = f"{pair.batch.num_rows} were given"
+    if not is_whole(fitted, pair):
+        given = f"{pair.num_rows} were given"
         return f"their posterior is that of all {fitted.num_rows} training rows, and {given}"
     if all(s.point for s in structure.latents if s.name in names):
         return "the guide holds them at points, which makes it a point estimate"
