@@ -113,8 +113,7 @@ def run_evidence(options: Any) -> None:
     dataset = question.data()
     count = options.num_samples or (None if options.method == "ais" else EVIDENCE_DRAWS)
     table = evidence_table(
-        question.fitted,
-        dataset,
+        question.fitted.pair(dataset),
         options.method,
         count,
         num_particles=options.num_particles,
