@@ -163,11 +163,16 @@ def collapse_report(
         chunks, others = list(pair.chunks(num_samples)), list(_others(pair).chunks(num_samples))
         parts = [
             _Part(chunk, other, given, num_samples // 2, kept)
-            for chunk, other in zip(watched(chunks, "collapse", len(chunks), enabled=progress), others, strict=True)
+            for chunk, other in zip(
+                watched(chunks, "collapse", len(chunks), enabled=progress), others, strict=True
+            )
         ]
         drawn = [d for p in parts for d in p.drawn]
         log_q = log_mixture(list(pair.chunks()), drawn, given, progress=progress)
-    terms = {**_surgery(drawn, log_q), "shuffle_loss": _mean_and_error(torch.cat([p.shuffle_loss for p in parts]))}
+    terms = {
+        **_surgery(drawn, log_q),
+        "shuffle_loss": _mean_and_error(torch.cat([p.shuffle_loss for p in parts])),
+    }
     return CollapseReport(
         dimensions=_dimensions(parts, threshold),
         **{name: mean for name, (mean, _) in terms.items()},
@@ -208,7 +213,9 @@ class _Part:
         for means in self.means:
             for model, guide, count in joint_draws(pair, half, given):
                 self._add(model, guide, means, count / half)
-                self.shuffle_loss = self.shuffle_loss + self._shuffled(model, guide, count) * count / (2 * half)
+                self.shuffle_loss = self.shuffle_loss + self._shuffled(model, guide, count) * count / (
+                    2 * half
+                )
 
     def _add(self, model: Trace, guide: Trace, means: dict[str, Tensor], share: float) -> None:
         for site in self.pair.structure.local_latents:
@@ -235,7 +242,9 @@ class _Part:
         plate, order = self.pair.structure.data_plate, _another(self.pair.num_rows).to(self.pair.device)
         local = [s for s in sample_sites(guide) if self.pair.is_local(s)]
         return {
-            s["name"]: s["value"].index_select(plate.dim - len(s["fn"].event_shape), order) for s in local if plate
+            s["name"]: s["value"].index_select(plate.dim - len(s["fn"].event_shape), order)
+            for s in local
+            if plate
         }
 
     def _log_likelihood(self, trace: Trace) -> Tensor:

@@ -124,7 +124,9 @@ def collect(
         attrs |= {"weights": note} if note else {}
     arrays = {group: values for group, values in arrays.items() if values}
     plate = fitted.structure.data_plate.name if fitted.structure.data_plate else "row"
-    named, coords = name_dims(arrays, layouts, dims, plate, row_names(x), fitted.columns or pair.batch.columns)
+    named, coords = name_dims(
+        arrays, layouts, dims, plate, row_names(x), fitted.columns or pair.batch.columns
+    )
     return Collected(arrays, named, coords, attrs)
 
 
@@ -216,7 +218,11 @@ def _event_names(layouts: Mapping[str, _Layout]) -> dict[str, tuple[str, ...]]:
     """The entries of the first vector of data are features; any other vector's are named after their site."""
     vectors = [k for k, v in layouts.items() if v.data and len(v.event_shape) == 1]
     return {
-        k: (FEATURE,) if k in vectors[:1] else (f"{k}_dim",) if n == 1 else tuple(f"{k}_dim_{i}" for i in range(n))
+        k: (FEATURE,)
+        if k in vectors[:1]
+        else (f"{k}_dim",)
+        if n == 1
+        else tuple(f"{k}_dim_{i}" for i in range(n))
         for k, n in ((k, len(v.event_shape)) for k, v in layouts.items())
     }
 
@@ -280,7 +286,9 @@ def _densities(draws: Draws) -> dict[str, Tensor]:
     return rows | {k: v for k, v in shared if v is not None}
 
 
-def _stats(parts: dict[str, np.ndarray], fitted: FittedModel, pair: Pair) -> tuple[dict[str, np.ndarray], str]:
+def _stats(
+    parts: dict[str, np.ndarray], fitted: FittedModel, pair: Pair
+) -> tuple[dict[str, np.ndarray], str]:
     """Log-densities of each row, and of all, where they mean something; and why not, where they do not.
 
     The joint densities weigh draws of latents that all data share, whose posterior is that of the training data whole:

@@ -59,7 +59,9 @@ class Evidence(Report):
         if self.gap is None:
             return [f"{words}."]
         if self.elbo is None:
-            return [f"{words}; with the shared latents at their means the bound is {self.gap:.2f} below log p(x)."]
+            return [
+                f"{words}; with the shared latents at their means the bound is {self.gap:.2f} below log p(x)."
+            ]
         return [f"{words}, and the bound {self.elbo:.2f}, which is {self.gap:.2f} below."]
 
 
@@ -67,9 +69,14 @@ def evidence_name(fitted: FittedModel) -> str:
     """What `log_evidence` of this program is.
 
     log p(x) = log integral p(x, z) dz is the evidence of a normalised model. With the likelihood under a power, or
-    under weights of rows, it is the logarithm of the tempered model's normaliser, log Z = log integral p(x | z)^w p(z) dz.
+    under weights of rows, it is the logarithm of the tempered model's normaliser,
+    log Z = log integral p(x | z)^w p(z) dz.
     """
-    what = "the log evidence (log Z) of the tempered model, not log p(x)," if fitted.structure.tempered else "log p(x)"
+    what = (
+        "the log evidence (log Z) of the tempered model, not log p(x),"
+        if fitted.structure.tempered
+        else "log p(x)"
+    )
     if fitted.structure.global_latents:
         return f"the guide's predictive {what.removeprefix('the ')}"
     return what
@@ -106,8 +113,8 @@ def evidence_of(
         table, method = evidence_table(pair, "exact", **options), "exact"
     except (SettingError, ProgramError):
         method = "importance sampling"
-        table = tails if tails is not None and not shared else None
-        table = evidence_table(pair, "importance", num_samples, **options) if table is None else table
+        known = tails if not shared else None  # of the same weights
+        table = evidence_table(pair, "importance", num_samples, **options) if known is None else known
     table = table[["log_evidence", "standard_error"]].copy()
     elbo = gap = None
     if tails is not None:

@@ -54,9 +54,7 @@ def _local(asked: Asked, found: Mapping[str, Any]) -> LocalTails:
 def _evidence(asked: Asked, found: Mapping[str, Any]) -> Evidence:
     tails = found["k-hat per datum"].table if "k-hat per datum" in found else None
     rows, options = asked.data.num_rows, asked.options
-    report = evidence_of(
-        asked.fitted, asked.part.batch, asked.num_samples, tails, num_data=rows, **options
-    )
+    report = evidence_of(asked.fitted, asked.part.batch, asked.num_samples, tails, num_data=rows, **options)
     if report.per_datum:
         report.table.index = _row_index(asked)
     return report
@@ -210,7 +208,9 @@ class Diagnosis(Report):
         """Whether no k-hat is above the threshold, and the guide is no point estimate."""
         tail = self.global_tail.k_hat
         local = self.reports.get("k-hat per datum")
-        poor = (local is not None and local.num_above > 0) or (tail is not None and not tail <= self.threshold)
+        poor = (local is not None and local.num_above > 0) or (
+            tail is not None and not tail <= self.threshold
+        )
         return not poor and not self.points
 
     @property
@@ -240,7 +240,9 @@ class Diagnosis(Report):
     @property
     def shown(self) -> str:
         """The largest k-hat, the latent dimensions and the predictive check."""
-        tables = [] if self.k_hat is None else [f"largest k-hat:\n{self.worst.to_string(float_format='%.2f')}"]
+        tables = (
+            [] if self.k_hat is None else [f"largest k-hat:\n{self.worst.to_string(float_format='%.2f')}"]
+        )
         tables += [report.shown for report in (self.collapse, self.predictive) if report is not None]
         return "".join(f"\n{table}\n" for table in tables).rstrip()
 
@@ -306,7 +308,9 @@ def diagnose(
                 reports[name] = MEASURES[name](asked, reports)
             except PyrolvmError as error:
                 refused[name] = str(error)
-            except Exception as error:  # whatever a stranger's guide raises costs its own measure, not the others
+            except (
+                Exception
+            ) as error:  # whatever a stranger's guide raises costs its own measure, not the others
                 refused[name] = f"the program raised {type(error).__name__}: {error}".strip(": ")
             bar.advance()
     structure = fitted.structure

@@ -149,7 +149,7 @@ def _one_group(group: str, values: dict[str, Any], named: dict[str, Any], attrs:
         return from_dict({group: values}, attrs={"/": attrs, group: attrs}, **named)
     with _quietly():
         import arviz
-    return arviz.from_dict(**{group: values}, attrs=attrs, **named)
+    return arviz.from_dict(**{group: values, f"{group}_attrs": attrs}, attrs=attrs, **named)
 
 
 def arviz_is_modern() -> bool:
@@ -233,7 +233,11 @@ def _no_loo(groups: Mapping[str, Any]) -> str:
             "among its groups"
         )
     stats = groups["sample_stats"]
-    return "" if "log_p" in stats else f"weights, and there are {stats.attrs.get('weights', 'none')}: pass the training data"
+    return (
+        ""
+        if "log_p" in stats
+        else f"weights, and there are {stats.attrs.get('weights', 'none')}: pass the training data"
+    )
 
 
 def _weighed_loo(arviz: Any, log_likelihood: Any, log_ratio: Any) -> Any:

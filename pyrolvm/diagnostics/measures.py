@@ -123,4 +123,3 @@ def compared(values: list[float], limit: float) -> tuple[list[str], str]:
     while decimals < 6 and any(f"{v:.{decimals}f}" == f"{limit:.{decimals}f}" != v for v in values):
         decimals += 1
     return [f"{v:.{decimals}f}" for v in values], f"{limit:.{decimals}f}"
-

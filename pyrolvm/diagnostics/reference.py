@@ -82,7 +82,9 @@ class ReferenceComparison(Report):
             for name, row in self.sites.iterrows()
         ]
         distance = self.table["wasserstein"].max()
-        return [f"Against NUTS, {'; '.join(parts)}; farthest is {site}[{element}] (Wasserstein {distance:.2f} sd)."]
+        return [
+            f"Against NUTS, {'; '.join(parts)}; farthest is {site}[{element}] (Wasserstein {distance:.2f} sd)."
+        ]
 
     @property
     def shown(self) -> str:
@@ -177,7 +179,9 @@ def _chains(
 def _unscaled(pair: Pair) -> Any:
     """The model of these rows alone: scaled to N rows, the likelihood of each would count several times."""
     plate = pair.structure.data_plate
-    frames = (f for s in sample_sites(pair.model()) for f in s["cond_indep_stack"] if plate and f.name == plate.name)
+    frames = (
+        f for s in sample_sites(pair.model()) for f in s["cond_indep_stack"] if plate and f.name == plate.name
+    )
     frame = next(frames, None)
     if frame is None or frame.size == frame.full_size:
         return pair.program.model

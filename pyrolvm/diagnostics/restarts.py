@@ -70,7 +70,9 @@ class RestartComparison(Report):
         if near < total:
             words += f" (the worst is {self.bounds['below_best'].max():.2f} below)"
         if near < 2:
-            return [f"{words}: the others found worse optima, so that more restarts may find a better one still."]
+            return [
+                f"{words}: the others found worse optima, so that more restarts may find a better one still."
+            ]
         differ = float((self.table["r_hat"] >= AGREEMENT).mean()) if len(self.table) else 0.0
         if not len(self.table):
             return [f"{words}, and there are no sampled latents to compare."]

@@ -128,7 +128,8 @@ class GlobalTail(Report):
         """The findings in plain words; none without such latents."""
         if not self.names:
             return []
-        names = f"the latents {'of all data together' if self.joint else 'shared by all data'} ({', '.join(self.names)})"
+        which = "of all data together" if self.joint else "shared by all data"
+        names = f"the latents {which} ({', '.join(self.names)})"
         if self.k_hat is None:
             return [f"There is no k-hat for {names}: {self.reason}."]
         if self.k_hat == -math.inf:
@@ -136,7 +137,9 @@ class GlobalTail(Report):
         [value], limit = compared([self.k_hat], self.threshold)
         if self.k_hat <= self.threshold:
             return [f"For {names} k-hat is {value}, at most {limit}: the guide is close to their posterior."]
-        words = f"For {names} k-hat is {value}, above {limit}: the approximation is poor or the model is wrong"
+        words = (
+            f"For {names} k-hat is {value}, above {limit}: the approximation is poor or the model is wrong"
+        )
         if self.joint:
             words += ", or there are many latents (k-hat of a product of weights grows with their number)"
             return [f"{words}; a comparison with NUTS tells which."]
@@ -195,24 +198,25 @@ def local_khat(
 class _Held(Pair):
     """A pair whose global latents are given."""
 
-    values: Values
+    shared: Values
 
     @classmethod
     def at_means(cls, pair: Pair) -> _Held:
         """The global latents at the guide's means."""
+        _ = pair.vectorized  # tried out on the program with nothing given
         return cls._of(pair, pair.held_means())
 
     @classmethod
     def _of(cls, pair: Pair, values: Values) -> _Held:
         held = cls(pair.program, pair.structure, pair.batch, pair.mode)
-        held.values = values
+        held.shared = values
         return held
 
     def guide(self, num_draws: int | None = None, *handlers: Any, given: Values | None = None) -> Trace:
-        return super().guide(num_draws, *handlers, given={**self.values, **(given or {})})
+        return super().guide(num_draws, *handlers, given={**self.shared, **(given or {})})
 
     def on(self, batch: Batch) -> _Held:
-        return self._of(super().on(batch), self.values)
+        return self._of(super().on(batch), self.shared)
 
 
 @torch.no_grad()
