@@ -1,4 +1,4 @@
-"""From a fitted pair to named arrays on the host, a chunk of rows at a time: what `to_inference_data` hands to ArviZ."""
+"""From a fitted pair to named arrays on the host, a chunk of rows at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyrolvm.diagnostics.dims import Arrays, Dims, Layout, check_dims, name_dims
 from pyrolvm.diagnostics.measures import is_whole
 from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -29,10 +30,6 @@ PRIOR = {"prior", "prior_predictive"}
 JOINT = ("log_p", "log_q")
 ROWS = ("log_p_row", "log_q_row")
 GLOBAL = ("log_p_global", "log_q_global")
-FEATURE = "feature"
-
-Arrays = dict[str, dict[str, np.ndarray]]
-Dims = dict[str, dict[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -55,15 +52,6 @@ class Collected:
     dims: Dims
     coords: dict[str, Any]
     attrs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The dimensions of a site: the names of its plates, the data plate first, and its event shape."""
-
-    plates: tuple[str, ...]
-    event_shape: tuple[int, ...]
-    data: bool
 
 
 @dataclass
@@ -104,7 +92,7 @@ def collect(
     _check_memory(fitted, pair.num_rows, num_samples, groups)
     parts = _Parts({s.name for s in fitted.structure.sites if s.local} | {TOGETHER, *ROWS}, groups)
     layouts = _observe(pair, parts)
-    _check_dims(layouts, dims)
+    check_dims(layouts, dims)
     options: dict[str, Any] = {"seed": seed, "progress": progress}
     if POSTERIOR & set(groups):
         enumerated_sites(fitted.structure)  # those that cannot be drawn are refused, not left at the prior
@@ -171,9 +159,9 @@ def numbers_per_draw(structure: Structure, num_rows: int, groups: Sequence[str])
 
 
 @torch.no_grad()
-def _observe(pair: Pair, parts: _Parts) -> dict[str, _Layout]:
+def _observe(pair: Pair, parts: _Parts) -> dict[str, Layout]:
     """The layout of every site, from the model run at the guide's means; its data go to `parts`."""
-    layouts: dict[str, _Layout] = {}
+    layouts: dict[str, Layout] = {}
     data = {s.name for s in pair.structure.observed}
     for chunk in pair.chunks():
         sites = list(sample_sites(chunk.model(given=chunk.means())))
@@ -183,97 +171,12 @@ def _observe(pair: Pair, parts: _Parts) -> dict[str, _Layout]:
     return layouts
 
 
-def _layout(site: Any, structure: Structure, data: bool) -> _Layout:
+def _layout(site: Any, structure: Structure, data: bool) -> Layout:
     """Plates in the order in which draws have them: the data plate, then the others from the left."""
     plate = structure.data_plate.name if structure.data_plate else None
     frames = sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
     frames.sort(key=lambda f: f.name != plate)
-    return _Layout(tuple(f.name for f in frames), tuple(site["fn"].event_shape), data)
-
-
-def name_dims(
-    arrays: Arrays,
-    layouts: Mapping[str, _Layout],
-    given: Mapping[str, Sequence[str]],
-    row_dim: str,
-    rows: Sequence[Any] | None,
-    columns: Sequence[str] | None,
-) -> tuple[Dims, dict[str, Any]]:
-    """Names of all dimensions after the draws, and the labels of rows and features where they fit."""
-    variables = {name for group in arrays.values() for name in group} | {"chain", "draw"}
-    events = _event_names(layouts) | {k: tuple(v) for k, v in given.items()}
-    dims, sizes = {}, dict[str, int]()
-    for group, values in arrays.items():
-        dims[group] = {
-            name: _distinct(_names(group, name, value, layouts, events, row_dim), variables)
-            for name, value in values.items()
-        }
-        for name, value in values.items():
-            _measure(dims[group][name], value.shape[group != "observed_data" :], sizes)
-    labels = {_clear(row_dim, variables): rows, _clear(FEATURE, variables): columns}
-    return dims, {k: list(v) for k, v in labels.items() if v is not None and sizes.get(k) == len(v)}
-
-
-def _event_names(layouts: Mapping[str, _Layout]) -> dict[str, tuple[str, ...]]:
-    """The entries of the first vector of data are features; any other vector's are named after their site."""
-    vectors = [k for k, v in layouts.items() if v.data and len(v.event_shape) == 1]
-    return {
-        k: (FEATURE,)
-        if k in vectors[:1]
-        else (f"{k}_dim",)
-        if n == 1
-        else tuple(f"{k}_dim_{i}" for i in range(n))
-        for k, n in ((k, len(v.event_shape)) for k, v in layouts.items())
-    }
-
-
-def _names(
-    group: str,
-    name: str,
-    value: np.ndarray,
-    layouts: Mapping[str, _Layout],
-    events: Mapping[str, tuple[str, ...]],
-    row_dim: str,
-) -> tuple[str, ...]:
-    wanted = value.ndim - (group != "observed_data")
-    if group == "sample_stats" or name not in layouts:
-        return (row_dim,)[:wanted]
-    plates = layouts[name].plates
-    names = plates[:wanted] if group == "log_likelihood" else plates + events[name]
-    # dimensions that the program declares neither by a plate nor by to_event have no name of their own
-    return names if len(names) == wanted else tuple(f"{name}_dim_{i}" for i in range(wanted))
-
-
-def _distinct(names: tuple[str, ...], variables: set[str]) -> tuple[str, ...]:
-    return tuple(_clear(name, variables) for name in names)
-
-
-def _clear(name: str, variables: set[str]) -> str:
-    """A dimension may not be called like a variable: a site "data" in a plate "data"."""
-    while name in variables:
-        name += "_dim"
-    return name
-
-
-def _measure(names: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    for name, size in zip(names, shape, strict=True):
-        if sizes.setdefault(name, size) != size:
-            raise SettingError(
-                f"the dimension '{name}' has {sizes[name]} entries in one site and {size} in another: "
-                "name them apart with dims={'site': [...]}"
-            )
-
-
-def _check_dims(layouts: Mapping[str, _Layout], given: Mapping[str, Sequence[str]]) -> None:
-    for site, names in given.items():
-        if site not in layouts:
-            raise SettingError(f"dims names the site '{site}', which is not one of {', '.join(layouts)}")
-        shape = layouts[site].event_shape
-        if isinstance(names, str) or len(names) != len(shape) or len(set(names)) < len(names):
-            raise SettingError(
-                f"dims gives '{site}' the names {names!r}, but its event dimensions are {list(shape)}: "
-                f"type a list of {len(shape)} different names"
-            )
+    return Layout(tuple(f.name for f in frames), tuple(site["fn"].event_shape), data)
 
 
 def _densities(draws: Draws) -> dict[str, Tensor]:

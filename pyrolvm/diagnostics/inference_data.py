@@ -149,7 +149,8 @@ def _one_group(group: str, values: dict[str, Any], named: dict[str, Any], attrs:
         return from_dict({group: values}, attrs={"/": attrs, group: attrs}, **named)
     with _quietly():
         import arviz
-    return arviz.from_dict(**{group: values, f"{group}_attrs": attrs}, attrs=attrs, **named)
+    given: Any = {group: values, f"{group}_attrs": attrs}
+    return arviz.from_dict(**given, attrs=attrs, **named)
 
 
 def arviz_is_modern() -> bool:

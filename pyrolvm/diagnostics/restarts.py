@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -173,11 +173,13 @@ def _bound(fitted: FittedModel, x: Any, num_samples: int, seed: int) -> tuple[fl
     with M the rows of `x`, N those of the fit, and enumerated latents summed out. All fits see the same noise.
     """
     enumerated_sites(fitted.structure)  # those that cannot be summed out datum by datum are refused
-    pair, local = fitted.pair(x), cast(Any, 0.0)
+    pair, parts = fitted.pair(x), []
     for draws in fitted.draw_chunks(pair.batch, num_samples, seed=measure_seed(seed, Measure.RESTARTS, 0)):
-        local = local + draws.log_weight.double().sum(1)
-    shared = (draws.global_log_prior - draws.global_log_guide).double()
-    each = local / pair.num_rows + shared / max(1, fitted.num_data)
+        parts.append(draws.log_weight.double().sum(1))
+    shared: Any = (draws.global_log_prior, draws.global_log_guide)
+    each = torch.stack(parts).sum(0) / pair.num_rows + (shared[0] - shared[1]).double() / max(
+        1, fitted.num_data
+    )
     return float(each.mean()), float(each.std() / len(each) ** 0.5)
 
 

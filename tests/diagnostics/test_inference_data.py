@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import pyrolvm
 from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, SettingError
 from pyrolvm.diagnostics import approximate_loo, collect, to_inference_data
+from pyrolvm.diagnostics import dims as dims_module
 from pyrolvm.diagnostics.inference_data import GROUPS, arviz_is_modern, summarise
 from pyrolvm.inference.program.pair import Pair
 
@@ -299,18 +300,18 @@ def test_other_rows_than_the_training_data_have_no_weights_for_loo():
 
 def test_dimensions_are_never_called_like_a_variable_and_mean_one_length():
     layouts = {
-        "data": collect._Layout(("data",), (), True),
-        "draw": collect._Layout(("chain",), (), False),
-        "b": collect._Layout((), (3,), False),
+        "data": dims_module.Layout(("data",), (), True),
+        "draw": dims_module.Layout(("chain",), (), False),
+        "b": dims_module.Layout((), (3,), False),
     }
     arrays = {"posterior": {"draw": np.zeros((4, 2))}, "posterior_predictive": {"data": np.zeros((4, 3))}}
-    dims, coords = collect.name_dims(arrays, layouts, {}, "data", ["a", "b", "c"], None)
+    dims, coords = dims_module.name_dims(arrays, layouts, {}, "data", ["a", "b", "c"], None)
     assert dims["posterior_predictive"]["data"] == ("data_dim",)
     assert dims["posterior"]["draw"] == ("chain_dim",)
     assert coords == {"data_dim": ["a", "b", "c"]}
     arrays = {"posterior": {"draw": np.zeros((4, 2)), "b": np.zeros((4, 3))}}
     with pytest.raises(SettingError, match="'chain_dim' has 2 entries in one site and 3 in another"):
-        collect.name_dims(arrays, layouts, {"b": ["chain"]}, "data", None, None)
+        dims_module.name_dims(arrays, layouts, {"b": ["chain"]}, "data", None, None)
 
 
 def test_labels_are_counted_and_not_averaged():
