@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyrolvm.diagnostics.collapse import CollapseReport, collapse_report
+from pyrolvm.data.arrays import Batch
+from pyrolvm.diagnostics.collapse import collapse_report
 from pyrolvm.diagnostics.evidence import Evidence, evidence_of
-from pyrolvm.diagnostics.gaps import Gaps, evidence_gaps
+from pyrolvm.diagnostics.gaps import evidence_gaps
 from pyrolvm.diagnostics.measures import Report
-from pyrolvm.diagnostics.predictive import PredictiveCheck, Statistic, predictive_check
+from pyrolvm.diagnostics.predictive import Statistic, predictive_check
 from pyrolvm.diagnostics.reference import ReferenceComparison, compare_with_nuts
 from pyrolvm.diagnostics.tails import GlobalTail, LocalTails, global_khat, judged_together, local_khat
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -49,8 +50,8 @@ def _local(asked: Asked, found: Mapping[str, Any]) -> LocalTails:
 
 def _evidence(asked: Asked, found: Mapping[str, Any]) -> Evidence:
     tails = found["k-hat per datum"].table if "k-hat per datum" in found else None
-    rows, options = asked.data.num_rows, asked.options
-    report = evidence_of(asked.fitted, asked.part.batch, asked.num_samples, tails, num_data=rows, **options)
+    options = {"num_data": asked.data.num_rows, **asked.options}
+    report = evidence_of(asked.fitted, asked.part.batch, asked.num_samples, tails, **options)
     if report.per_datum:
         report.table.index = _row_index(asked)
     return report
@@ -71,14 +72,6 @@ def _global(asked: Asked, found: Mapping[str, Any]) -> GlobalTail:
     return global_khat(fitted, asked.data.batch, asked.num_samples, **asked.options)
 
 
-def _gaps(asked: Asked, found: Mapping[str, Any]) -> Gaps:
-    return evidence_gaps(asked.fitted, _first(asked.part, GAP_ROWS), **asked.options)
-
-
-def _collapse(asked: Asked, found: Mapping[str, Any]) -> CollapseReport:
-    return collapse_report(asked.fitted, asked.part.batch, **asked.options)
-
-
 def _reference(asked: Asked, found: Mapping[str, Any]) -> ReferenceComparison:
     if isinstance(asked.reference, ReferenceComparison):
         return asked.reference
@@ -87,11 +80,7 @@ def _reference(asked: Asked, found: Mapping[str, Any]) -> ReferenceComparison:
     return compare_with_nuts(asked.fitted, few, **asked.options)
 
 
-def _predictive(asked: Asked, found: Mapping[str, Any]) -> PredictiveCheck:
-    return predictive_check(asked.fitted, asked.part.batch, asked.statistics, REPLICATES, **asked.options)
-
-
-def _first(pair: Pair, number: int) -> Any:
+def _first(pair: Pair, number: int) -> Batch:
     """The data of the first rows; all, if rows cannot be taken apart."""
     if not pair.structure.chunkable or pair.num_rows <= number:
         return pair.batch
@@ -102,9 +91,11 @@ MEASURES: dict[str, Callable[[Asked, Mapping[str, Any]], Report]] = {
     "k-hat per datum": _local,
     "log p(x)": _evidence,
     "k-hat of shared latents": _global,
-    "gaps": _gaps,
-    "collapse": _collapse,
+    "gaps": lambda a, _: evidence_gaps(a.fitted, _first(a.part, GAP_ROWS), **a.options),
+    "collapse": lambda a, _: collapse_report(a.fitted, a.part.batch, **a.options),
     "reference": _reference,
-    "predictive check": _predictive,
+    "predictive check": lambda a, _: predictive_check(
+        a.fitted, a.part.batch, a.statistics, REPLICATES, **a.options
+    ),
 }
 """What `diagnose` computes, by name: a function of what is asked and of the reports before it."""

@@ -2,7 +2,7 @@
 
 Simulation-based calibration (Talts et al. 2018, "Validating Bayesian inference algorithms with
 simulation-based calibration"): for (z, x) ~ p(z, x) and draws z_1, ..., z_S from the exact posterior
-p(z | x), the rank of z among the draws is uniform on 0, ..., S. Of a guide's draws the ranks also say how it
+p(z | x), the rank of z among the draws is uniform on 0, ..., S. Of a guide's draws the ranks also show how it
 is wrong: low or high for a shift, at both ends for a guide that is too narrow, in the middle for too wide.
 
 VSBC (Yao et al. 2018, "Yes, but did it work?", section 3.2) asks less of a guide, that its marginals are not

@@ -213,7 +213,7 @@ def _stats(
 
 
 def row_names(x: Any) -> Sequence[Any] | None:
-    """The index of the first table among the data, if it says more than the position and names each row once."""
+    """The index of the first table among the data, if it differs from the position and names each row once."""
     parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else (x,)
     for part in parts:
         if isinstance(part, pd.DataFrame | pd.Series):

@@ -99,6 +99,7 @@ def _measure(names: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, in
 
 
 def check_dims(layouts: Mapping[str, Layout], given: Mapping[str, Sequence[str]]) -> None:
+    """Raise `SettingError` for names of unknown sites, or of another number of dimensions."""
     for site, names in given.items():
         if site not in layouts:
             raise SettingError(f"dims names the site '{site}', which is not one of {', '.join(layouts)}")

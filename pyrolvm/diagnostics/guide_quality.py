@@ -11,10 +11,8 @@ import pandas as pd
 import torch
 
 from pyrolvm.diagnostics.asked import MEASURES, Asked
-from pyrolvm.diagnostics.collapse import CollapseReport
-from pyrolvm.diagnostics.gaps import Gaps
 from pyrolvm.diagnostics.measures import Measure, Report, measure_seed
-from pyrolvm.diagnostics.predictive import PredictiveCheck, Statistic
+from pyrolvm.diagnostics.predictive import Statistic
 from pyrolvm.diagnostics.reference import ReferenceComparison
 from pyrolvm.diagnostics.tails import GlobalTail
 from pyrolvm.errors import PyrolvmError, SettingError, count
@@ -24,6 +22,16 @@ from pyrolvm.progress import PATIENCE, progress_bar
 
 FIRST = "log p(x)"
 """The first in words, which the others refer to."""
+
+
+def _part(name: str, attribute: str = "", missing: Any = None, *, doc: str) -> Any:
+    """A property of a diagnosis: the report of that name, or an attribute of it."""
+
+    def read(diagnosis: Diagnosis) -> Any:
+        report = diagnosis.reports.get(name)
+        return missing if report is None else getattr(report, attribute) if attribute else report
+
+    return property(read, doc=doc)
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,48 +64,16 @@ class Diagnosis(Report):
     tempered: bool = False
     points: tuple[str, ...] = field(default=())
 
-    @property
-    def evidence(self) -> pd.DataFrame | None:
-        """`log_evidence` and `standard_error` of each datum, nats."""
-        report = self.reports.get("log p(x)")
-        return None if report is None else report.table
-
-    @property
-    def method(self) -> str:
-        """How the evidence was computed; empty without it."""
-        report = self.reports.get("log p(x)")
-        return "" if report is None else report.method
-
-    @property
-    def k_hat(self) -> pd.DataFrame | None:
-        """k-hat of each datum: see `local_khat`."""
-        report = self.reports.get("k-hat per datum")
-        return None if report is None else report.table
-
-    @property
-    def global_tail(self) -> GlobalTail:
-        """k-hat of the latents shared by all data, or why there is none."""
-        return self.reports.get("k-hat of shared latents", GlobalTail(None))
-
-    @property
-    def collapse(self) -> CollapseReport | None:
-        """What the latents carry."""
-        return self.reports.get("collapse")
-
-    @property
-    def gaps(self) -> Gaps | None:
-        """Where the bound loses."""
-        return self.reports.get("gaps")
-
-    @property
-    def predictive(self) -> PredictiveCheck | None:
-        """Whether the model makes data like these."""
-        return self.reports.get("predictive check")
-
-    @property
-    def reference(self) -> ReferenceComparison | None:
-        """The guide against NUTS."""
-        return self.reports.get("reference")
+    evidence = _part(
+        "log p(x)", "table", doc="`log_evidence` and `standard_error` of each datum, nats; or None."
+    )
+    method = _part("log p(x)", "method", "", doc="How the evidence was computed; empty without it.")
+    k_hat = _part("k-hat per datum", "table", doc="k-hat of each datum, see `local_khat`; or None.")
+    global_tail = _part("k-hat of shared latents", missing=GlobalTail(None), doc="A `GlobalTail`.")
+    collapse = _part("collapse", doc="A `CollapseReport`, or None.")
+    gaps = _part("gaps", doc="`Gaps`, or None.")
+    predictive = _part("predictive check", doc="A `PredictiveCheck`, or None.")
+    reference = _part("reference", doc="A `ReferenceComparison`, or None.")
 
     @property
     def threshold(self) -> float:

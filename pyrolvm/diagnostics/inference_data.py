@@ -1,6 +1,6 @@
 """A fit as ArviZ sees it: InferenceData on ArviZ 0.23, an xarray DataTree on ArviZ 1.x.
 
-Draws of a guide are independent, so they stand as one chain: r-hat and effective sample sizes say nothing
+Draws of a guide are independent, so they stand as one chain: r-hat and effective sample sizes carry no information
 about them, and `az.summary(idata, kind="stats")` is the summary that means something. How far the guide is from
 the posterior is another question: see `pyrolvm.diagnose`.
 
@@ -169,7 +169,7 @@ def _quietly() -> Iterator[None]:
 def summarise(idata: Any, names: Sequence[str] = ()) -> Any:
     """ArviZ's table of the posterior (of `names`, or all), a DataFrame of means, sds and intervals.
 
-    A guide's draws are independent and one chain, so that r-hat and effective sizes would say nothing. Labels have no
+    A guide's draws are independent and one chain, so that r-hat and effective sizes mean nothing. Labels have no
     mean: discrete latents are left out, or, where all are discrete, given as the share of the draws at each value.
     """
     with _quietly():

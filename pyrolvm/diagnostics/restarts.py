@@ -7,7 +7,7 @@ variances and B the variance of their means,
     R-hat = sqrt(((S - 1) / S W + B) / W),
 
 Gelman and Rubin's (1992) with a fit in the place of a chain: near 1 if the fits agree to within their own
-posterior. It says nothing of the guide's distance from the posterior.
+posterior. It does not measure the guide's distance from the posterior.
 """
 
 from __future__ import annotations
