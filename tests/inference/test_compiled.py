@@ -421,7 +421,7 @@ def test_a_chunk_may_be_longer_than_the_buffers(fitted_in_one):
 
 def test_either_engine_goes_on_from_the_others_state(fitted_in_one):
     engine, plan, before, after, terms = fitted_in_one
-    eager = EagerEngine(engine.step)
+    eager = EagerEngine(engine.problem)
     first, second = (eager, engine), (engine, eager)
     for one, other in (first, second):
         state, head = one.run(before.clone(), plan.rows(0, 20))
