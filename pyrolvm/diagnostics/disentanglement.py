@@ -48,7 +48,7 @@ class Disentanglement:
         if "mutual_information" in self.matrices:
             table = self.matrices["mutual_information"]
             pairs = ", ".join(f"{factor} by {code}" for factor, code in table.idxmax().items())
-            words += f" Each factor is told best: {pairs}."
+            words += f" The most informative codes: {pairs}."
         return words
 
     def __str__(self) -> str:
@@ -203,8 +203,8 @@ def factor_vae_score(
         rows = groups[factor][rng.integers(len(groups[factor]))]
         batch = z[rng.choice(rows, BATCH)][:, active]
         votes[int(i >= num_train), (batch.var(0, ddof=1) / variance[active]).argmin(), factor] += 1
-    said = votes[0].argmax(1)
-    return float(votes[1][np.arange(len(active)), said].sum() / num_test)
+    vote = votes[0].argmax(1)
+    return float(votes[1][np.arange(len(active)), vote].sum() / num_test)
 
 
 def modularity(information: np.ndarray) -> float:

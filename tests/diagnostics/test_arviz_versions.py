@@ -28,9 +28,7 @@ def _module(name):
     return importlib.import_module(name)
 
 
-tables_module = _module("pyrolvm.diagnostics.tables")
 idata_module = _module("pyrolvm.diagnostics.inference_data")
-Layout = tables_module.Layout
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.23 announces 1.0
     import arviz as az
@@ -64,11 +62,10 @@ def idata():
             "log_q": _log_normal(m, MEAN, VARIANCE),
         },
     }
-    layouts = {"m": Layout(), "W": Layout((), (3, 2)), "y": Layout(("data",), observed=True, local=True)}
-    names = [f"row {i}" for i in range(N)]
+    dims = {"m": (), "W": ("W_dim_0", "W_dim_1"), "y": ("data",), "log_p": (), "log_q": ()}
     attrs = {"model": "GlobalMean", "inference_library": "pyrolvm", "seed": 0}
-    tables = tables_module.build_tables(arrays, layouts, row_dim="data", row_names=names, attrs=attrs)
-    return idata_module.to_arviz(tables)
+    coords = {"data": [f"row {i}" for i in range(N)]}
+    return idata_module.to_arviz(arrays, dict.fromkeys(arrays, dims), coords, attrs)
 
 
 def test_all_groups_are_there_with_dims_and_attributes(idata):

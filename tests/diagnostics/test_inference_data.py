@@ -17,14 +17,16 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import pyrolvm
 from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, SettingError
 from pyrolvm.diagnostics import approximate_loo, collect, to_inference_data
+from pyrolvm.diagnostics import dims as dims_module
 from pyrolvm.diagnostics.inference_data import GROUPS, arviz_is_modern, summarise
+from pyrolvm.inference.program.pair import Pair
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     import arviz as az
 
 QUIET = {"progress": False, "engine": "eager"}
-STILL = QUIET | {"num_steps": 1, "learning_rate": 1e-12}
+STILL = QUIET | {"num_steps": 1, "learning_rate": 1e-12, "initialise": False}
 X = torch.randn(30, 5, generator=torch.Generator().manual_seed(1))
 TABLE = pd.DataFrame(X.numpy(), columns=list("abcde"), index=[f"row {i}" for i in range(30)])
 
@@ -65,10 +67,9 @@ def test_attributes_say_where_the_numbers_are_from(ppca):
 
 
 def test_values_are_those_of_draws_with_the_same_seed_in_any_chunks(ppca, monkeypatch):
-    import pyrolvm.inference.posterior.fitted as module
-
+    chunks = Pair.chunks
     for budget in (2**22, 9 * 7 * 5):
-        monkeypatch.setattr(module, "BUDGET", budget)
+        monkeypatch.setattr(Pair, "chunks", lambda self, per_row=1, b=budget: chunks(self, per_row, b))
         idata = to_inference_data(ppca, X, num_samples=7, seed=3)
         draws, prior = (ppca.draws(X, 7, seed=3, prior=p) for p in (False, True))
         pairs = [
@@ -138,14 +139,16 @@ def test_eight_schools_in_plain_pyro():
     assert len(az.summary(idata, kind="stats")) == 10
 
 
-def test_a_table_of_the_shared_weights_is_by_feature_and_factor():
+def test_a_table_of_the_shared_weights_is_by_feature_and_factor_if_so_named():
     fitted = pyrolvm.fit(BayesianFactorAnalysis(5, 2, "ard"), TABLE, num_steps=1, **QUIET)
-    idata = to_inference_data(fitted, TABLE, num_samples=3, groups=("posterior", "prior"))
+    names = {"loadings": ["feature", "z_dim"], "relevance": ["z_dim"], "offset": ["feature"]}
+    idata = to_inference_data(fitted, TABLE, num_samples=3, groups=("posterior", "prior"), dims=names)
     for group in ("posterior", "prior"):
-        assert dims(idata, group, "loadings") == ("chain", "draw", "feature", "z_dim")
-        assert dims(idata, group, "relevance") == ("chain", "draw", "z_dim")
-        assert dims(idata, group, "offset") == ("chain", "draw", "feature")
+        for site, own in names.items():
+            assert dims(idata, group, site) == ("chain", "draw", *own)
     assert idata["posterior"]["loadings"].sel(feature="d").shape == (1, 3, 2)
+    plain = to_inference_data(fitted, TABLE, num_samples=3, groups=("posterior",))
+    assert dims(plain, "posterior", "loadings") == ("chain", "draw", "loadings_dim_0", "loadings_dim_1")
 
 
 def test_a_vae_and_a_summary_of_some_of_its_latents():
@@ -182,7 +185,7 @@ def test_only_what_is_wanted_is_drawn_and_kept(ppca, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"groups": ["posterior", "warmup"]}, "'warmup', which is not known: choose from posterior, "),
+        ({"groups": ["posterior", "warmup"]}, "groups='warmup' is not known: choose from posterior, "),
         ({"groups": []}, "groups is empty: choose from"),
         ({"num_samples": 0}, "positive whole number"),
         ({"dims": {"w": ["factor"]}}, "'w', which is not one of z, x"),
@@ -279,6 +282,36 @@ def test_loo_of_the_posterior_from_a_guide_that_is_wrong():
     assert table["elpd_diff"].abs().max() < 0.1
     with pytest.raises(SettingError, match="approximate_loo needs log_likelihood of one observed site"):
         approximate_loo(to_inference_data(fitted, x, num_samples=5, groups=["posterior"]))
+
+
+def test_other_rows_than_the_training_data_have_no_weights_for_loo():
+    x = torch.randn(40, generator=torch.Generator().manual_seed(2)) + 1
+    fitted = pyrolvm.fit(GlobalMean().model, x, guide=GlobalMean().guide, **STILL)
+    part = to_inference_data(fitted, x[:10], num_samples=50)
+    assert set(part["sample_stats"].data_vars) == {"log_p_row", "log_q_row"}
+    with pytest.raises(SettingError, match="'m' is shared by all data, its guide is fitted to 40 rows"):
+        approximate_loo(part)
+    assert {"log_p", "log_q"} <= set(to_inference_data(fitted, x, num_samples=50)["sample_stats"].data_vars)
+    ppca = pyrolvm.fit(
+        PPCA.closed_form(X, 2), X, **STILL
+    )  # latents of each datum only: any rows have weights
+    assert "log_p" in to_inference_data(ppca, X[:10], num_samples=5)["sample_stats"]
+
+
+def test_dimensions_are_never_called_like_a_variable_and_mean_one_length():
+    layouts = {
+        "data": dims_module.Layout(("data",), (), True),
+        "draw": dims_module.Layout(("chain",), (), False),
+        "b": dims_module.Layout((), (3,), False),
+    }
+    arrays = {"posterior": {"draw": np.zeros((4, 2))}, "posterior_predictive": {"data": np.zeros((4, 3))}}
+    dims, coords = dims_module.name_dims(arrays, layouts, {}, "data", ["a", "b", "c"], None)
+    assert dims["posterior_predictive"]["data"] == ("data_dim",)
+    assert dims["posterior"]["draw"] == ("chain_dim",)
+    assert coords == {"data_dim": ["a", "b", "c"]}
+    arrays = {"posterior": {"draw": np.zeros((4, 2)), "b": np.zeros((4, 3))}}
+    with pytest.raises(SettingError, match="'chain_dim' has 2 entries in one site and 3 in another"):
+        dims_module.name_dims(arrays, layouts, {"b": ["chain"]}, "data", None, None)
 
 
 def test_labels_are_counted_and_not_averaged():

@@ -7,13 +7,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import GlobalMean, LocalNormal, eight_schools
-from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+)
 
 import pyrolvm
 from pyrolvm import PPCA, BayesianFactorAnalysis, ProgramError, SettingError, data_plate
 from pyrolvm.diagnostics.tails import global_khat, local_khat
 
-FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 
 
 def local(ratio, num_rows):
@@ -30,7 +35,7 @@ def local(ratio, num_rows):
 def test_khat_of_each_datum_is_that_of_its_guide(ratio, low, high):
     # 1 - ratio^2 in the limit, shrunk towards 1/2; the intervals of Pyro's own test of psis_diagnostic
     x = torch.linspace(-2, 2, 100)
-    table = local_khat(local(ratio, 100), x, 2000)
+    table = local_khat(local(ratio, 100), x, 20_000)
     assert len(table) == 100
     assert low < table["k_hat"].mean() < high
 
@@ -56,9 +61,9 @@ def test_chunks_and_loops_agree(monkeypatch):
     x = torch.randn(60, 4) @ torch.randn(4, 4)
     fitted = pyrolvm.fit(PPCA.closed_form(x, 2), x, **FREEZE)
     whole = local_khat(fitted, x, 100)
-    monkeypatch.setattr("pyrolvm.diagnostics.pair.BUDGET", 100 * 4 * 7)
+    monkeypatch.setattr("pyrolvm.inference.posterior.evidence.chunks.BUDGET", 100 * 4 * 7)
     chunked = local_khat(fitted, x, 100)
-    fitted._vectorized = False
+    fitted.program.vectorized = False
     looped = local_khat(fitted, x, 100)
     for other in (chunked, looped):
         assert other["log_evidence"].to_numpy() == pytest.approx(whole["log_evidence"].to_numpy(), abs=1e-3)
@@ -126,12 +131,86 @@ def test_there_is_no_khat_where_it_would_be_that_of_noise_and_it_says_why():
     assert "no latents are shared" in global_khat(ppca, x).reason
 
 
-def test_a_guide_of_all_data_at_once_has_no_khat_per_datum():
+def test_a_guide_of_all_data_at_once_has_one_khat_of_all_latents_and_none_per_datum():
     y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
     joint = pyrolvm.fit(eight_schools, y, guide=AutoMultivariateNormal, **FREEZE)
-    assert "all data at once" in global_khat(joint, y).reason
+    found = global_khat(joint, y)
+    assert found.joint
+    assert found.names == ("mu", "tau", "theta")
+    assert found.k_hat > found.threshold
+    assert "the latents of all data together (mu, tau, theta)" in found.sentence
     with pytest.raises(ProgramError, match="AutoNormal"):
         local_khat(joint, y)
+
+
+def set_normal(fitted, mean, tril):
+    """Let an AutoGuide of one Gaussian auxiliary be N(mean, tril tril')."""
+    scale, store = tril.diagonal(), fitted.program.parameters
+    with torch.no_grad():
+        store["loc"].copy_(mean)
+        store["scale_unconstrained"].copy_(scale.expm1().log())  # the inverse of softplus
+        if "scale_tril_unconstrained" in store:
+            store["scale_tril_unconstrained"].copy_(tril / scale[:, None])
+        if "cov_factor" in store:
+            store["cov_factor"].zero_()
+
+
+@pytest.mark.parametrize("kind", [AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal])
+def test_an_autoguide_of_one_auxiliary_has_a_khat_and_it_is_right(kind):
+    """q = N(posterior mean, (ratio posterior sd)^2): equal weights for 1, 1 - ratio^2 in the limit below it."""
+    x = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    fitted = pyrolvm.fit(GlobalMean().model, x, guide=kind, **FREEZE)
+    found = {}
+    for ratio in (1.0, 0.5):
+        set_normal(fitted, x.sum() / 21, torch.full((1, 1), ratio / math.sqrt(21)))
+        found[ratio] = global_khat(fitted, x, 20_000)
+    assert found[1.0].names == ("m",)
+    assert found[1.0].k_hat == -math.inf
+    assert 0.6 < found[0.5].k_hat < 0.9
+
+
+def test_a_joint_khat_is_that_of_the_product_of_the_weights():
+    """z, m and x jointly Gaussian: AutoMultivariateNormal at the exact posterior has equal weights."""
+    x = torch.randn(6, generator=torch.Generator().manual_seed(1))
+    fitted = pyrolvm.fit(both, x, guide=AutoMultivariateNormal, **FREEZE)
+    precision = torch.eye(7)
+    precision[0, 0] = 1 + 6  # of m: its prior and six z
+    precision[1:, 1:] = 2 * torch.eye(6)
+    precision[0, 1:] = precision[1:, 0] = -1
+    covariance = precision.inverse()
+    mean = covariance @ torch.cat([torch.zeros(1), x])
+    set_normal(fitted, mean, torch.linalg.cholesky(covariance))
+    found = global_khat(fitted, x, 500)
+    assert found.k_hat == -math.inf
+    assert "the guide is the posterior" in found.sentence
+
+
+def test_a_guide_with_a_flow_has_a_khat():
+    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
+    fitted = pyrolvm.fit(eight_schools, y, guide=AutoIAFNormal, **FREEZE)
+    assert global_khat(fitted, y, 200).k_hat > 0
+
+
+def test_the_likelihood_counts_without_a_data_plate():
+    """m ~ N(0, 1), x ~ N(m, 1) as one vector: a guide at the prior is too wide, not exact."""
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(m, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("m", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    x = 3 + torch.randn(30, generator=torch.Generator().manual_seed(0))
+    found = global_khat(pyrolvm.fit(model, x, guide=guide, **FREEZE), x, 1000)
+    assert found.k_hat > found.threshold
+
+
+def test_a_point_of_each_datum_has_no_khat():
+    x = torch.randn(20)
+    fitted = pyrolvm.fit(LocalNormal().model, x, guide=pyro.infer.autoguide.AutoDelta, **FREEZE)
+    with pytest.raises(ProgramError, match="point estimate: it holds 'z'"):
+        local_khat(fitted, x)
 
 
 def test_points_have_no_khat():

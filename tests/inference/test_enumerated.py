@@ -34,8 +34,8 @@ def test_summed_out_assignments_are_drawn_from_their_posterior(mixture):
     frequencies = np.stack([(z == k).mean(0) for k in range(3)], -1)
     np.testing.assert_allclose(frequencies, expected, atol=4.5 * 0.5 / math.sqrt(2000))
     assert dims(idata, "posterior", "z") == ("chain", "draw", "data")
-    assert dims(idata, "posterior", "means") == ("chain", "draw", "z_category", "feature")
-    assert dims(idata, "posterior", "scale")[-2:] == ("feature", "feature_bis")
+    assert dims(idata, "posterior", "means") == ("chain", "draw", "means_dim_0", "means_dim_1")
+    assert dims(idata, "posterior", "scale")[-2:] == ("scale_dim_1", "scale_dim_2")
 
 
 def test_summed_out_assignments_leave_the_marginal_likelihood(mixture, monkeypatch):
