@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import pyrolvm
 from pyrolvm.cli import app
 from pyrolvm.data import load_dataset
+from pyrolvm.runs import Recipe
 
 RUNNER = CliRunner()
 
@@ -187,7 +188,10 @@ def test_encode_writes_the_guides_means_beside_the_labels(iris, tmp_path):
     codes = pd.read_csv(tmp_path / "codes.csv")
     x, _ = load_dataset("iris").standardise()
     expected = pyrolvm.load(iris).encode(x).numpy()
-    assert list(codes.columns) == ["label", "z_0", "z_1"]
+    assert list(codes.columns) == ["row", "label", "z_0", "z_1", "z_sd_0", "z_sd_1"]
+    assert list(codes["row"]) == list(range(150))
+    draws = pyrolvm.load(iris).posterior(x, 4000)["z"]
+    assert np.allclose(codes[["z_sd_0", "z_sd_1"]], draws.std(0), rtol=0.06)  # five standard errors of an sd
     assert np.allclose(codes[["z_0", "z_1"]], expected, atol=1e-5)
     assert (codes["label"] == x.labels).all()
 
@@ -245,7 +249,8 @@ def test_compare_says_when_bounds_do_not_compare(iris, digits):
 
 def test_diagnose_says_how_good_the_guide_is(iris):
     out = done("diagnose", iris, "iris", "-s", 100)
-    assert "z[0, 0]" in out
+    assert out.startswith("On 150 data")  # the verdict comes first
+    assert "z[0, 0]" not in out  # 300 rows of it are in summary.csv
     assert "k-hat" in out
     assert (iris / "inference_data.nc").exists()
     assert len(pd.read_csv(iris / "summary.csv")) == 300
@@ -287,7 +292,7 @@ def test_restarts_keep_the_best(tmp_path):
     ],
 )
 def test_models_have_short_names(text, name):
-    from pyrolvm.shell.pairs import registry_name
+    from pyrolvm.runs.named import registry_name
 
     assert registry_name(text) == name
 
@@ -314,7 +319,7 @@ def test_options_of_the_model(tmp_path):
     [("2", 2), ("0.5", 0.5), ("true", True), ("None", None), ("a", "a"), ("1,8,8", [1, 8, 8]), ("[3]", [3])],
 )
 def test_values_of_set(text, value):
-    from pyrolvm.shell.pairs import read_setting
+    from pyrolvm.shell.values import read_setting
 
     assert read_setting(f"name={text}") == ("name", value)
 
@@ -365,10 +370,10 @@ def test_the_held_out_rows_do_not_shape_the_transform(tmp_path):
     words = shlex.split("-l 1 -n 2 --standardise --validation 0.25 --split-seed 3 -q")
     done("fit", "ppca", tmp_path / "x.npy", *words, "-o", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["data"]
-    from pyrolvm.data import Dataset
+    from pyrolvm.data.plan import split_rows
 
-    train, _ = Dataset(x).split(0.25, 3)
-    assert np.allclose(record["transforms"][0]["offset"], train.values.mean(0))
+    train, _ = split_rows(20, 0.25, 3)
+    assert np.allclose(record["transforms"][0]["offset"], x[train.numpy()].mean(0))
 
 
 def test_columns_of_a_table_are_remembered(tmp_path):
@@ -381,7 +386,7 @@ def test_columns_of_a_table_are_remembered(tmp_path):
     done("encode", tmp_path / "run", tmp_path / "t.csv", "--labels", "kind", "-o", tmp_path / "codes.csv")
     codes = pd.read_csv(tmp_path / "codes.csv")
     assert list(codes["label"][:3]) == ["x", "y", "z"]
-    assert list(pd.read_csv(tmp_path / "codes.csv").columns) == ["label", "z_0"]
+    assert list(pd.read_csv(tmp_path / "codes.csv").columns) == ["row", "label", "z_0", "z_sd_0"]
     assert done("sample", tmp_path / "run", "-s", 1).splitlines()[0] == "c,a"
 
 
@@ -395,8 +400,8 @@ def test_columns_in_another_order_are_found_by_name_or_refused(tmp_path, monkeyp
     result = pyrolvm_("encode", "run", "turned.csv", "--columns", "weight,height")
     assert result.exit_code == 2
     assert result.stderr.strip() == (
-        "error: --columns weight,height are the run's columns in another order than its height,weight: "
-        "leave --columns out, they are taken by name"
+        "error: columns=weight,height are the run's columns in another order than its height,weight: "
+        "leave columns out, they are taken by name"
     )
     done("encode", "run", "x.csv", "--columns", "height,weight")
 
@@ -410,9 +415,7 @@ def test_a_file_is_read_again_as_it_was(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["data"]
     assert (record["header"], record["columns"]) == (True, ["1990", "2000"])
     assert len(done("encode", "run", "years.csv").splitlines()) == 21
-    from pyrolvm.report.findings import given_data
-
-    assert given_data(record, None).train.values.shape == (20, 2)
+    assert Recipe(record).read_again().train.values.shape == (20, 2)
 
 
 def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
@@ -420,8 +423,8 @@ def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
     np.save("x.npy", np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32))
     fit = ("fit", "bfa", "x.npy", "-l", 1, "-n", 3, "-b", 8, "-q", "--engine", "eager", "-o")
     done(*fit, "small")
-    monkeypatch.setattr("pyrolvm.shell.inputs.MAPPED_BYTES", 1)
-    from pyrolvm.shell.inputs import Source, fingerprint
+    monkeypatch.setattr("pyrolvm.runs.recipe.MAPPED_BYTES", 1)
+    from pyrolvm.runs.recipe import Source, fingerprint
 
     values = Source("x.npy").read().values
     assert isinstance(values, np.memmap)
@@ -429,7 +432,7 @@ def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
     done(*fit, "mapped")
     small, mapped = (load_file(tmp_path / n / "parameters.safetensors") for n in ("small", "mapped"))
     assert all(torch.equal(small[k], mapped[k]) for k in small)
-    monkeypatch.setattr("pyrolvm.shell.job.START_ROWS", 10)
+    monkeypatch.setattr("pyrolvm.shell.fitting.START_ROWS", 10)
     done(*fit, "started")  # from ten of the fifty rows
 
 
@@ -484,9 +487,9 @@ def test_version_and_help():
 
 def test_a_run_that_still_rises_says_so(tmp_path):
     short = done("fit", "ppca", "iris", "-l", 1, "-n", 200, "--engine", "eager", "-o", tmp_path / "a")
-    assert "more --steps" in short
+    assert "more --num-steps" in short
     long = done("fit", "gmm", "faithful", "-k", 1, "-n", 200, "--engine", "eager", "-o", tmp_path / "b")
-    assert "more --steps" not in long
+    assert "more --num-steps" not in long
 
 
 def test_an_existing_run_is_replaced_only_on_demand(tmp_path):
@@ -524,7 +527,7 @@ def test_results_of_a_run_that_is_being_replaced_are_said_to_be_so(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrolvm.shell.training._save", stopped)
+        patch.setattr("pyrolvm.shell.fitting._save", stopped)
         assert pyrolvm_(*words, "-n", 4, "--overwrite").exit_code == 130
     sampled = pyrolvm_("sample", tmp_path / "run", "-s", 1)
     assert sampled.exit_code == 0
@@ -570,6 +573,6 @@ def test_diverging_runs_fail_with_one_line_and_keep_the_state(tmp_path):
     ]
     result = pyrolvm_(*words)
     assert result.exit_code == 1
-    assert "--clip-norm" in result.stderr
+    assert "clip_norm" in result.stderr
     assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
     assert not (tmp_path / "run" / "config.json").exists()

@@ -1,0 +1,331 @@
+"""All commands: which function each calls, and what the shell adds to its options."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyrolvm.shell.signatures import Option, given, model_options, options_of, sharing
+
+MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
+OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi")
+SCHEDULES = ("none", "cosine", "exponential")
+SILENT = ("resume", "overwrite", "quiet")
+"""Options that do not change the numbers of a run, left out of the command that repeats it."""
+
+
+def _models(incomplete: str) -> list[str]:
+    from pyrolvm.models import REGISTRY
+
+    return [n.lower() for n in REGISTRY if n.lower().startswith(incomplete.lower())] + _files(
+        incomplete, (".py",)
+    )
+
+
+def _datasets(incomplete: str) -> list[str]:
+    from pyrolvm.data import DATASETS, SUFFIXES
+
+    return [name for name in DATASETS if name.startswith(incomplete)] + _files(incomplete, SUFFIXES)
+
+
+def _files(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    found = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+    texts = [
+        f"{p}/" if p.is_dir() else str(p) for p in found if p.is_dir() or p.name.lower().endswith(suffixes)
+    ]
+    return sorted(t for t in texts if t.startswith(incomplete))
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model's name (see `pyrolvm models`), or file.py:ClassName for a pair of your own.",
+        autocompletion=_models,
+    ),
+]
+DataName = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A data set's name (see `pyrolvm datasets`), or a csv, tsv, parquet, npy, npz, idx or h5ad file.",
+        autocompletion=_datasets,
+    ),
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="A csv, tsv, npy or npz file; printed as csv without one.")
+]
+
+FITTED = "inference/posterior/fitted.py"
+READING = options_of("data/readers.py", "read", ("source", "mmap"), DATA) | {
+    "data_option": Option("data_option", "dict", help="Of a named data set, e.g. split=test.", panel=DATA)
+}
+"""Options of every command that reads DATA."""
+LOADING = {
+    "model": Option(
+        "model", "str", help="The pair of your own that the run is of, FILE.PY:NAME; it is executed."
+    ),
+    "device": Option("device", "str", "cpu", "auto, cpu, cuda, cuda:N or mps."),
+}
+"""Options of every command that loads RUN."""
+PICTURE = {
+    "image_shape": Option("image_shape", "Sequence[int]", help="HEIGHT,WIDTH of a png; square by default.")
+}
+FIT = options_of(
+    "inference/training/fit.py",
+    "fit",
+    ("model", "data", "callbacks", "checkpoint", "resume", "progress"),
+    TRAINING,
+    (
+        ("guide", "str"),
+        ("objective", f"Literal{list(OBJECTIVES)} | str"),
+        ("schedule", f"Literal{list(SCHEDULES)}"),
+        ("dtype", "str"),
+        ("validation", "float"),
+    ),
+)
+ADDED = {
+    option.name: option
+    for option in (
+        Option("num_particles", "int", help="Draws per datum of the objective.", panel=TRAINING),
+        Option("alpha", "float", help="Of renyi; 0 is the importance-weighted bound.", panel=TRAINING),
+        Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
+        Option("initialise", "bool", "True", "Start from the data where the model knows how.", panel=MODEL),
+        Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
+    )
+}
+PREPARING = {
+    option.name: option
+    for option in (
+        Option("standardise", "bool", help="Mean 0 and deviation 1.", panel=DATA),
+        Option(
+            "per_column", "bool", "True", "One mean and deviation for each column, or for all.", panel=DATA
+        ),
+        Option("standardise_overall", "bool", help="--standardise --no-per-column.", panel=DATA),
+        Option("binarise", "bool", help="0 and 1, by --threshold.", panel=DATA),
+        Option("threshold", "float", help="Halfway between the extremes by default.", panel=DATA),
+        Option("split_seed", "int", help="Of the rows held out; --seed by default.", panel=DATA),
+    )
+}
+CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
+SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
+ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
+RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))
+EVIDENCE = options_of(
+    "inference/posterior/evidence/__init__.py", "evidence_table", ("fitted", "x", "progress", "annealing")
+)
+DIAGNOSE = options_of("diagnostics/guide_quality.py", "diagnose", ("fitted", "x", "statistics", "progress"))
+REPORT = options_of("report/writing.py", "write_report", ("path", "data", "model", "guide", "device"))
+
+
+@sharing(FIT, ADDED, PREPARING, READING, CONSTRUCTORS)
+def fit(
+    context: typer.Context,
+    model: ModelName,
+    data: DataName,
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.", rich_help_panel=OUTPUT)
+    ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a stopped run.", rich_help_panel=OUTPUT)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=OUTPUT)
+    ] = False,
+    inference_data: Annotated[
+        bool,
+        typer.Option("--inference-data", help="Write inference_data.nc for ArviZ.", rich_help_panel=OUTPUT),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Errors and warnings only.", rich_help_panel=OUTPUT)
+    ] = False,
+    **shared: Any,
+) -> None:
+    """Fit MODEL to DATA and write the run folder: `pyrolvm.fit`, with the options of the model's constructor.
+
+    [bold]Examples[/bold]
+
+    pyrolvm fit ppca iris --latent-dim 2 --num-steps 2000 --out runs/iris
+
+    pyrolvm fit gmm faithful --num-components 2 --standardise --num-restarts 5 --out runs/faithful
+
+    pyrolvm fit vae digits -l 8 --binarise --hidden 200,200 -b 128 --epochs 50 --lr 0.001 --validation 0.1 -o runs/vae
+
+    pyrolvm fit mine.py:MyModel table.csv --columns height,weight --num-layers 2 --out runs/mine
+
+    Bounds are in nats per datum, higher is better. After Ctrl-C, the same command with --resume continues.
+    """
+    from pyrolvm.shell.fitting import Job, run_fit
+
+    options = given(shared, FIT, ADDED, PREPARING, READING)
+    own = {n: shared[n] for n in CONSTRUCTORS if shared[n] not in (None, [])}
+    job = Job(model, data, options, own, context.args)
+    run_fit(job, Path(out), _repeated(context), resume, overwrite, inference_data, quiet)
+
+
+def _repeated(context: Any) -> str:
+    """The command line that does the same again, from what was given on this one."""
+    words = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in SILENT:
+            words += _words(parameter, context.params[parameter.name])
+    return shlex.join(["pyrolvm", context.info_name, *words, *context.args])
+
+
+def _words(parameter: Any, value: Any) -> list[str]:
+    if parameter.param_type_name == "argument":
+        return [str(value)]
+    if isinstance(value, bool):
+        return [parameter.opts[0] if value else parameter.secondary_opts[0]]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [word for v in values for word in (parameter.opts[0], str(v))]
+
+
+@sharing(SAMPLE, PICTURE, LOADING)
+def sample(run: RunName, out: Out = None, **shared: Any) -> None:
+    """Draw new data from the model of RUN, in the units of its data; --out may be a png.
+
+    [bold]Examples[/bold]
+
+    pyrolvm sample runs/iris --num-samples 1000 --out new.csv
+
+    pyrolvm sample runs/vae --num-samples 64 --mean --out digits.png
+    """
+    from pyrolvm.shell.asking import PICTURES, Question
+
+    question = Question(run, given(shared, LOADING, PICTURE), out, PICTURES)
+    question.write_rows(question.fitted.sample(**given(shared, SAMPLE)))
+
+
+@sharing(ENCODE, READING, LOADING)
+def encode(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+    """Where the guide of RUN puts each row of DATA: mean and sd of q(z | x), or class probabilities.
+
+    [bold]Example[/bold]
+
+    pyrolvm encode runs/iris iris --out codes.csv
+    """
+    from pyrolvm.shell.asking import Question
+
+    Question(run, given(shared, LOADING, READING), out, data=data).encode(**given(shared, ENCODE))
+
+
+@sharing(RECONSTRUCT, PICTURE, READING, LOADING)
+def reconstruct(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+    """The mean of p(x | z) at each row's code, in the units of the data; --out may be a png.
+
+    [bold]Example[/bold]
+
+    pyrolvm reconstruct runs/vae digits --out reconstructions.png
+    """
+    from pyrolvm.shell.asking import PICTURES, Question
+
+    question = Question(run, given(shared, LOADING, PICTURE, READING), out, PICTURES, data)
+    question.write_rows(question.fitted.reconstruct(question.dataset, **given(shared, RECONSTRUCT)))
+
+
+@sharing(EVIDENCE, READING, LOADING)
+def evidence(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+    """Estimate log p(x) of each row of DATA under RUN, in nats; noted in the run for `compare`.
+
+    [bold]Examples[/bold]
+
+    pyrolvm evidence runs/vae mnist --data-option split=test --num-samples 5000
+
+    pyrolvm evidence runs/iris iris --method exact --out evidence.csv
+    """
+    from pyrolvm.shell.asking import Question
+
+    Question(run, given(shared, LOADING, READING), out, data=data).evidence(**given(shared, EVIDENCE))
+
+
+@sharing(DIAGNOSE, READING, LOADING)
+def diagnose(
+    run: RunName,
+    data: DataName,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the draws and their summary.")] = False,
+    **shared: Any,
+) -> None:
+    """How good the guide of RUN is on DATA: evidence, k-hat, collapse, predictive checks, and draws for ArviZ.
+
+    Writes inference_data.nc, summary.csv and k_hat.csv (one row per datum) to the run folder.
+
+    [bold]Examples[/bold]
+
+    pyrolvm diagnose runs/iris iris --num-samples 1000
+
+    pyrolvm diagnose runs/iris iris --quick
+    """
+    from pyrolvm.shell.asking import Question
+
+    Question(run, given(shared, LOADING, READING), data=data).diagnose(quick, **given(shared, DIAGNOSE))
+
+
+@sharing(REPORT, READING, LOADING)
+def report(
+    run: RunName,
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DATA]", help="Other data than those the run was fitted to.", autocompletion=_datasets
+        ),
+    ] = None,
+    **shared: Any,
+) -> None:
+    """Write report.html in RUN: the run, its diagnosis and what the model found, on one page.
+
+    [bold]Example[/bold]
+
+    pyrolvm report runs/iris
+    """
+    from pyrolvm.report import write_report
+    from pyrolvm.shell.asking import on_device, source_of
+    from pyrolvm.shell.printing import console
+
+    source = None if data is None else source_of(data, given(shared, READING))
+    options = given(shared, REPORT, LOADING)
+    console().print(str(write_report(run, source, **on_device(options))))
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Folders of runs.")],
+) -> None:
+    """Runs side by side, the best first: by evidence if all have it, else held-out ELBO, else ELBO.
+
+    [bold]Example[/bold]
+
+    pyrolvm compare runs/*
+    """
+    from pyrolvm.shell.listing import compare
+
+    compare([Path(r) for r in runs])
+
+
+def models() -> None:
+    """The models that `fit` knows by name, and their options.
+
+    [bold]Example[/bold]
+
+    pyrolvm models
+    """
+    from pyrolvm.shell.listing import list_models
+
+    list_models()
+
+
+def datasets() -> None:
+    """The data sets that are known by name.
+
+    [bold]Example[/bold]
+
+    pyrolvm datasets
+    """
+    from pyrolvm.shell.listing import list_datasets
+
+    list_datasets()
