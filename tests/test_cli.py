@@ -576,3 +576,81 @@ def test_diverging_runs_fail_with_one_line_and_keep_the_state(tmp_path):
     assert "clip_norm" in result.stderr
     assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_advice_of_messages_can_be_typed(tmp_path):
+    """`dtype=torch.float64`, `batch_size=None`, `per_column=False`, the class of an objective."""
+    words = "fit ppca iris -l 1 -n 3 --dtype torch.float64 --batch-size None --standardise --no-per-column -q"
+    done(*words.split(), "--objective", "TraceMeanField_ELBO", "-o", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["dtype"], config["settings"]["batch_size"]) == ("float64", None)
+    assert config["settings"]["objective"] == "TraceMeanField_ELBO"
+    assert np.ndim(config["run"]["data"]["transforms"][0]["scale"]) == 0
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n3,\n5,6\n")
+    result = pyrolvm_("fit", "ppca", tmp_path / "x.csv", "-l", 1, "--allow-missing", "-o", tmp_path / "nan")
+    assert result.exit_code == 2
+    assert "nan" in result.stderr  # the model refuses, not the command line
+
+
+def test_an_option_of_the_constructor_is_an_option_of_the_shell(own):
+    done("fit", "own.py:Line", "faithful", "--slope", "0.5", "-n", 3, "-q", "-o", "a")
+    done("fit", "own.py:Line", "faithful", "--slope=0.5", "-n", 3, "-q", "-o", "b")
+    for name in "ab":
+        arguments = json.loads((own / name / "config.json").read_text())["model"]["arguments"]
+        assert arguments == {"data_dim": 2, "slope": 0.5}
+    assert "--slope 0.5" in json.loads((own / "a" / "config.json").read_text())["run"]["command"]
+    done("fit", "ppca", "iris", "-l", 1, "--guide", "full", "-n", 3, "-q", "-o", "c")
+    assert json.loads((own / "c" / "config.json").read_text())["model"]["arguments"]["guide"] == "full"
+
+
+def test_a_fit_ends_with_the_next_command(tmp_path):
+    out = done("fit", "ppca", "iris", "-l", 1, "-n", 60, "--lr", 0.05, "-o", tmp_path / "run")
+    command = out.strip().splitlines()[-1].partition("next")[2].split()
+    assert command[:2] == ["pyrolvm", "report"]
+    assert "report.html" in done(*command[1:], "-s", 25)
+
+
+def test_a_full_disk_and_a_stop_leave_nothing_and_say_so(tmp_path, monkeypatch):
+    """No checkpoint could be written: the run is not there to be resumed, and no message says that it is."""
+    from pyrolvm.runs import RunFolder
+
+    def full(path, *_, **__):
+        raise OSError(28, "No space left on device", str(path))
+
+    begin = RunFolder.__call__
+
+    def stop_later(self, report):
+        begin(self, report)
+        if report.step >= 40:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyrolvm.inference.training.loop.write_tensors", full)
+    monkeypatch.setattr(RunFolder, "__call__", stop_later)
+    words = ["fit", "ppca", "iris", "-l", 1, "-n", 5000, "--engine", "eager", "-q", "-o", tmp_path / "run"]
+    result = pyrolvm_(*words)
+    assert result.exit_code == 130
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("stopped at step ")
+    assert last.endswith("no checkpoint could be written, so nothing was kept: repeat the command")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_not_said_to_be_resumable(tmp_path):
+    from pyrolvm.runs import RunFolder
+
+    RunFolder(tmp_path / "run", {}, "pyrolvm fit ppca iris --out run").begin()
+    result = pyrolvm_("encode", tmp_path / "run", "iris")
+    assert result.exit_code == 2
+    assert "ended before its first checkpoint" in result.stderr
+    assert "--out run --overwrite" in result.stderr
+
+
+def test_a_polite_kill_ends_in_a_line_wherever_it_comes(tmp_path, monkeypatch):
+    """Also before training begins: while a step is traced or compiled."""
+    import os
+    import signal
+
+    monkeypatch.setattr("pyrolvm.shell.fitting.fit", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    result = pyrolvm_("fit", "ppca", "iris", "-l", 1, "-o", tmp_path / "run")
+    assert (result.exit_code, result.stderr.strip()) == (130, "stopped")
+    assert list(tmp_path.iterdir()) == []

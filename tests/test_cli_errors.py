@@ -78,6 +78,14 @@ def make_runs(place):
     (place / "damaged" / "config.json").write_text("{")
     parameters = place / "truncated" / "parameters.safetensors"
     parameters.write_bytes(parameters.read_bytes()[:50])
+    (place / "others").mkdir()
+    (place / "others" / "thesis.tex").write_text("mine")
+    for name, size in (("typed", "x"), ("endless", 10**9)):
+        assert shell(f"fit ppca good.csv -l 1 -n 2 -q -o {name}").exit_code == 0
+        config = place / name / "config.json"
+        record = json.loads(config.read_text())
+        record["model"]["arguments"]["latent_dim"] = size
+        config.write_text(json.dumps(record))
     (place / "bare" / "config.json").unlink()
     (place / "bare" / "checkpoint" / "run.json").unlink()
 
@@ -149,13 +157,33 @@ CASES = {
     "negative rate": (PPCA.format("iris") + " --lr -1", "learning_rate must be positive"),
     "all held out": (PPCA.format("iris") + " --validation 1", "share of the rows"),
     "warm-up": (PPCA.format("iris") + " --kl-warmup 2", "between 0 and 1"),
+    "threshold that is no number": (
+        PPCA.format("good.csv") + " --binarise --threshold nan",
+        "threshold=nan must be of type float",
+    ),
+    "weight that is no number": ("fit powervae good.csv -l 1 --beta inf -o out", "beta=inf must be of type"),
+    "time that runs backwards": (PPCA.format("iris") + " --checkpoint-every -1", "must be positive"),
+    "seed below zero": (PPCA.format("iris") + " --split-seed -1", "split_seed must be a whole number"),
+    "column named twice": (PPCA.format("good.csv") + " --columns age,age", "names a column twice"),
     # the command line itself
+    "options before MODEL": ("fit --depth 3 ppca iris -o out", "give MODEL and DATA first"),
+    "three arguments": ("fit ppca iris faithful -o out", "unexpected argument faithful"),
+    "near option of fit": (PPCA.format("iris") + " --bach-size 3", "did you mean --batch-size?"),
     "unknown command": ("fti ppca iris", "fti"),
     "unknown flag": (PPCA.format("iris") + " --latent 2", "--latent"),
     "missing argument": ("fit ppca", "DATA"),
     "missing out": ("fit ppca iris -l 1", "--out"),
     "number wanted": ("fit ppca iris -l two -o out", "latent_dim=two must be of type int"),
     # RUN
+    "folder of other files": (
+        "fit ppca iris -l 1 -n 2 -o others --overwrite",
+        "holds other files (thesis.tex)",
+    ),
+    "resume of nothing": (PPCA.format("iris") + " --resume", "holds no run to resume"),
+    "record of the wrong type": ("sample typed", "config.json is damaged"),
+    "record of an endless size": ("sample endless", "latent_dim=1000000000 does not agree"),
+    "picture shape of a table": ("sample run -o x.csv --image-shape 1,3", "--image-shape is of pictures"),
+    "picture shape of other rows": ("report run --image-shape 2,2", "image_shape=(2, 2) does not suit"),
     "run there already": ("fit ppca good.csv -l 1 -n 2 -o run", "--resume continues it, --overwrite"),
     "resume of another": ("fit ppca good.csv -l 2 -n 2 -o run --resume", "this command has"),
     "resume of other settings": (

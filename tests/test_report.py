@@ -16,7 +16,15 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyrolvm
-from pyrolvm import PPCA, DataError, GaussianMixture, RunFolderError, SettingError, data_plate
+from pyrolvm import (
+    PPCA,
+    BayesianFactorAnalysis,
+    DataError,
+    GaussianMixture,
+    RunFolderError,
+    SettingError,
+    data_plate,
+)
 from pyrolvm.data import load_dataset
 from pyrolvm.diagnostics.guide_quality import diagnose
 from pyrolvm.report import write_report
@@ -162,7 +170,7 @@ def test_drawings_are_plain_svg_without_scripts_or_dates(page):
 def test_pictures_have_words_and_tables_have_heads(page):
     # scree, scores, loadings, bound, histogram, k-hat, active units, gaps, checks
     assert len(page.images) == 9
-    assert all(len(i["alt"]) > 25 for i in page.images)
+    assert all(len(i["alt"]) > 30 for i in page.images)
     assert "" not in page.tables
     heads = [v for tag, k, v in page.attributes if tag == "th" and k == "scope"]
     assert len(heads) == page.tags.count("th")
@@ -315,6 +323,69 @@ def test_what_is_not_defined_for_a_program_is_named(tmp_path):
     assert page.facts["log p(x), nats per datum"]
 
 
+def test_the_page_shows_the_principal_axes(page, iris):
+    """The scree is that of the covariance W W' + s^2 I, the loadings have orthogonal columns."""
+    _, fitted, prepared = iris
+    W = fitted.model.loadings.detach().double()
+    values = torch.linalg.eigvalsh(W.mT @ W).flip(0)
+    total = float(values.sum() + 4 * fitted.model.noise_scale.double() ** 2)
+    alt = next(i["alt"] for i in page.images if i["alt"].startswith("Shares"))
+    assert [float(v) for v in re.findall(r"[\d.]+(?= %)", alt)] == pytest.approx(
+        (100 * values / total).tolist(), abs=0.06
+    )
+    shown = page.table("Loadings in principal axes")
+    unit = prepared.transforms[0].scale
+    rows = np.array([[float(v) for v in row.values()] for row in shown.values()]) / unit[:, None]
+    assert rows[:, 0] @ rows[:, 1] == pytest.approx(0, abs=0.01)
+    assert list(shown) == prepared.train.columns
+    assert any("codes as points" in i["alt"] for i in page.images)
+
+
+def test_the_page_shows_the_components_of_a_mixture(tmp_path):
+    path = tmp_path / "run"
+    fitted, prepared = recorded(Source("faithful"), path, GaussianMixture(2, 2), standardise=True)
+    page = parsed(write_report(path, num_samples=30, max_rows=20))
+    shown = page.table("Components")
+    means = prepared.transforms[0].undo(fitted.model.means.detach().numpy())
+    for k, row in enumerate(shown.values()):
+        assert float(row["weight"]) == pytest.approx(float(fitted.model.weights[k]), abs=5e-4)
+        assert float(row["mean of waiting"]) == pytest.approx(means[k, 1], abs=5e-2)
+        variance = (fitted.model.scale_tril @ fitted.model.scale_tril.mT)[k, 1, 1].item()
+        sd = variance**0.5 * prepared.transforms[0].scale[1]
+        assert float(row["sd of waiting"]) == pytest.approx(sd, abs=5e-2)
+    assert any("ellipses of the 2 components" in i["alt"] for i in page.images)
+
+
+def test_every_model_of_the_suite_shows_itself(tmp_path):
+    fitted, _ = recorded(Source("iris"), tmp_path / "fa", BayesianFactorAnalysis(4, 2), standardise=True)
+    page = parsed(write_report(tmp_path / "fa", num_samples=30, max_rows=20))
+    assert "Loadings, with intervals" in " ".join(page.tables)
+    assert any("codes as points" in i["alt"] for i in page.images)
+    assert "BayesianFactorAnalysis(data_dim=4, latent_dim=2)" in page.facts["model"]
+    assert fitted.model.latent_dim == 2
+
+
+def test_a_fit_of_python_is_reported_on_a_named_data_set(tmp_path):
+    x = load_dataset("iris")
+    fitted = pyrolvm.fit(PPCA(4, 2), x, **FIT)
+    fitted.save(tmp_path)
+    page = parsed(write_report(tmp_path, "iris", num_samples=30, max_rows=150))
+    mean = fitted.log_evidence(x, "exact").mean().item()
+    assert float(page.table("log p of each datum")["mean"]["training rows (150)"]) == pytest.approx(
+        mean, abs=5e-3
+    )
+    assert "mean of data" in page.text
+
+
+def test_tables_can_be_read_on_a_phone_and_on_paper(page):
+    """Each cell carries its column's name, and short tables are not torn between pages."""
+    names = [v for tag, k, v in page.attributes if tag == "td" and k == "data-name"]
+    assert len(names) == page.tags.count("td")
+    assert "" not in names
+    classes = [v for tag, k, v in page.attributes if tag == "div" and k == "class"]
+    assert "scroll short" in classes
+
+
 def test_rows_that_are_pictures_are_drawn(tmp_path):
     _, prepared = recorded(Source("digits"), tmp_path, PPCA(64, 2))
     page = parsed(write_report(tmp_path, num_samples=30, max_rows=20))
@@ -332,6 +403,8 @@ def test_what_cannot_be_is_refused_in_a_line(iris, tmp_path):
         write_report(tmp_path / "nothing")
     with pytest.raises(SettingError, match="num_samples must be"):
         write_report(iris[0], num_samples=3)
+    with pytest.raises(SettingError, match="does not suit rows"):
+        write_report(iris[0], image_shape=(3, 3))
     with pytest.raises(SettingError, match="max_rows must be"):
         write_report(iris[0], max_rows=1)
     with pytest.raises(DataError, match="no column"):

@@ -45,10 +45,18 @@ def _(model: PPCA, found: Findings) -> list[Part]:
     loadings = _loadings(found, (U * S * sign).numpy())
     percent = ", ".join(f"{100 * s:.1f} %" for s in shares[:5])
     return [
-        figure(lambda: draw_scree(shares), "Scree: variance along the principal axes", f"Shares: {percent}."),
+        figure(
+            lambda: draw_scree(shares),
+            "Scree: variance along the principal axes",
+            f"Shares of the variance along the first axes: {percent}.",
+        ),
         *_codes(found, "Scores: means of q(z | x) in principal axes", (Vh.mT * sign).float()),
         *_drawn_loadings(found, loadings),
-        table(loadings["mean"].unstack(), "Loadings in principal axes, in the units of the data", "column"),
+        table(
+            loadings["mean"].unstack(sort=False).add_prefix("axis "),
+            "Loadings in principal axes, in the units of the data",
+            "column",
+        ),
     ]
 
 
@@ -113,7 +121,7 @@ def _scatter(draw: Callable[[Any], Any], labels: Any, count: int, title: str) ->
 def _loadings(found: Findings, loadings: np.ndarray) -> pd.DataFrame:
     """Loadings [data_dim, latent_dim] as `plot_loadings` takes them, in the units of the data."""
     D, L = loadings.shape
-    index = pd.MultiIndex.from_product([_names(found, D), range(L)], names=["feature", "factor"])
+    index = pd.MultiIndex.from_product([_names(found, D), range(1, L + 1)], names=["feature", "factor"])
     mean = (loadings * found.recipe.unit(D)[:, None]).reshape(-1)
     return pd.DataFrame({"mean": mean, "lower": mean, "upper": mean}, index)
 

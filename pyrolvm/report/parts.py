@@ -65,10 +65,10 @@ def figure(draw: Callable[[], Figure], title: str, alt: str) -> Part:
     drawn, stream = draw(), io.BytesIO()
     for ax in drawn.axes:
         for axis in (ax.xaxis, ax.yaxis):
-            if isinstance(
-                axis.get_major_formatter(), ScalarFormatter
-            ):  # the numbers, not what is left above an offset
-                axis.get_major_formatter().set_useOffset(False)
+            if isinstance(formatter := axis.get_major_formatter(), ScalarFormatter):
+                formatter.set_useOffset(
+                    False
+                )  # labels are the numbers, not what is left of them above an offset
     with matplotlib.rc_context({"svg.hashsalt": "pyrolvm"}):  # the same figure gives the same bytes
         drawn.savefig(stream, format="svg", dpi=200, metadata={"Date": None})
     source = "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -205,7 +205,7 @@ class Recipe:
         record = self.record
         if not {"source", "sha256", "vectors"} <= set(record):
             raise DataError("the run folder does not name the data it was fitted to")
-        chosen = {name: record.get(name) for name in CHOICES if name in record}
+        chosen: Any = {name: record[name] for name in CHOICES if name in record}
         source = Source(record["source"], **chosen, options=record.get("options") or {})
         try:
             with (

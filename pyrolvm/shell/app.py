@@ -49,7 +49,6 @@ for _command in (
     commands.reconstruct,
     commands.evidence,
     commands.diagnose,
-    commands.report,
     commands.compare,
     commands.models,
     commands.datasets,

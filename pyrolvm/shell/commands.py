@@ -17,7 +17,8 @@ SILENT = ("resume", "overwrite", "quiet")
 """Options that do not change the numbers of a run, left out of the command that repeats it."""
 
 
-def _models(incomplete: str) -> list[str]:
+def complete_model(incomplete: str) -> list[str]:
+    """Names of models, and files of Python."""
     from pyrolvm.models import REGISTRY
 
     return [n.lower() for n in REGISTRY if n.lower().startswith(incomplete.lower())] + _files(
@@ -25,7 +26,8 @@ def _models(incomplete: str) -> list[str]:
     )
 
 
-def _datasets(incomplete: str) -> list[str]:
+def complete_data(incomplete: str) -> list[str]:
+    """Names of data sets, and files that can be read."""
     from pyrolvm.data import DATASETS, SUFFIXES
 
     return [name for name in DATASETS if name.startswith(incomplete)] + _files(incomplete, SUFFIXES)
@@ -45,7 +47,7 @@ ModelName = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A model's name (see `pyrolvm models`), or file.py:ClassName for a pair of your own.",
-        autocompletion=_models,
+        autocompletion=complete_model,
     ),
 ]
 DataName = Annotated[
@@ -53,7 +55,7 @@ DataName = Annotated[
     typer.Argument(
         metavar="DATA",
         help="A data set's name (see `pyrolvm datasets`), or a csv, tsv, parquet, npy, npz, idx or h5ad file.",
-        autocompletion=_datasets,
+        autocompletion=complete_data,
     ),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
@@ -120,7 +122,6 @@ EVIDENCE = options_of(
     "inference/posterior/evidence/__init__.py", "evidence_table", ("fitted", "x", "progress", "annealing")
 )
 DIAGNOSE = options_of("diagnostics/guide_quality.py", "diagnose", ("fitted", "x", "statistics", "progress"))
-REPORT = options_of("report/writing.py", "write_report", ("path", "data", "model", "guide", "device"))
 
 
 @sharing(FIT, ADDED, PREPARING, READING, CONSTRUCTORS)
@@ -265,32 +266,6 @@ def diagnose(
     from pyrolvm.shell.asking import Question
 
     Question(run, given(shared, LOADING, READING), data=data).diagnose(quick, **given(shared, DIAGNOSE))
-
-
-@sharing(REPORT, READING, LOADING)
-def report(
-    run: RunName,
-    data: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[DATA]", help="Other data than those the run was fitted to.", autocompletion=_datasets
-        ),
-    ] = None,
-    **shared: Any,
-) -> None:
-    """Write report.html in RUN: the run, its diagnosis and what the model found, on one page.
-
-    [bold]Example[/bold]
-
-    pyrolvm report runs/iris
-    """
-    from pyrolvm.report import write_report
-    from pyrolvm.shell.asking import on_device, source_of
-    from pyrolvm.shell.printing import console
-
-    source = None if data is None else source_of(data, given(shared, READING))
-    options = given(shared, REPORT, LOADING)
-    console().print(str(write_report(run, source, **on_device(options))))
 
 
 def compare(

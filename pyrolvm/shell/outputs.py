@@ -69,7 +69,7 @@ def write_values(
     assert out is not None
     if suffix == ".npy" and len(arrays) > 1:
         raise SettingError(f"there are several arrays ({', '.join(arrays)}), too many for .npy: use .npz")
-    named = {k or "values": v for k, v in arrays.items()} | {
+    named: Any = {k or "values": v for k, v in arrays.items()} | {
         f"{k}s": np.asarray(v) for k, v in beside.items()
     }
 
