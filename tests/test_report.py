@@ -328,7 +328,7 @@ def test_the_page_shows_the_principal_axes(page, iris):
     _, fitted, prepared = iris
     W = fitted.model.loadings.detach().double()
     values = torch.linalg.eigvalsh(W.mT @ W).flip(0)
-    total = float(values.sum() + 4 * fitted.model.noise_scale.double() ** 2)
+    total = float(values.sum() + 4 * fitted.model.noise_scale.detach().double() ** 2)
     alt = next(i["alt"] for i in page.images if i["alt"].startswith("Shares"))
     assert [float(v) for v in re.findall(r"[\d.]+(?= %)", alt)] == pytest.approx(
         (100 * values / total).tolist(), abs=0.06
