@@ -72,17 +72,19 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-def load(path: str | Path, *, model: Any = None, guide: Any = None, device: str = "cpu") -> FittedModel:
+def load(
+    path: str | Path, *, model: Any = None, guide: Any = None, device: str = "cpu", example: Any = None
+) -> FittedModel:
     """Read a run folder back. Nothing in it is executed.
 
     The suite's models are built from their recorded arguments; pass `model` (and `guide`) for your own, or
     for a model that was given networks as objects: built as they were when the run was saved.
     Raises `RunFolderError` if the folder is missing, damaged, or of another program or version.
     """
-    from pyrolvm.inference.posterior.saving import load_run
+    from pyrolvm.inference.posterior.loading import load_run
     from pyrolvm.models import REGISTRY
 
-    return load_run(Path(path), REGISTRY, model, guide, device)
+    return load_run(Path(path), REGISTRY, model, guide, device, example)
 
 
 __all__ = [

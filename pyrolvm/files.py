@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyrolvm.errors import RunFolderError
 
-FORMAT = 1
+FORMAT = 2
 
 
 Writer = Callable[[Path], Any]

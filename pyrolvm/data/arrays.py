@@ -8,6 +8,8 @@ that already has the wanted dtype and device, and a numpy array memory-mapped co
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,28 +28,59 @@ from pyrolvm.errors import DataError
 class Batch:
     """The arguments of one call of a model and its guide: tensors of one leading length.
 
-    Args:
-        args: positional arguments; `None` where the program is to be called with None.
-        kwargs: keyword arguments, likewise.
-        columns: the column names of the first table among them, if there is one.
+    Parameters
+    ----------
+    args : tuple of tensors
+        Positional arguments; `None` where the program is to be called with None.
+    kwargs : dict of tensors
+        Keyword arguments, likewise.
+    columns : list of str, optional
+        The column names of the first table among them, if there is one.
+    rows : tensor [batch], optional
+        Which rows of the whole data these are; by default the first ones, in their order.
+    total : int, optional
+        N, the rows of the whole data; by default those held here.
     """
 
     args: tuple[Tensor | None, ...] = ()
     kwargs: dict[str, Tensor | None] = field(default_factory=dict)
     columns: list[str] | None = None
+    rows: Tensor | None = None
+    total: int | None = None
 
     @property
     def num_rows(self) -> int:
         """Leading length of the first tensor that has one; 0 if none has."""
         return next((t.shape[0] for _, t in self.tensors() if t.dim()), 0)
 
+    @property
+    def indices(self) -> Tensor:
+        """Which rows of the whole data these are, int64 [batch]; [0] if there are no rows at all."""
+        if self.rows is not None:
+            return self.rows
+        device = next((t.device for _, t in self.tensors()), None)
+        return torch.arange(self.num_rows or 1, device=device)
+
+    @property
+    def total_rows(self) -> int:
+        """N, the rows of the whole data that this batch was taken from; 1 if there are no rows at all."""
+        return self.total or self.num_rows or 1
+
+    def of(self, total: int) -> Batch:
+        """The same rows as part of data of `total` rows."""
+        return dataclasses.replace(self, rows=self.indices, total=total)
+
+    def numbered(self, rows: Tensor) -> Batch:
+        """The same data under other row numbers, int64 [batch]."""
+        return dataclasses.replace(self, rows=rows, total=self.total_rows)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with the name that messages call it by: `args[0]`, ..., then the keywords."""
         for i, value in enumerate(self.args):
-            if value is not None:
+            if isinstance(value, Tensor):
                 yield f"args[{i}]", value
         for name, value in self.kwargs.items():
-            if value is not None:
+            if isinstance(value, Tensor):
                 yield name, value
 
     def check_rows(self) -> None:
@@ -61,18 +94,31 @@ class Batch:
             )
 
     def take(self, rows: Tensor) -> Batch:
-        """The given rows of every tensor; `rows`: int64 [batch]."""
+        """The given rows of every tensor, which keep their numbers; `rows`: int64 [batch]."""
         self.check_rows()
-        return self._map(lambda t: t.index_select(0, rows.to(t.device)))
+        taken = self._map(lambda t: t.index_select(0, rows.to(t.device)))
+        numbers = rows if self.rows is None else self.rows.index_select(0, rows.to(self.rows.device))
+        return dataclasses.replace(taken, rows=numbers, total=self.total_rows)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same data on another device."""
-        return self._map(lambda t: t.to(device))
+        moved = self._map(lambda t: t.to(device))
+        return moved if self.rows is None else dataclasses.replace(moved, rows=self.rows.to(device))
+
+    def fingerprint(self) -> str:
+        """A digest of names, types, shapes and of up to 2^16 evenly spaced entries of each tensor."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors():
+            flat = tensor.detach().reshape(-1)
+            step = max(1, flat.numel() // 2**16)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         args = tuple(None if v is None else f(v) for v in self.args)
         kwargs = {k: None if v is None else f(v) for k, v in self.kwargs.items()}
-        return Batch(args, kwargs, self.columns)
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
 
 
 def as_batch(data: Any, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Batch:
@@ -98,6 +144,22 @@ def as_batch(data: Any, dtype: torch.dtype = torch.float32, device: torch.device
     parts = tuple(data) if _is_positional(data) else (data,)
     args = tuple(_tensor(v, f"args[{i}]", dtype, device) for i, v in enumerate(parts))
     return Batch(args, {}, _first_columns(parts))
+
+
+def check_finite_tensor(name: str, value: Tensor) -> None:
+    """Raise `DataError` naming the first entry of `value` that is not finite; some rows are looked at at a time."""
+    if not value.is_floating_point():
+        return
+    rows = max(1, 2**22 // max(1, value[:1].numel())) if value.dim() else 1
+    for first in range(0, len(value) if value.dim() else 1, rows):
+        part = value[first : first + rows] if value.dim() else value
+        wrong = ~torch.isfinite(part)
+        if bool(wrong.any()):
+            where = wrong.nonzero()[0].tolist()
+            where[:1] = [first + where[0]] if where else []
+            raise DataError(
+                f"{name} holds {value[tuple(where)].item()} at index {where}: drop or fill such rows first"
+            )
 
 
 def _is_positional(data: Any) -> bool:

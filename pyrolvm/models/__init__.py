@@ -1,25 +1,22 @@
-"""The systems: one file each, all registered here."""
+"""The systems, one file each. An import below registers a model: there is no other list of them."""
 
 from __future__ import annotations
 
-from pyrolvm.models.base import LatentVariableModel
-from pyrolvm.models.factor_analysis import BayesianFactorAnalysis
-from pyrolvm.models.gmm import GaussianMixture
-from pyrolvm.models.power_vae import PowerVAE
-from pyrolvm.models.ppca import PPCA
-from pyrolvm.models.vae import VAE
+from pyrolvm.models.base import LatentVariableModel as LatentVariableModel
+
+# isort: off
+from pyrolvm.models.ppca import PPCA as PPCA
+from pyrolvm.models.gmm import GaussianMixture as GaussianMixture
+from pyrolvm.models.factor_analysis import BayesianFactorAnalysis as BayesianFactorAnalysis
+from pyrolvm.models.vae import VAE as VAE
+from pyrolvm.models.power_vae import PowerVAE as PowerVAE
+# isort: on
 
 REGISTRY: dict[str, type[LatentVariableModel]] = {
-    cls.__name__: cls for cls in (PPCA, GaussianMixture, BayesianFactorAnalysis, VAE, PowerVAE)
+    name: value
+    for name, value in globals().items()
+    if isinstance(value, type) and issubclass(value, LatentVariableModel) and value is not LatentVariableModel
 }
 """Class name -> model: what the shell can fit and a run folder can build again."""
 
-__all__ = [
-    "PPCA",
-    "REGISTRY",
-    "VAE",
-    "BayesianFactorAnalysis",
-    "GaussianMixture",
-    "LatentVariableModel",
-    "PowerVAE",
-]
+__all__ = ["REGISTRY", "LatentVariableModel", *REGISTRY]

@@ -1,4 +1,4 @@
-"""Making draws speak of the same factor and of the same component.
+"""Alignment: the same factor, and the same component, in every draw and every run.
 
 Factor loadings are known up to a rotation, W z = (W R)(R^T z), and mixtures up to the components' names:
 averages over draws or over runs mean something only once these are settled.
@@ -13,23 +13,29 @@ averages over draws or over runs mean something only once these are settled.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.errors import DataError, one_of
 
 Method = Literal["procrustes", "varimax", "signs"]
 
 
 class Aligned(NamedTuple):
-    """Loadings W R and the orthogonal R that took them there; the scores go along as z R."""
+    """Rotated loadings W R and the orthogonal R; the scores that belong to them are z R.
 
-    loadings: Tensor  # [..., data_dim, latent_dim]
-    rotation: Tensor  # [..., latent_dim, latent_dim]
+    Attributes
+    ----------
+    loadings : Tensor [..., data_dim, latent_dim]
+    rotation : Tensor [..., latent_dim, latent_dim]
+    """
+
+    loadings: Tensor
+    rotation: Tensor
 
 
 def procrustes(loadings: Tensor, reference: Tensor) -> Aligned:
@@ -39,7 +45,16 @@ def procrustes(loadings: Tensor, reference: Tensor) -> Aligned:
 
 
 def varimax(loadings: Tensor, max_steps: int = 500, tolerance: float = 1e-10) -> Aligned:
-    """Rotate `loadings` [D, L] so that the variance of their squares, summed over columns, is largest."""
+    """Rotate loadings so that the variance of their squares, summed over columns, is largest.
+
+    Parameters
+    ----------
+    loadings : Tensor [data_dim, latent_dim]
+    max_steps : int
+        Steps at most.
+    tolerance : float
+        Stop once the criterion rises by less than this share of itself.
+    """
     R = torch.eye(loadings.shape[-1], dtype=loadings.dtype, device=loadings.device)
     previous = loadings.new_zeros(())
     for _ in range(max_steps):
@@ -79,13 +94,25 @@ def align_loadings(draws: Tensor, reference: Tensor | None = None, method: Metho
 
     Parameters
     ----------
-    draws: [num_draws, data_dim, latent_dim].
-    reference: [data_dim, latent_dim]; by default the draws' own mean, found by alternating alignment and
-        averaging from the first draw, both in `canonical` form.
-    method: "procrustes" (any rotation), "varimax" (each draw to simple structure, then order and signs), or
-        "signs" (order and signs only: for priors such as ARD that already fix the rotation).
+    draws : Tensor [num_draws, data_dim, latent_dim]
+    reference : Tensor [data_dim, latent_dim], optional
+        By default the draws' own mean, found by alternating alignment and averaging from the first draw, both in
+        `canonical` form.
+    method : {"procrustes", "varimax", "signs"}
+        Any rotation; each draw to simple structure, then order and signs; or order and signs only, for priors such
+        as ARD that already fix the rotation.
 
-    Raises `DataError` for shapes that do not agree and `SettingError` for an unknown method.
+    Returns
+    -------
+    Aligned
+        Loadings [num_draws, data_dim, latent_dim], rotation [num_draws, latent_dim, latent_dim].
+
+    Raises
+    ------
+    DataError
+        For shapes that do not agree.
+    SettingError
+        For an unknown method.
     """
     _check(draws, reference, method)
     if reference is not None:
@@ -116,8 +143,7 @@ def _simple(draw: Tensor, reference: Tensor, method: Method) -> Aligned:
 
 
 def _check(draws: Tensor, reference: Tensor | None, method: str) -> None:
-    if method not in ("procrustes", "varimax", "signs"):
-        raise SettingError(f"method={method!r} is unknown: type 'procrustes', 'varimax' or 'signs'")
+    one_of("method", method, get_args(Method))
     if draws.dim() != 3 or len(draws) == 0:
         raise DataError(f"draws have shape {list(draws.shape)}, not [num_draws, data_dim, latent_dim]")
     if reference is not None and reference.shape != draws.shape[1:]:
@@ -128,11 +154,28 @@ def _check(draws: Tensor, reference: Tensor | None, method: str) -> None:
 
 
 def match_components(means: Tensor, scale_tril: Tensor, to_means: Tensor, to_scale_tril: Tensor) -> Tensor:
-    """The order [K] in which Gaussian components best match K others, one to one.
+    """The order in which Gaussian components best match K others, one to one.
 
+    Parameters
+    ----------
+    means, to_means : Tensor [K, data_dim]
+    scale_tril, to_scale_tril : Tensor [K, data_dim, data_dim]
+        Cholesky factors of the covariances.
+
+    Returns
+    -------
+    Tensor [K]
+        Component `order[k]` of the first set corresponds to component k of the second.
+
+    Raises
+    ------
+    DataError
+        For mixtures of different sizes.
+
+    Notes
+    -----
     The cost of a pair is Jeffreys' divergence, KL(p | q) + KL(q | p), so that components of one mean and
-    different spread are told apart. `means` [K, D], `scale_tril` [K, D, D]; component `order[k]` of the
-    first set answers to component k of the second.
+    different spread are told apart.
     """
     if means.shape != to_means.shape:
         raise DataError(

@@ -1,4 +1,8 @@
-"""The contract of a model: an `nn.Module` with `model` and `guide` of the same arguments."""
+"""The contract of a model: an `nn.Module` with `model` and `guide` of the same arguments, and what else it may know.
+
+Everything that a model may tell the rest of the package stands in `LatentVariableModel`, with a default that means
+"unknown". Nothing else is looked for in a model.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +12,72 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import DataError, ProgramError
+from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.plates import current_rows, data_plate
 
 
 class LatentVariableModel(nn.Module):
     """A generative model p(x, z) and its guide q(z | x), with all learnables held in itself.
 
-    Write two methods of the same arguments::
+    Two methods of the same arguments make a model::
 
         class Mine(LatentVariableModel):
             def __init__(self, data_dim): ...
             def model(self, x): ...   # x: [batch, data_dim], or None to generate
             def guide(self, x): ...
 
-    Rules: every parameter exists after construction; the data plate is `self.data_plate(x)`; the
-    observed site tolerates `x=None`. What else a model can say of itself is optional:
+    Every parameter exists after construction; the data plate is `self.data_plate(x)`; the observed site tolerates
+    `x=None`. The other methods are optional. Their defaults mean "unknown", and `knows` tells whether a model
+    overrides one:
 
-    - `log_marginal(x)` -> [batch], the exact log p(x) in nats, if there is a closed form;
-    - `check_data(x)` raises `DataError` for data outside the model's support;
-    - `check_fit(x)` raises `DivergenceError` if the end of a fit to `x` is no answer (a collapsed component, say).
+    ===================  =====================================================  ==================================
+    method               what the model knows                                   who uses it
+    ===================  =====================================================  ==================================
+    `check_data`         which data it can have generated, and in which dtype   every function that takes data
+    `check_fit`          whether the end of a fit is no answer                  `fit`, after the last step
+    `log_marginal`       the exact log p(x)                                     the evidence, method "exact"
+    `initialise_from`    starting values from the data                          `fit(initialise=True)`, if `fresh`
+    `controls`           schedules that it brings to training                   `fit`
+    `decode`             the mean of p(x | z)                                   reconstructions, traversals
+    ===================  =====================================================  ==================================
+
+    Attributes
+    ----------
+    constructor : dict of str to object
+        The arguments it was built with, by name: a run folder keeps them to build it again.
+    fresh : bool
+        True from construction until the parameters are fitted, loaded or set. Only a fresh model is started from
+        the data by `fit`; code that writes to the parameters by hand sets `fresh = False`.
     """
 
     constructor: dict[str, Any]
-    """The arguments it was built with, by name: what a run folder keeps to build it again."""
+    fresh: bool = True
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LatentVariableModel:
         """Note the arguments in `constructor`."""
         self = super().__new__(cls)
         # nn.Module.__setattr__ needs a finished __init__; copies and unpickling pass no arguments
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
-        constructor = {k: v for k, v in bound.arguments.items() if k != "self"}
-        object.__setattr__(self, "constructor", constructor)
+        given = {k: v for k, v in bound.arguments.items() if k != "self"}
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
+        object.__setattr__(self, "constructor", plain)
         return self
 
+    # ------------------------------------------------------------------ the program
+
     def model(self, x: Tensor | None = None) -> Any:
-        """The generative program p(x, z); `x`: [batch, ...] or None to generate."""
+        """The generative program p(x, z).
+
+        Parameters
+        ----------
+        x : Tensor [batch, ...] or None
+            The data; None generates as many rows as the trainer asks for, or one.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define model(self, x)")
 
     def guide(self, x: Tensor | None = None) -> Any:
@@ -63,9 +93,126 @@ class LatentVariableModel(nn.Module):
             register(self)
         return data_plate(x)
 
-    def check_data(self, x: Tensor) -> None:
-        """Refuse, before the first step, data the model cannot have generated."""
+    # ------------------------------------------------------------------ what it may know
+
+    def knows(self, name: str) -> bool:
+        """Whether this model's class overrides the optional method `name` of the contract.
+
+        A method that is overridden may still return None where the answer is unknown for these settings.
+        """
+        return getattr(type(self), name) is not getattr(LatentVariableModel, name)
+
+    def check_data(self, x: Tensor) -> Tensor | None:
+        """Refuse, before the first step, data the model cannot have generated.
+
+        Parameters
+        ----------
+        x : Tensor [rows, ...]
+            The first argument of `model`, integers as integers.
+
+        Returns
+        -------
+        Tensor [rows, ...] or None
+            The data as the model wants them (counts as floats, say: `self.as_floats(x)`); None for `x` unchanged.
+
+        Raises
+        ------
+        DataError
+            For data outside the support of p(x); by default, for values that are not finite.
+        """
         check_finite(x)
+        return None
+
+    def check_fit(self, x: Tensor) -> None:
+        """Refuse a fit whose end is no answer, such as a collapsed component.
+
+        Parameters
+        ----------
+        x : Tensor [rows, ...]
+            The training data, as `check_data` returned them.
+
+        Raises
+        ------
+        DivergenceError
+            If the fit is degenerate. By default no fit is refused.
+        """
+
+    def log_marginal(self, x: Tensor) -> Tensor | None:
+        """The exact log p(x) at the present parameters.
+
+        Parameters
+        ----------
+        x : Tensor [batch, ...]
+
+        Returns
+        -------
+        Tensor [batch] or None
+            In nats; None where there is no closed form.
+        """
+        return None
+
+    def initialise_from(self, x: Tensor, seed: int = 0) -> None:
+        """Set the parameters to starting values found from the data. By default they stay as constructed.
+
+        Parameters
+        ----------
+        x : Tensor [rows, ...]
+            Training data, as `check_data` returned them.
+        seed : int
+            Of random starts.
+        """
+
+    def controls(self) -> dict[str, float | Callable[[float], float]]:
+        """Named schedules that this model brings to training, {} by default.
+
+        Returns
+        -------
+        dict of str to float or callable
+            A constant, or a function of the share of the run that is done, from 0 to 1.
+        """
+        return {}
+
+    def decode(self, z: Tensor) -> Tensor | None:
+        """The mean of p(x | z).
+
+        Parameters
+        ----------
+        z : Tensor [..., latent_dim]
+
+        Returns
+        -------
+        Tensor [..., data_dim] or None
+            In the units of the data; None where the model has no decoder.
+        """
+        return None
+
+    # ------------------------------------------------------------------ help for models
+
+    def as_floats(self, x: Tensor) -> Tensor:
+        """`x` [rows, ...] in the dtype of the parameters if it holds integers or booleans; else `x` itself."""
+        if x.is_floating_point():
+            return x
+        parameter = next(self.parameters(), None)
+        return x.to(torch.get_default_dtype() if parameter is None else parameter.dtype)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load as `nn.Module` does; the model is no longer fresh."""
+        self.fresh = False
+        return super().load_state_dict(*args, **kwargs)
+
+
+def check_sizes(data_dim: int, latent_dim: int) -> tuple[int, int]:
+    """The sizes of a linear model as ints.
+
+    Raises
+    ------
+    SettingError
+        Unless both are whole numbers with 1 <= latent_dim <= data_dim: more directions than columns are not identified.
+    """
+    data_dim, latent_dim = count("data_dim", data_dim), count("latent_dim", latent_dim)
+    if latent_dim > data_dim:
+        raise SettingError(f"latent_dim={latent_dim} must lie between 1 and data_dim={data_dim}")
+    return data_dim, latent_dim
 
 
 def check_finite(x: Tensor) -> None:
@@ -81,9 +228,14 @@ def check_finite(x: Tensor) -> None:
 
 
 def first_row_where(x: Tensor, wrong: Callable[[Tensor], Tensor]) -> list[int] | None:
-    """The index of the first entry of `x` [rows, ...] that `wrong` marks, or None.
+    """The index of the first entry of `x` that `wrong` marks, or None.
 
-    Looks at some rows at a time: data mapped from a file may be larger than memory.
+    Parameters
+    ----------
+    x : Tensor [rows, ...]
+        Looked at some rows at a time: data mapped from a file may be larger than memory.
+    wrong : callable
+        From some rows to booleans of their shape.
     """
     first = 0
     for part in x.split(max(1, 2**22 // max(1, x[:1].numel()))) if x.dim() else (x,):
@@ -96,7 +248,7 @@ def first_row_where(x: Tensor, wrong: Callable[[Tensor], Tensor]) -> list[int] |
 
 
 def check_columns(x: Tensor, data_dim: int, model: str) -> None:
-    """Raise `DataError` unless `x` is [rows, data_dim]."""
+    """Raise `DataError` naming the `model` unless `x` is [rows, data_dim]."""
     if x.dim() == 2 and x.shape[1] == data_dim:
         return
     raise DataError(

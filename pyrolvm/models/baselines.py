@@ -9,6 +9,7 @@ Pyro's `TraceGraph_ELBO` subtracts them and trains them by least squares on the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 class ScalarBaseline(nn.Module):
     """One learnable number for all data, in nats; works for any batch size.
 
-    It takes the place of Pyro's decaying average, which is kept per row of the batch and breaks as soon as
-    the batch size changes or the rows are shuffled.
+    It replaces Pyro's decaying average, which is kept per row of the batch and breaks as soon as the batch
+    size changes or the rows are shuffled.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,15 @@ class ScalarBaseline(nn.Module):
 
 
 class InputBaseline(nn.Module):
-    """A small network of the datum, in nats: some data cost more than others whatever z is."""
+    """A small network of the datum, in nats: some data cost more than others whatever z is.
+
+    Parameters
+    ----------
+    data_dim : int
+        Columns of its input.
+    hidden_dim : int
+        Units of its one hidden layer.
+    """
 
     def __init__(self, data_dim: int, hidden_dim: int = 32):
         super().__init__()
@@ -45,8 +54,35 @@ class InputBaseline(nn.Module):
         return self.slope(torch.tanh(self.hidden(x))).squeeze(-1) + self.bias
 
 
+def baseline_options(
+    baseline: nn.Module | None, plate: pyro.plate, features: Tensor, shape: Callable[[], torch.Size]
+) -> dict[str, Any]:
+    """The `infer=` of a guide site whose score-function gradient uses `baseline`; {} without one.
+
+    Parameters
+    ----------
+    baseline : Module or None
+        Maps features [batch, ...] to the expected cost of each datum, [batch], in nats.
+    plate : pyro.plate
+        The data plate.
+    features : Tensor [batch, ...]
+        The input of the baseline.
+    shape : callable
+        The shape of the site's value, once it is drawn.
+    """
+    if baseline is None:
+        return {}
+    scaled = in_plate_units(baseline, plate)
+    return {
+        "baseline": {
+            "nn_baseline": lambda features: as_cost(scaled(features), shape()),
+            "nn_baseline_input": features,
+        }
+    }
+
+
 def in_plate_units(baseline: Callable[[Tensor], Tensor], plate: pyro.plate) -> Callable[[Tensor], Tensor]:
-    """Let a baseline that speaks of one datum meet costs that the data plate has scaled by s = N/B.
+    """Scale a per-datum baseline to costs that the data plate has multiplied by s = N/B.
 
     The value is s b(x) and its gradient that of b(x): so the least-squares loss, (s cost - s b)^2, pulls
     on b as s (cost - b)^2 would, which is the full-data regression seen through a minibatch. With s b(x)
@@ -62,9 +98,9 @@ def in_plate_units(baseline: Callable[[Tensor], Tensor], plate: pyro.plate) -> C
 
 
 def as_cost(value: Tensor, shape: torch.Size) -> Tensor:
-    """Give baselines [batch] the shape that Pyro's costs of a site of `shape` have: leading ones are dropped.
+    """Baselines [batch] in the shape of Pyro's costs of a site of `shape`, which drop leading dimensions of size 1.
 
-    Without it a last batch of one row, or one vectorised particle, ends in an error about shapes.
+    Otherwise a last batch of one row, or one vectorised particle, ends in an error about shapes.
     """
     value = value.expand(shape)
     while value.dim() and value.shape[0] == 1:

@@ -37,10 +37,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import SettingError, one_of
 from pyrolvm.models.alignment import Aligned, align_loadings, canonical
-from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
-from pyrolvm.models.networks import choose
+from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite, check_sizes
 from pyrolvm.models.priors import inverse_chi
 from pyrolvm.models.starts import moments, principal_loadings
 
@@ -50,10 +49,21 @@ class BayesianFactorAnalysis(LatentVariableModel):
 
     Parameters
     ----------
-    loadings_prior: "normal", or "ard" to let the data switch factors off.
+    data_dim : int
+        D, columns of the data.
+    latent_dim : int
+        L, factors, at most `data_dim`.
+    loadings_prior : {"normal", "ard"}
+        "ard" lets the data switch factors off.
 
+    Raises
+    ------
+    SettingError
+        For an unknown prior or `latent_dim` outside 1..`data_dim`.
+
+    Notes
+    -----
     `initialise_from(x)` gives the guide its start and the priors their units m and s (0 and 1 without it).
-    Raises `SettingError` for an unknown prior or latent_dim outside 1..data_dim.
     """
 
     location: Tensor  # m [data_dim]
@@ -61,10 +71,8 @@ class BayesianFactorAnalysis(LatentVariableModel):
 
     def __init__(self, data_dim: int, latent_dim: int, loadings_prior: Literal["normal", "ard"] = "normal"):
         super().__init__()
-        if not 1 <= latent_dim <= data_dim:
-            raise SettingError(f"latent_dim={latent_dim} must lie between 1 and data_dim={data_dim}")
-        self.data_dim, self.latent_dim = data_dim, latent_dim
-        self.loadings_prior = choose("loadings_prior", loadings_prior, ("normal", "ard"))
+        self.data_dim, self.latent_dim = data_dim, latent_dim = check_sizes(data_dim, latent_dim)
+        self.loadings_prior = one_of("loadings_prior", loadings_prior, ("normal", "ard"))
         self.register_buffer("location", torch.zeros(data_dim))
         self.register_buffer("unit", torch.ones(data_dim))
         # q of the global latents, in units of s: location and log deviation of each normal or log-normal
@@ -129,17 +137,44 @@ class BayesianFactorAnalysis(LatentVariableModel):
         }
 
     def log_marginal_given(self, x: Tensor, loadings: Tensor, noise_scale: Tensor, offset: Tensor) -> Tensor:
-        """Exact log p(x | W, psi, b) [batch] in nats, z integrated out: Normal(b, W W' + diag(psi)).
+        """Exact log p(x | W, psi, b), z integrated out: Normal(b, W W' + diag(psi)).
 
-        At the guide's means: `log_marginal_given(x, **posterior_mean())`. Draws [S, 1, ...] give [S, batch].
+        Parameters
+        ----------
+        x : Tensor [batch, data_dim]
+        loadings : Tensor [data_dim, latent_dim]
+            W; draws [S, 1, data_dim, latent_dim] give [S, batch].
+        noise_scale, offset : Tensor [data_dim]
+            The square root of psi, and b.
+
+        Returns
+        -------
+        Tensor [batch]
+            In nats.
+
+        Examples
+        --------
+        At the guide's means: `log_marginal_given(x, **posterior_mean())`.
         """
         return dist.LowRankMultivariateNormal(offset, loadings, noise_scale.square()).log_prob(x)
 
     def exact_posterior(
         self, x: Tensor, loadings: Tensor, noise_scale: Tensor, offset: Tensor
     ) -> dist.MultivariateNormal:
-        """p(z | x, W, psi, b) of every row of `x` [batch, data_dim], by Woodbury: nothing D x D is formed.
+        """p(z | x, W, psi, b) of every row, by Woodbury's identity: no D x D matrix is formed.
 
+        Parameters
+        ----------
+        x, loadings, noise_scale, offset : Tensor
+            As in `log_marginal_given`.
+
+        Returns
+        -------
+        MultivariateNormal
+            Batch shape [batch], event shape [latent_dim].
+
+        Notes
+        -----
         Normal(M^-1 W' Psi^-1 (x - b), M^-1), M = I + W' Psi^-1 W; Bishop (2006), equations 12.66 to 12.68.
         """
         weighted = loadings.mT / noise_scale.square().unsqueeze(-2)  # W' Psi^-1 [latent_dim, data_dim]
@@ -150,8 +185,21 @@ class BayesianFactorAnalysis(LatentVariableModel):
 
     @torch.no_grad()
     def loadings_draws(self, num_samples: int, seed: int = 0) -> Aligned:
-        """Draws from q(W), [num_samples, data_dim, latent_dim], in one rotation, order and sign.
+        """Draws from q(W) in one rotation, order and sign.
 
+        Parameters
+        ----------
+        num_samples : int
+        seed : int
+            Of the draws.
+
+        Returns
+        -------
+        Aligned
+            Loadings [num_samples, data_dim, latent_dim] and their rotations.
+
+        Notes
+        -----
         The reference is the mean of q(W), put to simple structure by varimax unless ARD settles the rotation.
         """
         q = self._loadings_posterior()
@@ -164,10 +212,28 @@ class BayesianFactorAnalysis(LatentVariableModel):
     def loadings_table(
         self, num_samples: int = 1000, columns: Sequence[str] | None = None, prob: float = 0.9, seed: int = 0
     ) -> pd.DataFrame:
-        """Posterior of the aligned loadings: a row per (feature, factor), columns mean, sd, lower, upper.
+        """Posterior of the aligned loadings.
 
-        `columns`: the features' names; `prob`: the mass of the equal-tailed interval [lower, upper]. Raises
-        `SettingError` for a wrong number of names or prob outside (0, 1).
+        Parameters
+        ----------
+        num_samples : int
+            Draws from q(W).
+        columns : sequence of str, optional
+            The features' names.
+        prob : float
+            Mass of the equal-tailed interval [lower, upper].
+        seed : int
+            Of the draws.
+
+        Returns
+        -------
+        DataFrame
+            A row per (feature, factor), columns mean, sd, lower, upper, in the units of the data.
+
+        Raises
+        ------
+        SettingError
+            For a wrong number of names, or `prob` outside (0, 1).
         """
         names = list(columns) if columns is not None else [f"x{d}" for d in range(self.data_dim)]
         if len(names) != self.data_dim or not 0 < prob < 1:
@@ -182,13 +248,21 @@ class BayesianFactorAnalysis(LatentVariableModel):
         return pd.DataFrame({name: value.cpu().numpy() for name, value in table.items()}, index=index)
 
     @torch.no_grad()
-    def initialise_from(self, x: Tensor) -> None:
-        """Start at probabilistic PCA of the standardised data `x` [rows, data_dim] and its exact q(z | x).
+    def initialise_from(self, x: Tensor, seed: int = 0) -> None:
+        """Start at probabilistic PCA of the standardised data and its exact q(z | x).
 
+        Parameters
+        ----------
+        x : Tensor [rows, data_dim]
+        seed : int
+            Not used: the start has a closed form.
+
+        Notes
+        -----
         Sets the units m and s of the priors to the data's mean and deviation, and the deviations of q to
         their order of magnitude, noise / sqrt(N).
         """
-        self.check_data(x)
+        x = self.check_data(x).to(self.unit)
         for buffer, value in zip((self.location, self.unit), moments(x), strict=True):
             buffer.copy_(value)
         loadings, noise = principal_loadings((x - self.location) / self.unit, self.latent_dim)
@@ -200,6 +274,7 @@ class BayesianFactorAnalysis(LatentVariableModel):
         self.offset_log_sd.copy_(log_sd)
         self.noise_log_sd.fill_(-0.5 * float(torch.tensor(2.0 * len(x)).log()))
         self._match_encoder(loadings, noise.clamp(min=0.01))
+        self.fresh = False
 
     def _match_encoder(self, loadings: Tensor, noise_scale: Tensor) -> None:
         identity = torch.eye(self.data_dim, dtype=loadings.dtype, device=loadings.device)
@@ -209,7 +284,13 @@ class BayesianFactorAnalysis(LatentVariableModel):
         tril = q.scale_tril[0] if q.scale_tril.dim() == 3 else q.scale_tril
         self.raw_tril.copy_(tril.tril(-1) + torch.diag_embed(tril.diagonal().log()))
 
-    def check_data(self, x: Tensor) -> None:
-        """Refuse data that are not [rows, data_dim] or not finite."""
+    def decode(self, z: Tensor) -> Tensor:
+        """E_q[W] z + E_q[b] [..., data_dim], the mean of x given z [..., latent_dim] under q(W) q(b)."""
+        given = self.posterior_mean()
+        return z @ given["loadings"].mT + given["offset"]
+
+    def check_data(self, x: Tensor) -> Tensor:
+        """`x` as floats; raises `DataError` unless they are [rows, data_dim] and finite."""
         check_columns(x, self.data_dim, type(self).__name__)
         check_finite(x)
+        return self.as_floats(x)

@@ -10,7 +10,7 @@ Generative story, for n = 1..N data of D dimensions and K components:
 
 Sigma_k is full, diagonal, or spherical (sigma_k^2 I).
 
-*Enumerated* assignments are summed out by `TraceEnum_ELBO` and the guide says nothing of z: the bound is
+*Enumerated* assignments are summed out by `TraceEnum_ELBO` and the guide has no site z: the bound is
 log p(x) itself. *Sampled* assignments are drawn from an amortised q(z | x), whose logits are quadratic in
 x, so that the exact responsibilities are among them; `TraceGraph_ELBO` takes the score-function gradient
 with a baseline.
@@ -41,11 +41,10 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyrolvm.errors import DivergenceError, SettingError
+from pyrolvm.errors import DivergenceError, count, one_of
 from pyrolvm.models.alignment import match_components
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
-from pyrolvm.models.baselines import InputBaseline, ScalarBaseline, as_cost, in_plate_units
-from pyrolvm.models.networks import choose
+from pyrolvm.models.baselines import InputBaseline, ScalarBaseline, baseline_options
 from pyrolvm.models.priors import covariance_prior
 from pyrolvm.models.starts import Clusters, as_columns, kmeans_clusters, moments
 
@@ -62,13 +61,27 @@ class GaussianMixture(LatentVariableModel):
 
     Parameters
     ----------
-    covariance: "full", "diagonal" or "spherical".
-    assignments: "enumerated" (train with `TraceEnum_ELBO`) or "sampled" (with `TraceGraph_ELBO`).
-    prior: "none" for maximum likelihood, "conjugate" for the mode of the posterior.
-    baseline: of the sampled assignments' gradient: "none", "scalar", or "input" (a network of the datum).
+    data_dim : int
+        D, columns of the data.
+    num_components : int
+        K.
+    covariance : {"full", "diagonal", "spherical"}
+    assignments : {"enumerated", "sampled"}
+        Train the first with `TraceEnum_ELBO`, the second with `TraceGraph_ELBO`.
+    prior : {"none", "conjugate"}
+        "none" for maximum likelihood, "conjugate" for the mode of the posterior.
+    baseline : {"none", "scalar", "input"}
+        Of the sampled assignments' gradient: one number, or a network of the datum.
 
+    Raises
+    ------
+    SettingError
+        For an unknown option or a size that is no positive whole number.
+
+    Notes
+    -----
     `initialise_from(x)` gives the parameters a start and the priors their scale; without it the data are
-    taken to have mean 0 and variance 1. Raises `SettingError` for an unknown option.
+    taken to have mean 0 and variance 1.
     """
 
     location: Tensor  # [data_dim], the data's mean: parameters live in standardised units
@@ -85,14 +98,12 @@ class GaussianMixture(LatentVariableModel):
         baseline: Baseline = "scalar",
     ):
         super().__init__()
-        D, K = data_dim, num_components
-        if D < 1 or K < 1:
-            raise SettingError(f"data_dim={D} and num_components={K} must both be 1 or more")
+        D, K = count("data_dim", data_dim), count("num_components", num_components)
         self.data_dim, self.num_components = D, K
-        self.covariance = choose("covariance", covariance, get_args(Covariance))
-        self.assignments = choose("assignments", assignments, get_args(Assignments))
-        self.prior = choose("prior", prior, get_args(Prior))
-        choose("baseline", baseline, get_args(Baseline))
+        self.covariance = one_of("covariance", covariance, get_args(Covariance))
+        self.assignments = one_of("assignments", assignments, get_args(Assignments))
+        self.prior = one_of("prior", prior, get_args(Prior))
+        one_of("baseline", baseline, get_args(Baseline))
         self.register_buffer("location", torch.zeros(D))
         self.register_buffer("unit", torch.ones(D))
         self.weight_logits = nn.Parameter(torch.zeros(K))
@@ -103,9 +114,8 @@ class GaussianMixture(LatentVariableModel):
             squares = torch.arange(D).repeat(2, 1)
             self.register_buffer("pairs", torch.triu_indices(D, D) if covariance == "full" else squares)
             self.recognition = nn.Linear(D + self.pairs.shape[1], K)
-            self.baseline: ScalarBaseline | InputBaseline | None = None
-            if baseline != "none":
-                self.baseline = ScalarBaseline() if baseline == "scalar" else InputBaseline(D)
+            makers = {"none": lambda: None, "scalar": ScalarBaseline, "input": lambda: InputBaseline(D)}
+            self.baseline: ScalarBaseline | InputBaseline | None = makers[baseline]()
 
     def model(self, x: Tensor | None = None) -> Tensor:
         """p(z, x), and p(pi, mu, Sigma) under a prior; returns x [batch, data_dim]."""
@@ -130,12 +140,8 @@ class GaussianMixture(LatentVariableModel):
     def _sample_assignments(self, x: Tensor) -> None:
         standard = (as_columns(x, self.data_dim) - self.location) / self.unit
         plate = self.data_plate(x)
-        infer: Any = {}
-        if self.baseline is not None:
-            scaled = in_plate_units(self.baseline, plate)
-            # asked once z is drawn: under a plate of particles it has dimensions left of the batch
-            options = {"nn_baseline": lambda x: as_cost(scaled(x), z.shape), "nn_baseline_input": standard}
-            infer = {"baseline": options}
+        # the shape is known once z is drawn: under a plate of particles it has dimensions left of the batch
+        infer: Any = baseline_options(self.baseline, plate, standard, lambda: z.shape)
         i, j = self.pairs
         logits = self.recognition(torch.cat([standard, standard[:, i] * standard[:, j]], -1))  # [batch, K]
         with plate:
@@ -183,9 +189,15 @@ class GaussianMixture(LatentVariableModel):
         return torch.diag_embed(self.scale.expand(self.num_components, self.data_dim))
 
     def set_components(self, weights: Tensor, means: Tensor, scale_tril: Tensor) -> None:
-        """Put in weights [K], means [K, D] and Cholesky factors [K, D, D]; scales below the floor are raised.
+        """Set the components, after which the model is not fresh.
 
-        A diagonal or spherical mixture keeps the (mean) variances only.
+        Parameters
+        ----------
+        weights : Tensor [num_components]
+        means : Tensor [num_components, data_dim]
+        scale_tril : Tensor [num_components, data_dim, data_dim]
+            Cholesky factors of the covariances; a diagonal mixture keeps their variances, a spherical one the mean
+            variance, and scales below the floor are raised to it.
         """
         tril = scale_tril / self.unit.unsqueeze(-1)
         variances = tril.square().sum(-1)  # [K, D]
@@ -199,6 +211,7 @@ class GaussianMixture(LatentVariableModel):
             self.weight_logits.copy_(weights.log())
             self.raw_means.copy_((means - self.location) / self.unit)
             self.raw_scale.copy_(tril.tril(-1) + torch.diag_embed(raw) if full else raw)
+        self.fresh = False
 
     def log_joint(self, x: Tensor) -> Tensor:
         """log pi_k Normal(x_n; mu_k, Sigma_k), [batch, num_components], in nats."""
@@ -216,13 +229,26 @@ class GaussianMixture(LatentVariableModel):
 
     @torch.no_grad()
     def initialise_from(self, x: Tensor, seed: int = 0, num_starts: int = 10) -> None:
-        """Start from k-means (`num_starts` k-means++ starts) and each cluster's own covariance.
+        """Start from k-means and each cluster's own covariance.
 
-        Sets the units to the data's mean and deviation, and q(z | x) to the exact responsibilities. Raises
-        `DataError` for fewer different rows than components.
+        Parameters
+        ----------
+        x : Tensor [rows, data_dim]
+        seed : int
+            Of k-means.
+        num_starts : int
+            k-means++ starts.
+
+        Raises
+        ------
+        DataError
+            For fewer different rows than components.
+
+        Notes
+        -----
+        Sets the units to the data's mean and deviation, and q(z | x) to the exact responsibilities.
         """
-        self.check_data(x)
-        x = as_columns(x, self.data_dim)
+        x = as_columns(self.check_data(x), self.data_dim).to(self.unit)
         location, unit = moments(x)
         self.location.copy_(location)
         self.unit.copy_(unit.square().mean().sqrt() if self.covariance == "spherical" else unit)
@@ -254,9 +280,13 @@ class GaussianMixture(LatentVariableModel):
 
     @torch.no_grad()
     def relabelled(self, reference: GaussianMixture | None = None) -> GaussianMixture:
-        """A copy with its components renamed: heaviest first, or one to one as in `reference`.
+        """A copy with its components renamed; p(x) and the ELBO are the same as before.
 
-        See `pyrolvm.models.alignment.match_components`; p(x) and the ELBO are the same as before.
+        Parameters
+        ----------
+        reference : GaussianMixture, optional
+            Components are matched to its own one to one (`pyrolvm.models.alignment.match_components`); by default
+            the heaviest comes first.
         """
         twin = copy.deepcopy(self)
         order = self.weights.argsort(descending=True)
@@ -273,7 +303,16 @@ class GaussianMixture(LatentVariableModel):
 
         Collapsed: fewer data than its covariance needs (D + 1 if full, else 2), or a variance at the floor.
         """
-        needed = self.data_dim + 1 if self.covariance == "full" else 2
+        return self._collapsed(x, self.data_dim + 1 if self.covariance == "full" else 2)
+
+    @torch.no_grad()
+    def check_fit(self, x: Tensor) -> None:
+        """Raise `DivergenceError` if maximum likelihood ran a variance down to the floor: no bound stops it."""
+        if self.prior == "none" and bool((self._narrowest() < 10 * FLOOR**2).any()):
+            raise DivergenceError(f"the fit is degenerate: {self._collapsed(x, needed=0)[0]}")
+
+    def _collapsed(self, x: Tensor, needed: int) -> list[str]:
+        """A sentence for each component with fewer than `needed` data or a variance at the floor."""
         counts = torch.stack([self.responsibilities(part).sum(0) for part in x.split(2**16)]).sum(0)  # [K]
         return [
             f"component {k} holds {count:.3g} of {len(x)} data and its smallest variance is {variance:.1e} "
@@ -286,14 +325,9 @@ class GaussianMixture(LatentVariableModel):
         """The smallest eigenvalue [K] of each covariance, in variances of the data."""
         return torch.linalg.matrix_norm(self.scale_tril / self.unit.unsqueeze(-1), ord=-2) ** 2
 
-    @torch.no_grad()
-    def check_fit(self, x: Tensor) -> None:
-        """Raise `DivergenceError` if maximum likelihood ran a variance down to the floor: no bound stops it."""
-        if self.prior == "none" and bool((self._narrowest() < 10 * FLOOR**2).any()):
-            raise DivergenceError(f"the fit is degenerate: {self.check_health(x)[0]}")
-
-    def check_data(self, x: Tensor) -> None:
-        """Refuse data that are not [rows, data_dim] or not finite."""
+    def check_data(self, x: Tensor) -> Tensor:
+        """`x` as floats; raises `DataError` unless they are [rows, data_dim] and finite."""
         rows = as_columns(x, self.data_dim)
         check_columns(rows, self.data_dim, type(self).__name__)
         check_finite(rows)
+        return self.as_floats(x)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyrolvm.errors import ProgramError, SettingError
+from pyrolvm.errors import SettingError, count, one_of
 
 SCALE_FLOOR = 1e-4  # below it, z - loc of float32 numbers near 1 has no correct digits left
 
@@ -34,14 +34,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def choose(argument: str, value: Any, options: Sequence[str]) -> Any:
-    """Return `value` if it is one of `options`, else raise `SettingError` naming them."""
-    if value not in options:
-        listed = ", ".join(repr(option) for option in options)
-        raise SettingError(f"{argument}={value!r} is not known: choose one of {listed}")
-    return value
-
-
 def split_loc_scale(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Split raw [..., 2 * latent_dim] into loc and scale = floor + softplus > 0, each [..., latent_dim]."""
     loc, raw_scale = raw.chunk(2, dim=-1)
@@ -53,17 +45,25 @@ class MLP(nn.Module):
 
     Parameters
     ----------
-    in_dim, out_dim: sizes of the last dimension before and after.
-    hidden: sizes of the hidden layers; `()` leaves one affine map.
-    activation: a key of `ACTIVATIONS`.
+    in_dim, out_dim : int
+        Sizes of the last dimension before and after.
+    hidden : sequence of int
+        Sizes of the hidden layers; `()` leaves one affine map.
+    activation : str
+        A key of `ACTIVATIONS`.
+
+    Raises
+    ------
+    SettingError
+        For an unknown activation or a size that is no positive whole number.
     """
 
     def __init__(
         self, in_dim: int, out_dim: int, hidden: Sequence[int] = (400,), activation: str = "relu"
     ) -> None:
         super().__init__()
-        nonlinearity = ACTIVATIONS[choose("activation", activation, list(ACTIVATIONS))]
-        sizes = [in_dim, *hidden]
+        nonlinearity = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
+        sizes = [in_dim, *(count("a size in hidden", size) for size in hidden)]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after), nonlinearity()]
@@ -75,7 +75,13 @@ class MLP(nn.Module):
 
 
 class GaussianEncoder(nn.Module):
-    """Read (loc, scale) of a diagonal Gaussian from a network's output [..., 2 * latent_dim]."""
+    """Read (loc, scale) of a diagonal Gaussian from the output of a network.
+
+    Parameters
+    ----------
+    net : Module
+        Maps x [..., data_dim] to [..., 2 * latent_dim].
+    """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -87,7 +93,15 @@ class GaussianEncoder(nn.Module):
 
 
 class MLPEncoder(GaussianEncoder):
-    """A fully connected Gaussian encoder: x [..., data_dim] -> loc, scale, each [..., latent_dim]."""
+    """A fully connected Gaussian encoder: x [..., data_dim] -> loc, scale, each [..., latent_dim].
+
+    Parameters
+    ----------
+    data_dim, latent_dim : int
+        Sizes of x and z.
+    hidden, activation
+        As in `MLP`.
+    """
 
     def __init__(
         self, data_dim: int, latent_dim: int, hidden: Sequence[int] = (400,), activation: str = "relu"
@@ -98,8 +112,16 @@ class MLPEncoder(GaussianEncoder):
 class Rowwise(nn.Module):
     """Let a network that takes [rows, *row_shape] take flat vectors with any leading dimensions.
 
-    `Rowwise(net, (1, 28, 28))` maps x [..., 784] to [..., out]; a net that returns a tuple (an
-    encoder's loc and scale) has each member reshaped.
+    Parameters
+    ----------
+    net : Module
+        Maps [rows, *row_shape] to [rows, ...], or to a tuple of such tensors (an encoder's loc and scale).
+    row_shape : sequence of int
+        The shape of one row.
+
+    Examples
+    --------
+    `Rowwise(net, (1, 28, 28))` maps x [..., 784] to [..., out].
     """
 
     def __init__(self, net: nn.Module, row_shape: Sequence[int]) -> None:
@@ -126,11 +148,21 @@ class ConvEncoder(GaussianEncoder):
 
     Parameters
     ----------
-    image_shape: (channels, height, width), each side at least 2 ** len(channels).
-    latent_dim: size of z.
-    channels: feature maps per level; each level halves height and width.
-    hidden: sizes of the fully connected layers after the last level.
-    activation: a key of `ACTIVATIONS`.
+    image_shape : sequence of int
+        (channels, height, width), each side at least 2 ** len(channels).
+    latent_dim : int
+        Size of z.
+    channels : sequence of int
+        Feature maps per level; each level halves height and width.
+    hidden : sequence of int
+        Sizes of the fully connected layers after the last level.
+    activation : str
+        A key of `ACTIVATIONS`.
+
+    Raises
+    ------
+    SettingError
+        For images too small for so many levels, or an unknown activation.
     """
 
     def __init__(
@@ -141,7 +173,7 @@ class ConvEncoder(GaussianEncoder):
         hidden: Sequence[int] = (),
         activation: str = "relu",
     ) -> None:
-        nonlinearity = ACTIVATIONS[choose("activation", activation, list(ACTIVATIONS))]
+        nonlinearity = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
         (height, width), maps = _sizes(image_shape, channels)[-1], [image_shape[0], *channels]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(maps):
@@ -151,7 +183,15 @@ class ConvEncoder(GaussianEncoder):
 
 
 class ConvDecoder(nn.Module):
-    """The mirror of `ConvEncoder`: z [..., latent_dim] -> means or logits of flat images [..., C * H * W]."""
+    """The mirror of `ConvEncoder`: z [..., latent_dim] -> means or logits of flat images [..., C * H * W].
+
+    Parameters
+    ----------
+    latent_dim, image_shape, channels, activation
+        As in `ConvEncoder`.
+    hidden : sequence of int
+        Sizes of the fully connected layers before the first level.
+    """
 
     def __init__(
         self,
@@ -162,7 +202,7 @@ class ConvDecoder(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        nonlinearity = ACTIVATIONS[choose("activation", activation, list(ACTIVATIONS))]
+        nonlinearity = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
         sizes, maps = _sizes(image_shape, channels), [image_shape[0], *channels]
         top = (maps[-1], *sizes[-1])
         layers = [MLP(latent_dim, torch.Size(top).numel(), hidden, activation), nn.Unflatten(-1, top)]
@@ -178,7 +218,7 @@ class ConvDecoder(nn.Module):
 
 
 def _sizes(image_shape: Sequence[int], channels: Sequence[int]) -> list[tuple[int, int]]:
-    """List (height, width) before each level and after the last; a level halves both, rounding down."""
+    """(height, width) before each level and after the last; a level halves both, rounding down."""
     if len(image_shape) != 3:
         raise SettingError(f"image_shape={tuple(image_shape)} must be (channels, height, width)")
     _, height, width = image_shape
@@ -189,105 +229,3 @@ def _sizes(image_shape: Sequence[int], channels: Sequence[int]) -> list[tuple[in
             f"use at most {min(height, width).bit_length() - 1} entries in channels={tuple(channels)}"
         )
     return sizes
-
-
-def square_image(data_dim: int) -> tuple[int, int, int]:
-    """Return (1, side, side) for a square number of pixels, else raise `SettingError`."""
-    side = round(data_dim**0.5)
-    if side * side != data_dim:
-        raise SettingError(
-            f"data_dim={data_dim} is not a square: say image_shape=(channels, height, width) of the images"
-        )
-    return 1, side, side
-
-
-def make_encoder(
-    kind: str | nn.Module,
-    data_dim: int,
-    latent_dim: int,
-    hidden: Sequence[int] = (400,),
-    activation: str = "relu",
-    image_shape: Sequence[int] | None = None,
-) -> nn.Module:
-    """Build the encoder named "mlp", "conv" or "linear"; an `nn.Module` is returned as it is."""
-    if isinstance(kind, nn.Module):
-        return kind
-    choose("encoder", kind, ("mlp", "conv", "linear"))
-    if kind == "conv":
-        image_shape = image_shape or square_image(data_dim)
-        return ConvEncoder(image_shape, latent_dim, hidden=hidden, activation=activation)
-    return MLPEncoder(data_dim, latent_dim, () if kind == "linear" else hidden, activation)
-
-
-def make_decoder(
-    kind: str | nn.Module,
-    latent_dim: int,
-    data_dim: int,
-    hidden: Sequence[int] = (400,),
-    activation: str = "relu",
-    image_shape: Sequence[int] | None = None,
-) -> nn.Module:
-    """Build the decoder named "mlp", "conv" or "linear", hidden layers in the encoder's order reversed."""
-    if isinstance(kind, nn.Module):
-        return kind
-    choose("decoder", kind, ("mlp", "conv", "linear"))
-    backwards = tuple(reversed(tuple(hidden)))
-    if kind == "conv":
-        image_shape = image_shape or square_image(data_dim)
-        return ConvDecoder(latent_dim, image_shape, hidden=backwards, activation=activation)
-    return MLP(latent_dim, data_dim, () if kind == "linear" else backwards, activation)
-
-
-def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int) -> None:
-    """Raise `ProgramError` unless `encoder` maps [1, data_dim] to (loc, scale > 0), each [1, latent_dim]."""
-    out = _try_out(encoder, data_dim, "encoder")
-    wanted = f"it must map x [..., {data_dim}] to a tuple (loc, scale), each [..., {latent_dim}]"
-    if not (isinstance(out, tuple) and len(out) == 2 and all(isinstance(part, Tensor) for part in out)):
-        raise ProgramError(f"the encoder {type(encoder).__name__} returned {_describe(out)}: {wanted}")
-    if any(part.shape != (1, latent_dim) for part in out):
-        raise ProgramError(
-            f"the encoder {type(encoder).__name__} returned {_describe(out)} for x [1, {data_dim}]: {wanted}"
-        )
-    if not bool((out[1] > 0).all()):
-        raise ProgramError(
-            f"the encoder {type(encoder).__name__} returned a scale of {out[1].min().item():.4g}: "
-            "make it positive, e.g. return loc, 1e-4 + torch.nn.functional.softplus(raw_scale)"
-        )
-
-
-def check_decoder(decoder: nn.Module, latent_dim: int, data_dim: int) -> None:
-    """Raise `ProgramError` unless `decoder` maps [1, latent_dim] to [1, data_dim]."""
-    out = _try_out(decoder, latent_dim, "decoder")
-    if not isinstance(out, Tensor) or out.shape != (1, data_dim):
-        raise ProgramError(
-            f"the decoder {type(decoder).__name__} returned {_describe(out)} for z [1, {latent_dim}]: "
-            f"it must map z [..., {latent_dim}] to one tensor [..., {data_dim}]"
-        )
-
-
-def _try_out(net: nn.Module, in_dim: int, role: str) -> Any:
-    """Run a row of zeros [1, in_dim] through `net`, leaving its statistics and modes as they were."""
-    like = next(net.parameters(), torch.empty(()))
-    row = torch.zeros(1, in_dim, device=like.device, dtype=like.dtype)
-    training = [(module, module.training) for module in net.modules()]
-    try:
-        net.eval()
-        with torch.no_grad():
-            return net(row)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ProgramError(
-            f"the {role} {type(net).__name__} does not take a row [1, {in_dim}] ({error}): give it layers of "
-            f"that size, or wrap a network of images in Rowwise(net, (channels, height, width))"
-        ) from error
-    finally:
-        for module, mode in training:
-            module.training = mode
-
-
-def _describe(out: Any) -> str:
-    """Say what a network returned, with shapes."""
-    if isinstance(out, Tensor):
-        return f"a tensor {list(out.shape)}"
-    if isinstance(out, tuple):
-        return "(" + ", ".join(_describe(part) for part in out) + ")"
-    return f"a {type(out).__name__}"

@@ -19,7 +19,7 @@ The beta-VAE (Higgins et al. 2017, equation 4) weighs the other term:
     L_beta = E_q [log p(x | z)] - beta KL(q(z | x) || p(z)),      L_eta = eta L_beta   for beta = 1 / eta.
 
 The two have the same maxima, so that there is one program here, the power posterior's, and `beta=` is
-another way to say `eta = 1 / beta`. Every bound reported for it is L_eta: a bound on log Z_eta, which is
+another name for `eta = 1 / beta`. Every bound reported for it is L_eta: a bound on log Z_eta, which is
 not log p(x). `beta_objective` turns it into L_beta.
 
 I. Higgins et al., "beta-VAE: learning basic visual concepts with a constrained variational framework",
@@ -49,12 +49,22 @@ class PowerVAE(VAE):
 
     Parameters
     ----------
-    eta, beta: say exactly one, a positive number; eta = 1 is the VAE.
-    data_dim, latent_dim, likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape:
-        as in `VAE`.
+    data_dim, latent_dim : int
+        As in `VAE`.
+    eta, beta : float, optional
+        Exactly one of them, a positive number; eta = 1 is the VAE.
+    likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape
+        As in `VAE`.
 
-    A learned `noise_scale` and eta say the same thing twice, since N(x; m, s^2)^eta is proportional to
-    N(x; m, s^2 / eta): with a Gaussian decoder fix the noise to let eta mean what it says.
+    Raises
+    ------
+    SettingError
+        Unless exactly one of `eta` and `beta` is given, positive and finite; and as `VAE`.
+
+    Notes
+    -----
+    A learned `noise_scale` is redundant with eta, since N(x; m, s^2)^eta is proportional to N(x; m, s^2 / eta):
+    with a Gaussian decoder, fix the noise for eta to have an effect of its own.
     """
 
     def __init__(
@@ -94,7 +104,7 @@ class PowerVAE(VAE):
 
 
 def _power(eta: float | None, beta: float | None) -> float:
-    """Read the power from exactly one of `eta` and `beta` = 1 / eta."""
+    """The power, from exactly one of `eta` and `beta` = 1 / eta."""
     if (eta is None) == (beta is None):
         raise SettingError("say exactly one of eta= (the power of the likelihood) and beta= (its inverse)")
     name, value = ("eta", eta) if beta is None else ("beta", beta)
@@ -104,8 +114,22 @@ def _power(eta: float | None, beta: float | None) -> float:
 
 
 def tempered_log_marginal(ppca: PPCA, x: Tensor, eta: float) -> Tensor:
-    """log Z_eta(x) [batch] in nats, exact for PPCA; `x`: [batch, data_dim].
+    """log Z_eta(x), exact for PPCA.
 
+    Parameters
+    ----------
+    ppca : PPCA
+    x : Tensor [batch, data_dim]
+    eta : float
+        The power of the likelihood.
+
+    Returns
+    -------
+    Tensor [batch]
+        In nats.
+
+    Notes
+    -----
     N(x; m, s^2 I)^eta = N(x; m, s^2 / eta I) (2 pi s^2)^(D (1 - eta) / 2) eta^(-D / 2), so that the power
     acts as more or less noise, up to a constant.
     """
@@ -116,5 +140,19 @@ def tempered_log_marginal(ppca: PPCA, x: Tensor, eta: float) -> Tensor:
 
 
 def tempered_posterior(ppca: PPCA, x: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-    """p_eta(z | x), exact for PPCA: mean [batch, latent_dim], Cholesky factor [latent_dim, latent_dim]."""
+    """p_eta(z | x), exact for PPCA.
+
+    Parameters
+    ----------
+    ppca : PPCA
+    x : Tensor [batch, data_dim]
+    eta : float
+        The power of the likelihood.
+
+    Returns
+    -------
+    mean : Tensor [batch, latent_dim]
+    scale_tril : Tensor [latent_dim, latent_dim]
+        Cholesky factor of the covariance, the same for all rows.
+    """
     return linear_gaussian_posterior(x - ppca.offset, ppca.loadings, ppca.noise_scale / math.sqrt(eta))

@@ -39,9 +39,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import DataError, SettingError
-from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
-from pyrolvm.models.networks import choose
+from pyrolvm.errors import DataError, SettingError, one_of
+from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite, check_sizes
 
 
 class PPCA(LatentVariableModel):
@@ -49,21 +48,32 @@ class PPCA(LatentVariableModel):
 
     Parameters
     ----------
-    data_dim: columns of the data.
-    latent_dim: dimensions of z.
-    guide: "mean_field" for a diagonal covariance of q(z | x), "full" for a Cholesky factor.
+    data_dim : int
+        Columns of the data.
+    latent_dim : int
+        Dimensions of z, at most `data_dim`.
+    guide : {"mean_field", "full"}
+        A diagonal covariance of q(z | x), or a Cholesky factor.
 
     Attributes
     ----------
-    loadings: W [data_dim, latent_dim].
-    offset: b [data_dim].
-    noise_scale: sigma [], in the units of the data; the parameter is its logarithm.
+    loadings : Parameter [data_dim, latent_dim]
+        W.
+    offset : Parameter [data_dim]
+        b.
+    noise_scale : Tensor []
+        sigma, in the units of the data; the parameter is its logarithm.
+
+    Raises
+    ------
+    SettingError
+        For an unknown guide or `latent_dim` outside 1..`data_dim`.
     """
 
     def __init__(self, data_dim: int, latent_dim: int, guide: str = "mean_field") -> None:
         super().__init__()
-        self.data_dim, self.latent_dim = data_dim, latent_dim
-        self.guide_family = choose("guide", guide, ("mean_field", "full"))
+        self.data_dim, self.latent_dim = data_dim, latent_dim = check_sizes(data_dim, latent_dim)
+        self.guide_family = one_of("guide", guide, ("mean_field", "full"))
         self.loadings = nn.Parameter(torch.randn(data_dim, latent_dim) / math.sqrt(data_dim))
         self.offset = nn.Parameter(torch.zeros(data_dim))
         self.log_noise_scale = nn.Parameter(torch.zeros(()))
@@ -121,6 +131,10 @@ class PPCA(LatentVariableModel):
         scale_tril = self.guide_tril.tril(-1) + torch.diag_embed(scale)  # [latent_dim, latent_dim]
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
 
+    def decode(self, z: Tensor) -> Tensor:
+        """W z + b [..., data_dim], the mean of p(x | z) for z [..., latent_dim]."""
+        return self.likelihood_dist(z).mean
+
     # ------------------------------------------------------------------ what is known exactly
 
     def log_marginal(self, x: Tensor) -> Tensor:
@@ -153,20 +167,37 @@ class PPCA(LatentVariableModel):
 
         Parameters
         ----------
-        x: data [rows, data_dim]; the answer has its dtype and device, computed in float64.
-        latent_dim: dimensions of z, less than data_dim and less than rows - 1.
-        guide: as in the constructor.
+        x : Tensor [rows, data_dim]
+            The data; the answer has their dtype and device, computed in float64.
+        latent_dim : int
+            Dimensions of z, less than data_dim and less than rows - 1.
+        guide : {"mean_field", "full"}
+            As in the constructor.
 
-        The covariance of the data is divided by the number of rows, as the likelihood asks
+        Returns
+        -------
+        PPCA
+            With the parameters of greatest likelihood; no longer fresh.
+
+        Raises
+        ------
+        DataError
+            For data that are not finite, or lie within a plane of `latent_dim` dimensions.
+        SettingError
+            If `latent_dim` leaves no direction for the noise.
+
+        Notes
+        -----
+        The covariance of the data is divided by the number of rows, which maximises the likelihood
         (scikit-learn's PCA divides by one less).
         """
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
         ppca = cls(x.shape[-1], latent_dim, guide).to(x.device, dtype)
         ppca.check_data(x)
-        if not 1 <= latent_dim < x.shape[1]:
+        if latent_dim == ppca.data_dim:
             raise SettingError(
-                f"latent_dim={latent_dim} leaves no direction for the noise of {x.shape[1]} columns: "
-                f"choose 1 to {x.shape[1] - 1}"
+                f"latent_dim={latent_dim} leaves no direction for the noise of {latent_dim} columns: "
+                f"choose 1 to {latent_dim - 1}"
             )
         loadings, offset, noise_scale = _maximum_likelihood(x.double(), latent_dim)
         with torch.no_grad():
@@ -174,17 +205,35 @@ class PPCA(LatentVariableModel):
             ppca.offset.copy_(offset)
             ppca.log_noise_scale.copy_(noise_scale.log())
         ppca.solve_guide()
+        ppca.fresh = False
         return ppca
 
-    def check_data(self, x: Tensor) -> None:
-        """Raise `DataError` unless x is [rows, data_dim] and finite."""
-        check_columns(x, self.data_dim, "PPCA")
+    def check_data(self, x: Tensor) -> Tensor:
+        """`x` as floats; raises `DataError` unless they are [rows, data_dim] and finite."""
+        check_columns(x, self.data_dim, type(self).__name__)
         check_finite(x)
+        return self.as_floats(x)
 
 
 def linear_gaussian_log_marginal(r: Tensor, W: Tensor, noise_scale: Tensor) -> Tensor:
-    """log N(r; 0, W W' + sigma^2 I) [...] in nats, for residuals r [..., data_dim].
+    """log N(r; 0, W W' + sigma^2 I).
 
+    Parameters
+    ----------
+    r : Tensor [..., data_dim]
+        Residuals x - b.
+    W : Tensor [data_dim, latent_dim]
+        Loadings.
+    noise_scale : Tensor []
+        sigma.
+
+    Returns
+    -------
+    Tensor [...]
+        In nats.
+
+    Notes
+    -----
     With m the posterior mean of z, and by the matrix determinant lemma,
 
         r' (W W' + sigma^2 I)^-1 r = |r - W m|^2 / sigma^2 + |m|^2

@@ -9,8 +9,8 @@ exponentially in 1 / variance, as the inverse Gamma and the inverse Wishart do:
     Fraley and Raftery (2007), "Bayesian regularization for normal mixture estimation and model-based
     clustering", Journal of Classification 24.
 
-Both densities here are of the scale (standard deviation, Cholesky factor) and not of the variance: a
-scale is what the models and the guides of this package speak of.
+Both densities here are of the scale (standard deviation, Cholesky factor) and not of the variance: the
+models and guides of this package are written in scales.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ Size = torch.Size | list[int] | tuple[int, ...]
 def inverse_chi(df: float, scale: Tensor) -> dist.TransformedDistribution:
     """The law of sigma when sigma^2 ~ InverseGamma(df / 2, df scale^2 / 2).
 
-    Worth `df` earlier observations of standard deviation `scale` [...]; the batch shape is `scale`'s.
+    Parameters
+    ----------
+    df : float
+        The prior is worth so many earlier observations,
+    scale : Tensor [...]
+        of this standard deviation; the batch shape is its shape.
     """
     variance = dist.InverseGamma(torch.full_like(scale, df / 2), df / 2 * scale**2)
     return dist.TransformedDistribution(variance, [PowerTransform(torch.full_like(scale, 0.5))])
@@ -44,8 +49,10 @@ class InverseWishartCholesky(dist.TorchDistribution):
 
     Parameters
     ----------
-    df: degrees of freedom, above D - 1.
-    scale: [..., D], the square roots of the diagonal of the scale matrix.
+    df : float
+        Degrees of freedom, above D - 1.
+    scale : Tensor [..., D]
+        The square roots of the diagonal of the scale matrix.
     """
 
     arg_constraints = {"scale": constraints.independent(constraints.positive, 1)}  # noqa: RUF012
@@ -91,10 +98,15 @@ class InverseWishartCholesky(dist.TorchDistribution):
 
 
 def covariance_prior(covariance: str, spread: Tensor) -> dist.TorchDistribution:
-    """Of the roots of K covariances: InverseWishart(D + 2, diag(spread_k^2)), `spread` [K, D].
+    """The prior of the roots of K covariances: InverseWishart(D + 2, diag(spread_k^2)).
 
-    "full": Cholesky factors [K, D, D]. Else the same in one dimension, for deviations [K, D], or [K, 1] if
-    "spherical".
+    Parameters
+    ----------
+    covariance : {"full", "diagonal", "spherical"}
+        "full" for Cholesky factors [K, D, D]; else the same in one dimension, for deviations [K, D], or [K, 1] if
+        "spherical".
+    spread : Tensor [K, D]
+        Prior deviations of each feature within each component.
     """
     if covariance == "full":
         return InverseWishartCholesky(spread.shape[1] + 2, spread).to_event(1)

@@ -34,9 +34,22 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kmeans_clusters(x: Tensor, num_components: int, seed: int, num_starts: int) -> list[Clusters]:
-    """Clusters of `x` [rows, data_dim] by k-means, on the data as they are and on standardised data.
+    """Clusters by k-means, on the data as they are and on standardised data.
 
-    Raises `DataError` if the rows take fewer than `num_components` different values.
+    Parameters
+    ----------
+    x : Tensor [rows, data_dim]
+    num_components : int
+        Clusters.
+    seed : int
+        Of the starts.
+    num_starts : int
+        k-means++ starts of each.
+
+    Raises
+    ------
+    DataError
+        If the rows take fewer than `num_components` different values.
     """
     distinct = len(x.unique(dim=0))
     if distinct < num_components:
@@ -67,9 +80,18 @@ def _from_labels(x: Tensor, labels: Tensor, num_components: int) -> Clusters:
 
 
 def principal_loadings(x: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:
-    """Loadings [data_dim, latent_dim] and noise scales [data_dim] of `x` [rows, data_dim] by PPCA.
+    """Loadings and noise scales by PPCA.
 
-    The noise is what the loadings leave of each feature's variance, and a twentieth of it at least.
+    Parameters
+    ----------
+    x : Tensor [rows, data_dim]
+    latent_dim : int
+
+    Returns
+    -------
+    loadings : Tensor [data_dim, latent_dim]
+    noise_scale : Tensor [data_dim]
+        What the loadings leave of each feature's variance, and a twentieth of it at least.
     """
     covariance = torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1])
     values, vectors = torch.linalg.eigh(covariance)  # ascending

@@ -29,16 +29,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.errors import DataError, SettingError, count, one_of
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite, first_row_where
-from pyrolvm.models.networks import (
-    SCALE_FLOOR,
-    check_decoder,
-    check_encoder,
-    choose,
-    make_decoder,
-    make_encoder,
-)
+from pyrolvm.models.make import make_decoder, make_encoder
+from pyrolvm.models.networks import SCALE_FLOOR
 
 
 class VAE(LatentVariableModel):
@@ -46,20 +40,36 @@ class VAE(LatentVariableModel):
 
     Parameters
     ----------
-    data_dim: columns of the data; images are flat vectors.
-    latent_dim: dimensions of z.
-    likelihood: "bernoulli" for data of zeros and ones, "gaussian" for real numbers.
-    encoder: "mlp", "conv", "linear", or a module x [..., data_dim] -> (loc, scale), each [..., latent_dim].
-    decoder: "mlp", "conv", "linear", or a module z [..., latent_dim] -> logits or mean [..., data_dim].
-    noise_scale: of the Gaussian, in the units of the data: a number (fixed), "shared" (one learned
-        number, the default) or "per_feature" (data_dim learned numbers).
-    hidden: sizes of the encoder's fully connected hidden layers; the decoder has them reversed.
-    activation: a key of `pyrolvm.models.networks.ACTIVATIONS`.
-    image_shape: (channels, height, width) for "conv"; by default one square channel.
+    data_dim : int
+        Columns of the data; images are flat vectors.
+    latent_dim : int
+        Dimensions of z.
+    likelihood : {"bernoulli", "gaussian"}
+        For data of zeros and ones, or for real numbers.
+    encoder : {"mlp", "conv", "linear"} or Module
+        A module maps x [..., data_dim] to (loc, scale), each [..., latent_dim].
+    decoder : {"mlp", "conv", "linear"} or Module
+        A module maps z [..., latent_dim] to logits or means [..., data_dim].
+    noise_scale : float or {"shared", "per_feature"}, optional
+        Of the Gaussian, in the units of the data: a number (fixed), "shared" (one learned number, the default) or
+        "per_feature" (data_dim learned numbers).
+    hidden : sequence of int
+        Sizes of the encoder's fully connected hidden layers; the decoder has them reversed.
+    activation : str
+        A key of `pyrolvm.models.networks.ACTIVATIONS`.
+    image_shape : sequence of int, optional
+        (channels, height, width) for "conv"; by default one square channel.
+
+    Raises
+    ------
+    SettingError
+        For an unknown option or a size that is no positive whole number.
+    ProgramError
+        For a module whose output does not have the shapes above.
     """
 
     prior_loc: Tensor
-    fixed_noise_scale: Tensor
+    fixed_noise_scale: Tensor | None
 
     def __init__(
         self,
@@ -74,17 +84,16 @@ class VAE(LatentVariableModel):
         image_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.data_dim, self.latent_dim = data_dim, latent_dim
-        self.likelihood = choose("likelihood", likelihood, ("bernoulli", "gaussian"))
-        self.encoder = make_encoder(encoder, data_dim, latent_dim, hidden, activation, image_shape)
-        self.decoder = make_decoder(decoder, latent_dim, data_dim, hidden, activation, image_shape)
-        check_encoder(self.encoder, data_dim, latent_dim)
-        check_decoder(self.decoder, latent_dim, data_dim)
+        self.data_dim, self.latent_dim = count("data_dim", data_dim), count("latent_dim", latent_dim)
+        self.likelihood = one_of("likelihood", likelihood, ("bernoulli", "gaussian"))
+        self.encoder = make_encoder(encoder, self.data_dim, self.latent_dim, hidden, activation, image_shape)
+        self.decoder = make_decoder(decoder, self.latent_dim, self.data_dim, hidden, activation, image_shape)
         self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
         self._make_noise(noise_scale)
 
     def _make_noise(self, noise_scale: float | str | None) -> None:
-        """Hold the noise as a learnable logarithm or as a constant, starting at 1."""
+        """Hold the noise as a learnable logarithm, starting at 0, or as a constant."""
+        fixed: Tensor | None = None
         if self.likelihood == "bernoulli":
             if noise_scale is not None:
                 raise SettingError(
@@ -100,14 +109,15 @@ class VAE(LatentVariableModel):
                 f'noise_scale={noise_scale!r} is not known: pass a positive number, "shared" or "per_feature"'
             )
         else:
-            self.register_buffer("fixed_noise_scale", torch.tensor(float(noise_scale)))
+            fixed = torch.tensor(float(noise_scale))
+        self.register_buffer("fixed_noise_scale", fixed)
 
     @property
     def noise_scale(self) -> Tensor:
         """Standard deviation, [] or [data_dim], of x around decoder(z); Gaussian likelihood only."""
         if self.likelihood == "bernoulli":
             raise SettingError('a Bernoulli decoder has no noise_scale: say likelihood="gaussian"')
-        if hasattr(self, "fixed_noise_scale"):
+        if self.fixed_noise_scale is not None:
             return self.fixed_noise_scale
         return SCALE_FLOOR + self.log_noise_scale.exp()
 
@@ -140,12 +150,17 @@ class VAE(LatentVariableModel):
         loc, scale = self.encoder(x)  # each [..., latent_dim]
         return dist.Normal(loc.to(x.dtype), scale.to(x.dtype)).to_event(1)
 
-    def check_data(self, x: Tensor) -> None:
-        """Raise `DataError` unless x is [rows, data_dim], finite and, for a Bernoulli decoder, 0 or 1."""
+    def decode(self, z: Tensor) -> Tensor:
+        """The mean [..., data_dim] of p(x | z) for z [..., latent_dim]: a probability if Bernoulli."""
+        return self.likelihood_dist(z).mean
+
+    def check_data(self, x: Tensor) -> Tensor:
+        """`x` as floats; raises `DataError` unless they are [rows, data_dim], finite and, if Bernoulli, 0 or 1."""
         check_columns(x, self.data_dim, type(self).__name__)
         check_finite(x)
         if self.likelihood == "bernoulli":
             check_binary(x)
+        return self.as_floats(x)
 
 
 def check_binary(x: Tensor) -> None:

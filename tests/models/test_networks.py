@@ -8,6 +8,7 @@ from torch import nn
 
 from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.models.base import register
+from pyrolvm.models.make import check_decoder, check_encoder, make_decoder, make_encoder
 from pyrolvm.models.networks import (
     ACTIVATIONS,
     MLP,
@@ -16,10 +17,6 @@ from pyrolvm.models.networks import (
     ConvEncoder,
     MLPEncoder,
     Rowwise,
-    check_decoder,
-    check_encoder,
-    make_decoder,
-    make_encoder,
     split_loc_scale,
 )
 
@@ -113,11 +110,11 @@ def test_images_too_small_and_unknown_names_are_refused():
         ConvEncoder((1, 8, 8), 2, channels=(2, 2, 2, 2))
     with pytest.raises(SettingError, match="image_shape"):
         ConvDecoder(2, (8, 8))
-    with pytest.raises(SettingError, match="'relu'"):
+    with pytest.raises(SettingError, match="choose from relu"):
         MLP(2, 2, activation="relo")
     with pytest.raises(SettingError, match="not a square"):
         make_encoder("conv", 50, 2)
-    with pytest.raises(SettingError, match="'linear'"):
+    with pytest.raises(SettingError, match="choose from mlp, conv, linear"):
         make_decoder("cnn", 2, 50)
 
 

@@ -11,8 +11,8 @@ from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.engine.compiled import CompiledEngine, probe
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.native import has_compiler, is_compiled
+from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
-from pyrolvm.inference.engine.step import Step
 from pyrolvm.inference.engine.tracing import UntraceableError, trace_step
 
 ENGINES = ("auto", "compiled", "eager")
@@ -35,11 +35,11 @@ class Engine(Protocol):
         """The state before the first step."""
 
     def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
-        """Steps over `rows` [num_steps, batch] -> the new state, terms [num_steps, 3] in nats per datum."""
+        """Steps over `rows` [num_steps, batch] -> the new state, terms [num_steps, terms] in nats per datum."""
 
 
 def choose_engine(
-    name: str, step: Step, num_steps: int, on_compile: Callable[[str], None] | None = None
+    name: str, problem: Problem, num_steps: int, on_compile: Callable[[str], None] | None = None
 ) -> tuple[Engine, str]:
     """The engine for `name`, and one sentence that says which runs and why.
 
@@ -50,52 +50,52 @@ def choose_engine(
     if name not in ENGINES:
         raise SettingError(f"engine='{name}' is not known: choose from {', '.join(ENGINES)}")
     if name == "eager":
-        return EagerEngine(step), "eager engine: asked for"
+        return EagerEngine(problem), "eager engine: asked for"
     if name == "compiled":
-        return _compiled(step, on_compile), "compiled engine: asked for"
-    return _best(step, num_steps, on_compile)
+        return _compiled(problem, on_compile), "compiled engine: asked for"
+    return _best(problem, num_steps, on_compile)
 
 
-def _compiled(step: Step, on_compile: Callable[[str], None] | None) -> CompiledEngine:
-    obstacle = _obstacle(step)
+def _compiled(problem: Problem, on_compile: Callable[[str], None] | None) -> CompiledEngine:
+    obstacle = _obstacle(problem)
     if obstacle is not None:
         raise SettingError(f"engine='compiled' cannot run: {obstacle}; use engine='eager'")
     try:
-        return CompiledEngine(step, on_compile=on_compile)
+        return CompiledEngine(problem, on_compile=on_compile)
     except UntraceableError as error:
         raise ProgramError(f"engine='compiled' cannot run this program: {error}") from error
 
 
-def _best(step: Step, num_steps: int, on_compile: Callable[[str], None] | None) -> tuple[Engine, str]:
-    eager = EagerEngine(step)
-    obstacle = _obstacle(step, may_be_cached=True)
+def _best(problem: Problem, num_steps: int, on_compile: Callable[[str], None] | None) -> tuple[Engine, str]:
+    eager = EagerEngine(problem)
+    obstacle = _obstacle(problem, may_be_cached=True)
     if obstacle is not None:
         return eager, f"eager engine: {obstacle}"
     if num_steps < FEW_STEPS:
         return eager, f"eager engine: {num_steps} steps are too few to gain by compiling them"
-    slots, rows, seconds = probe(step)
+    slots, rows, seconds = probe(problem)
     expected = num_steps * seconds
     short = f"eager engine: {num_steps} steps take about {expected:.1f} s, compiling them takes longer"
     if expected < TRACE_SECONDS:
         return eager, short
     try:
-        traced = trace_step(step, slots, rows)
+        traced = trace_step(problem, slots, rows)
     except UntraceableError as error:
         return eager, f"eager engine: {error}"
-    if step.program.device.type != "cpu" or not is_compiled(traced):
+    if problem.program.device.type != "cpu" or not is_compiled(traced):
         if expected < 2 * COMPILE_SECONDS:
             return eager, short
-        obstacle = _obstacle(step)
+        obstacle = _obstacle(problem)
         if obstacle is not None:
             return eager, f"eager engine: {obstacle}"
     note = f"compiled engine: {num_steps} steps at {1e3 * seconds:.2g} ms each would take {expected:.0f} s eagerly"
-    engine = CompiledEngine(step, on_compile=on_compile, fall_back=True, traced=traced, note=note)
+    engine = CompiledEngine(problem, on_compile=on_compile, fall_back=True, traced=traced, note=note)
     return engine, note
 
 
-def _obstacle(step: Step, *, may_be_cached: bool = False) -> str | None:
+def _obstacle(problem: Problem, *, may_be_cached: bool = False) -> str | None:
     """Why nothing can be compiled here, whatever the program."""
-    device = step.program.device.type
+    device = problem.program.device.type
     if device not in DEVICES:
         return f"there is no compiled engine for {device}"
     if device == "cpu" and not may_be_cached and not has_compiler():

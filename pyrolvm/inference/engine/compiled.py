@@ -17,8 +17,8 @@ from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.loops import CudaLoop, Loop
 from pyrolvm.inference.engine.native import NativeLoop, is_compiled
+from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
-from pyrolvm.inference.engine.step import Step
 from pyrolvm.inference.engine.tracing import Slots, TracedStep, trace_step
 from pyrolvm.inference.program.noise import generator_state, kept_generators, noise_state, set_generator_state
 
@@ -45,7 +45,7 @@ class CompiledEngine:
 
     def __init__(
         self,
-        step: Step,
+        problem: Problem,
         *,
         on_compile: Callable[[str], None] | None = None,
         fall_back: bool = False,
@@ -53,16 +53,16 @@ class CompiledEngine:
         note: str = "compiled engine",
         loop: Callable[[TracedStep, bool], Loop] | None = None,
     ) -> None:
-        self.step = step
-        self.eager = EagerEngine(step)
+        self.problem = problem
+        self.eager = EagerEngine(problem)
         self.on_compile = on_compile
         self.fall_back = fall_back
         self.note = note
         self.num_compilations = 0
-        self._traced = traced or trace_step(step, *probe(step)[:2])
+        self._traced = traced or trace_step(problem, *probe(problem)[:2])
         self._slots = _slots(self._traced)
         self._loop: Loop | None = None
-        self._make_loop = loop or (CudaLoop if step.program.device.type == "cuda" else NativeLoop)
+        self._make_loop = loop or (CudaLoop if problem.program.device.type == "cuda" else NativeLoop)
         self._given_up = False
         self._live: TrainingState | None = None
 
@@ -95,7 +95,7 @@ class CompiledEngine:
         """Compile, and see that the first steps give what eager steps give."""
         before = state.clone()
         _, expected = self.eager.run(state.clone(), rows[:CHECKED_STEPS])
-        self.step.program.load(before.parameters)  # so that `state` is whole if compiling is interrupted
+        self.problem.program.load(before.parameters)  # so that `state` is whole if compiling is interrupted
         try:
             self._loop = self._compile()
             self.num_compilations += 1
@@ -113,21 +113,21 @@ class CompiledEngine:
         known = self._make_loop is NativeLoop and is_compiled(self._traced)
         if self.on_compile is not None and not known:
             self.on_compile("compiling the training step, once for this program and machine")
-        return self._make_loop(self._traced, self.step.minibatch)
+        return self._make_loop(self._traced, self.problem.minibatch)
 
     def _run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
         assert self._loop is not None
         self._adopt(state)
         self._live = None  # until the chunk is done
-        device = self.step.program.device
-        controls = self.step.controls(state.step, len(rows))
+        device = self.problem.program.device
+        controls = self.problem.controls(state.step, len(rows))
         with kept_generators(device):
             set_generator_state(state.random, device)
             parts = zip(rows.split(self._loop.capacity), controls.split(self._loop.capacity), strict=True)
             terms = [self._part(self._loop, *part) for part in parts]
             random = generator_state(device)
         self._live = TrainingState(
-            self.step.program.tensors(),
+            self.problem.program.tensors(),
             {name: {k: t.to(where) for k, (t, where) in own.items()} for name, own in self._slots.items()},
             state.step + len(rows),
             random,
@@ -135,7 +135,7 @@ class CompiledEngine:
         return self._live, torch.cat(terms)
 
     def _part(self, loop: Loop, rows: Tensor, controls: Tensor) -> Tensor:
-        if self.step.minibatch:
+        if self.problem.minibatch:
             loop.rows[: len(rows)].copy_(rows)
         loop.controls[: len(rows)].copy_(controls)
         loop.index.zero_()
@@ -145,22 +145,24 @@ class CompiledEngine:
     def _adopt(self, state: TrainingState) -> None:
         if state is self._live:
             return
-        self.step.program.load(state.parameters)
+        self.problem.program.load(state.parameters)
         for name, own in self._slots.items():
             for slot, (tensor, _) in own.items():
                 tensor.copy_(state.optimizer[name][slot])
 
 
-def probe(step: Step) -> tuple[Slots, Tensor, float]:
+def probe(problem: Problem) -> tuple[Slots, Tensor, float]:
     """Try some eager steps: the optimiser's slots after them, the rows used, seconds per step.
 
     The program, its parameters and the generators are left as they were.
     """
-    program = step.program
+    program = problem.program
     before = {k: v.detach().clone() for k, v in program.tensors().items()}
-    plate = step.structure.data_plate
-    rows = torch.arange(plate.size if step.minibatch and plate else step.num_rows, device=program.device)
-    engine = EagerEngine(step)
+    plate = problem.structure.data_plate
+    rows = torch.arange(
+        plate.size if problem.minibatch and plate else problem.num_rows, device=program.device
+    )
+    engine = EagerEngine(problem)
     try:
         state, _ = engine.run(engine.initial_state(noise_state(0, program.device)), rows.expand(1, -1))
         start = time.perf_counter()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
-from pyrolvm.inference.engine.step import Step
 from pyrolvm.inference.program.noise import generator_state, kept_generators, set_generator_state
 
 
@@ -16,12 +16,12 @@ class EagerEngine:
 
     name = "eager"
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self.leaves = list(step.program.parameters.values())
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.leaves = list(problem.program.parameters.values())
         if not self.leaves:
             raise ProgramError("the program has no parameters, so there is nothing to fit")
-        self.optimizer = step.optimizer.build(self.leaves)
+        self.optimizer = problem.optimizer.build(self.leaves)
         self._live: TrainingState | None = None
 
     def initial_state(self, random: dict[str, Tensor]) -> TrainingState:
@@ -32,47 +32,46 @@ class EagerEngine:
         """Take one step for each row of `rows` [num_steps, batch].
 
         Returns the new state (its tensors are the program's own, updated in place) and the terms
-        [num_steps, len(TERMS)] in nats per datum.
+        [num_steps, len(problem.terms)] in nats per datum.
         """
         self._adopt(state)
-        program, device = self.step.program, self.step.program.device
-        controls = self.step.controls(state.step, len(rows))
+        program, device = self.problem.program, self.problem.program.device
+        controls = self.problem.controls(state.step, len(rows))
         rows = rows.to(device)
         with program.scope(), kept_generators(device):
             set_generator_state(state.random, device)
-            terms = [self._update(r, *c) for r, c in zip(rows, controls.tolist(), strict=True)]
+            terms = [self._update(r, c) for r, c in zip(rows, controls.tolist(), strict=True)]
             random = generator_state(device)
         return self._state(state.step + len(rows), random), torch.stack(terms).cpu()
 
-    def _update(self, rows: Tensor, learning_rate: float, kl_weight: float) -> Tensor:
+    def _update(self, rows: Tensor, controls: list[float]) -> Tensor:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        surrogate, terms = self.step.loss(rows, kl_weight)
-        gradients = torch.autograd.grad(surrogate, self.leaves, allow_unused=True)
+            group["lr"] = controls[0]
+        gradients, terms = self.problem.gradients(rows, controls[1:])
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
             leaf.grad = gradient
-        if self.step.optimizer.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.leaves, self.step.optimizer.clip_norm)
+        if self.problem.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.leaves, self.problem.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return terms
 
     def _state(self, step: int, random: dict[str, Tensor]) -> TrainingState:
-        names = self.step.program.parameters
+        names = self.problem.program.parameters
         slots = {
             name: {k: v for k, v in self.optimizer.state[leaf].items() if isinstance(v, Tensor)}
             for name, leaf in names.items()
             if leaf in self.optimizer.state
         }
-        self._live = TrainingState(self.step.program.tensors(), slots, step, random)
+        self._live = TrainingState(self.problem.program.tensors(), slots, step, random)
         return self._live
 
     def _adopt(self, state: TrainingState) -> None:
         """Make `state` the live one, unless it already is."""
         if state is self._live:
             return
-        self.step.program.load(state.parameters)
+        self.problem.program.load(state.parameters)
         self.optimizer.state.clear()
-        for name, leaf in self.step.program.parameters.items():
+        for name, leaf in self.problem.program.parameters.items():
             if name in state.optimizer:
                 self.optimizer.state[leaf] = {k: v.clone() for k, v in state.optimizer[name].items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyrolvm.controls import Schedule, value_of
 from pyrolvm.errors import SettingError
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -42,7 +43,7 @@ class OptimizerSpec:
     """
 
     optimizer: str | type[Optimizer] = "adam"
-    learning_rate: float = 1e-3
+    learning_rate: Schedule = 1e-3
     options: dict[str, Any] = field(default_factory=dict)
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     clip_norm: float | None = None
@@ -59,7 +60,9 @@ class OptimizerSpec:
             )
         if self.optimizer is torch.optim.LBFGS:
             raise SettingError("optimizer=LBFGS needs closures and a fixed objective: use 'adam'")
-        if not self.learning_rate > 0:
+        if callable(self.learning_rate) and self.schedule is not None:
+            raise SettingError("give learning_rate as a function or a schedule, not both")
+        if not callable(self.learning_rate) and not self.learning_rate > 0:
             raise SettingError(f"learning_rate must be positive, not {self.learning_rate}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise SettingError(f"clip_norm must be positive or None, not {self.clip_norm}")
@@ -75,12 +78,16 @@ class OptimizerSpec:
         """The torch optimiser over `parameters`."""
         cls: Any = OPTIMIZERS[self.optimizer] if isinstance(self.optimizer, str) else self.optimizer
         try:
-            return cls(list(parameters), lr=self.learning_rate, **self.options)
+            rate = 1e-3 if callable(self.learning_rate) else self.learning_rate  # engines set each step's own
+            return cls(list(parameters), lr=rate, **self.options)
         except TypeError as error:
             raise SettingError(f"optimizer_options do not suit {cls.__name__}: {error}") from error
 
-    def learning_rates(self, first_step: int, num_steps: int) -> list[float]:
-        """The learning rates of steps first_step, ..., first_step + num_steps - 1."""
+    def learning_rates(self, first_step: int, num_steps: int, length: int = 1) -> list[float]:
+        """The learning rates of steps first_step, ..., first_step + num_steps - 1 of a run of `length` steps."""
+        if callable(self.learning_rate):
+            shares = [(first_step + k + 1) / length for k in range(num_steps)]
+            return [value_of("learning_rate", self.learning_rate, share) for share in shares]
         if self.schedule is None:
             return [self.learning_rate] * num_steps
         while len(self._rates) < first_step + num_steps:

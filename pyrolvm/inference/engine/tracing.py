@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine import graphs
-from pyrolvm.inference.engine.step import TERMS, Step
+from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.program.noise import kept_generators
 from pyrolvm.inference.program.program import Program
 
@@ -47,7 +47,9 @@ class UntraceableError(ProgramError):
 
 @dataclass(frozen=True)
 class TracedStep:
-    """`graph(*state, *data, rows, learning_rate, kl_weight, *constants) -> (*new values, terms)`.
+    """`graph(*state, *data, rows, *controls, *constants) -> (*new values, terms)`.
+
+    The first control is the learning rate.
 
     state: what a step may change: parameters, buffers and the optimiser's slots, in the order of `names`,
     which are the keys of `TrainingState.flatten`. `updated` are the positions of the state that the new
@@ -62,14 +64,16 @@ class TracedStep:
     rows: Tensor
     constants: tuple[Tensor, ...]
     dtype: torch.dtype
+    num_controls: int = 1
+    num_terms: int = 1
 
     def in_place(self, capacity: int, minibatch: bool) -> tuple[Callable[..., tuple[()]], list[Tensor]]:
         """The step as a function that only writes to its inputs, and example inputs for it.
 
         `advance(index, terms, controls, rows, *state, *data, *constants)` takes step number `index` []
-        of a chunk: learning rate and KL weight from `controls` [capacity, 2], indices from `rows`
-        [capacity, batch] (or [N], if the data are taken whole); writes the terms to `terms`
-        [capacity, 3] and the new values to the state, and counts `index` on.
+        of a chunk: its controls from `controls` [capacity, num_controls], indices from `rows` [capacity, batch]
+        (or [N], if the data are taken whole); writes the terms to `terms` [capacity, num_terms] and the new values
+        to the state, and counts `index` on.
         """
         device, dtype = self.rows.device, self.dtype
         split = len(self.state), len(self.state) + len(self.data)
@@ -79,8 +83,9 @@ class TracedStep:
             at = index.reshape(1)
             if minibatch:
                 rows = rows.index_select(0, at).reshape(-1)
-            rate, weight = controls.index_select(0, at).reshape(-1).unbind()
-            *values, row = self.graph(*state, *data, rows, rate, weight.to(dtype), *constants)
+            rate, *others = controls.index_select(0, at).reshape(-1).unbind()
+            scheduled = [rate, *(value.to(dtype) for value in others)]
+            *values, row = self.graph(*state, *data, rows, *scheduled, *constants)
             for position, value in zip(self.updated, values, strict=True):
                 state[position].copy_(value)
             terms.index_copy_(0, at, row.reshape(1, -1).to(dtype))
@@ -90,8 +95,8 @@ class TracedStep:
         rows = self.rows.expand(capacity, -1).contiguous() if minibatch else self.rows
         chunk = [
             torch.zeros((), dtype=torch.int64, device=device),
-            torch.zeros(capacity, len(TERMS), dtype=dtype, device=device),
-            torch.zeros(capacity, 2, dtype=torch.float64, device=device),
+            torch.zeros(capacity, self.num_terms, dtype=dtype, device=device),
+            torch.zeros(capacity, self.num_controls, dtype=torch.float64, device=device),
             rows,
         ]
         return advance, [*chunk, *self.state, *self.data, *self.constants]
@@ -103,27 +108,26 @@ class TracedStep:
         return "\n".join([self.graph.code, str(self.updated), str(len(self.state)), *shapes])
 
 
-def trace_step(step: Step, slots: Slots, rows: Tensor) -> TracedStep:
+def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
     """Write one step down. `slots` are the optimiser's after a step; `rows` [batch] are any valid ones.
 
     The program, its parameters and the generators are left as they were.
     """
-    program, device = step.program, step.program.device
+    program, device = problem.program, problem.program.device
     state = {f"parameters/{k}": v for k, v in program.tensors().items()}
     for name, own in slots.items():
         state |= {f"optimizer/{k}/{name}": v.to(device, copy=True) for k, v in own.items()}
-    data = [t for _, t in step.data.tensors()]
-    rate = torch.tensor(step.optimizer.learning_rate, dtype=torch.float64, device=device)
-    weight = torch.ones((), dtype=program.dtype, device=device)
-    inputs = [*state.values(), *data, rows.to(device, copy=True), rate, weight]
+    data = [t for _, t in problem.data.tensors()]
+    rate, *others = problem.controls(0, 1)[0].to(device)
+    controls = [rate.clone(), *(value.to(program.dtype, copy=True) for value in others)]
+    inputs = [*state.values(), *data, rows.to(device, copy=True), *controls]
     written: list[str] = []
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
         at = dict(zip(state, flat, strict=False))
-        surrogate, terms = step.loss(flat[-3], flat[-1])
-        leaves = list(program.parameters.values())
-        gradients = torch.autograd.grad(surrogate, leaves, allow_unused=True)
-        new = _update(step, at, gradients, flat[-2])
+        rows, rate, *others = flat[len(flat) - len(controls) - 1 :]
+        gradients, terms = problem.gradients(rows, others)
+        new = _update(problem, at, gradients, rate)
         written[:] = new
         return (*new.values(), terms)
 
@@ -137,19 +141,21 @@ def trace_step(step: Step, slots: Slots, rows: Tensor) -> TracedStep:
         tuple(t.detach() for t in state.values()),
         tuple(names.index(name) for name in written),
         tuple(data),
-        inputs[-3],
+        inputs[-1 - len(controls)],
         tuple(t.detach() for t in constants),
         program.dtype,
+        len(controls),
+        len(problem.terms),
     )
 
 
 def _update(
-    step: Step, state: dict[str, Tensor], gradients: Sequence[Tensor | None], learning_rate: Tensor
+    problem: Problem, state: dict[str, Tensor], gradients: Sequence[Tensor | None], learning_rate: Tensor
 ) -> dict[str, Tensor]:
     """New values of the parameters that have a gradient and of their slots, by torch's own optimiser."""
-    names = list(step.program.parameters)
+    names = list(problem.program.parameters)
     parameters = [state[f"parameters/{name}"].detach().clone() for name in names]
-    optimizer = step.optimizer.build(parameters)
+    optimizer = problem.optimizer.build(parameters)
     # the single-tensor form is the one without host-side grouping; all forms compute the same
     for group in optimizer.param_groups:
         group.update(lr=learning_rate, foreach=False, fused=False)
@@ -171,8 +177,8 @@ def _update(
             # their form for graphs, which refuses the CPU unless something is being compiled
             optimizer.param_groups[0]["capturable"] = True
             stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", return_value=True))
-        if step.optimizer.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, step.optimizer.clip_norm, foreach=False)
+        if problem.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, problem.optimizer.clip_norm, foreach=False)
         optimizer.step()
     new = {}
     for name, parameter, gradient in zip(names, parameters, gradients, strict=True):

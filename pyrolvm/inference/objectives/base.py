@@ -1,77 +1,141 @@
-"""What an objective gives: a bound to report and a surrogate to descend."""
+"""What an objective is: a bound to report, a surrogate to descend, and terms by name."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from functools import singledispatch
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import pyro
+import pyro.infer
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyrolvm.errors import SettingError
-from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.controls import Schedule, value_of
+from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.plain import PlainPair
+from pyrolvm.inference.program.structure import sample_sites
 
 
 class Estimate(NamedTuple):
     """One stochastic estimate over a batch, in nats, scaled to the whole data.
 
-    bound: the lower bound on log p(x); higher is better.
-    surrogate: minimise it; its gradient estimates that of -bound. Its value means nothing.
-    log_likelihood: E_q[log p(x|z)]; kl: E_q[log q(z) - log p(z)]. Both nan where not defined.
+    Attributes
+    ----------
+    bound : tensor []
+        The lower bound on log p(x); higher is better.
+    surrogate : tensor []
+        Minimise it; its gradient estimates that of -bound. Its value means nothing.
+    terms : dict
+        What the bound is made of, and whatever else is worth a column of the history, by name; nan where not defined.
+        An ELBO has `log_likelihood`, E_q[log p(x|z)], and `kl`, E_q[log q(z) - log p(z)].
+    own_loss : tensor [] or None
+        A loss of the objective's own modules (of a baseline, of a control variate): they descend it and nothing else
+        does. If None, they descend the surrogate with all other parameters.
     """
 
     bound: Tensor
     surrogate: Tensor
-    log_likelihood: Tensor
-    kl: Tensor
+    terms: dict[str, Tensor]
+    own_loss: Tensor | None = None
 
 
-@singledispatch
-def estimate(
-    objective: Any, model: Callable, guide: Callable, args: tuple = (), kwargs: dict | None = None
-) -> Estimate:
-    """Estimate `objective` for (model, guide) on one batch; parameters are reached as Pyro reaches them.
+class Objective(pyro.infer.ELBO):
+    """An objective for any Pyro program: runs under `fit` and under `pyro.infer.SVI`.
 
-    An ELBO class this package does not know is taken by its own `differentiable_loss`.
+    A new objective defines `estimate`. It may hold `nn.Module`s as attributes: they are trained with the pair and kept
+    in checkpoints and run folders. Under plain SVI they are shown to Pyro's parameter store.
     """
-    if not hasattr(objective, "differentiable_loss"):
-        raise SettingError(
-            f"objective must be a Pyro ELBO object such as pyro.infer.Trace_ELBO(), not {objective!r}"
-        )
-    loss = objective.differentiable_loss(model, guide, *args, **(kwargs or {}))
-    unknown = torch.full_like(loss.detach(), float("nan"))
-    return Estimate(-loss.detach(), loss, unknown, unknown)
+
+    def estimate(self, pair: Pair, controls: Mapping[str, Any]) -> Estimate:
+        """The bound on one batch.
+
+        Parameters
+        ----------
+        pair : Pair
+            The program on the batch; run it by `pair.draw()`, `pair.guide()`, `pair.model(given=...)`.
+        controls : mapping
+            Name -> present value (a number, or a 0-d tensor in a compiled loop) of this objective's `controls()` and
+            all others of the run.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define estimate(self, pair, controls)")
+
+    def controls(self) -> dict[str, Schedule]:
+        """The named schedules that this objective brings, with their defaults: numbers, or functions of the share."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """What must agree for a run to be resumed: plain values, by name."""
+        plain = {k: v for k, v in vars(self).items() if isinstance(v, bool | int | float | str)}
+        return {k: v for k, v in plain.items() if not k.startswith("_") and v != float("inf")}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that are trained with the pair, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, nn.Module)}
+
+    # ------------------------------------------------------------------ under pyro.infer.SVI
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """A scalar with the value of -bound (nats, summed over data) and the gradient of the surrogate."""
+        for name, module in self.modules().items():
+            pyro.module(f"{type(self).__name__}.{name}", module)
+        controls = {name: value_of(name, schedule, 1.0) for name, schedule in self.controls().items()}
+        result = self.estimate(PlainPair(model, guide, args, kwargs), controls)
+        surrogate = result.surrogate + self._own_correction(result)
+        return -result.bound.detach() + (surrogate - surrogate.detach())
+
+    def _own_correction(self, result: Estimate) -> Any:
+        """What makes the gradient of the own modules that of their own loss, and changes no other."""
+        own = [p for module in self.modules().values() for p in module.parameters()]
+        if result.own_loss is None or not own:
+            return 0.0
+        wanted = torch.autograd.grad(result.own_loss, own, retain_graph=True, materialize_grads=True)
+        found = torch.autograd.grad(result.surrogate, own, retain_graph=True, materialize_grads=True)
+        return sum((p * (w - f)).sum() for p, w, f in zip(own, wanted, found, strict=True))
+
+    @torch.no_grad()
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """-bound in nats, summed over the data."""
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """-bound in nats; gradients are accumulated in the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Any:
+        """Asked for by `pyro.infer.ELBO`; objectives run their pair themselves."""
+        return PlainPair(model, guide, args, kwargs).draw()
 
 
-def prepare(objective: ELBO | None, structure: Structure) -> ELBO:
-    """A private copy of `objective` that knows the program's plates and so need not guess them."""
-    if objective is None:
-        objective = _default(structure)
-    if isinstance(objective, type):
-        raise SettingError(f"objective is the class {objective.__name__}: pass {objective.__name__}()")
-    summed_out = [s.name for s in structure.sites if s.enumerated and not s.in_guide]
-    if summed_out and not isinstance(objective, TraceEnum_ELBO):
-        raise SettingError(
-            f"the model asks for '{summed_out[0]}' to be summed out, which {type(objective).__name__} does not do "
-            "(it would draw it from the prior): use TraceEnum_ELBO(), or give the guide a site for it"
-        )
-    objective = copy.copy(objective)
-    if getattr(objective, "max_plate_nesting", 0) == float("inf"):
-        vectorized = objective.vectorize_particles and objective.num_particles > 1
-        objective.max_plate_nesting = structure.max_plate_nesting + int(vectorized)
-    return objective
+class TraceObjective(Objective):
+    """One of Pyro's ELBOs that is a mean over pairs of traces: the loop over particles."""
 
+    def __init__(self, elbo: pyro.infer.ELBO) -> None:
+        self.elbo = elbo
 
-def _default(structure: Structure) -> ELBO:
-    """Enumeration where sites ask for it; downstream costs and baselines for other discrete sites."""
-    if any(s.enumerated for s in structure.sites):
-        return TraceEnum_ELBO()
-    return TraceGraph_ELBO() if any(s.discrete for s in structure.sites) else Trace_ELBO()
+    def settings(self) -> dict[str, Any]:
+        """Those of Pyro's object."""
+        return {"name": type(self.elbo).__name__, **Objective.settings(self.elbo)}  # type: ignore[arg-type]
+
+    def estimate(self, pair: Pair, controls: Mapping[str, Any]) -> Estimate:
+        """The mean over particles."""
+        program, batch = pair.program, pair.batch
+        traces = self.elbo._get_traces(program.model, program.guide, batch.args, batch.kwargs)
+        sums: list[Any] = [0.0, 0.0, 0.0]
+        for model_trace, guide_trace in traces:
+            sums = [s + part for s, part in zip(sums, self.parts(model_trace, guide_trace), strict=True)]
+        bound, surrogate, kl = (torch.as_tensor(s) / self.elbo.num_particles for s in sums)
+        # the expected log-likelihood is what the bound and the KL leave
+        terms = {"log_likelihood": (bound + kl).detach(), "kl": kl.detach()}
+        return Estimate(bound.detach(), surrogate, terms)
+
+    def parts(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any, Any]:
+        """(bound, surrogate, KL) of one pair of traces."""
+        raise NotImplementedError
 
 
 def kl_term(model_trace: Trace, guide_trace: Trace) -> Any:
@@ -84,7 +148,13 @@ def kl_term(model_trace: Trace, guide_trace: Trace) -> Any:
     return detach_provenance(total)
 
 
-def as_estimate(bound: Any, surrogate: Any, kl: Any) -> Estimate:
-    """Gather tensors; the expected log-likelihood is what the bound and the KL leave."""
-    bound, kl = (torch.as_tensor(t).detach() for t in (bound, kl))
-    return Estimate(bound, torch.as_tensor(surrogate), bound + kl, kl)
+class ForeignObjective(TraceObjective):
+    """An ELBO of which nothing is known but its loss."""
+
+    def estimate(self, pair: Pair, controls: Mapping[str, Any]) -> Estimate:
+        """The loss is both the surrogate and minus the bound."""
+        program, batch = pair.program, pair.batch
+        loss = self.elbo.differentiable_loss(  # type: ignore[attr-defined]
+            program.model, program.guide, *batch.args, **batch.kwargs)
+        unknown = torch.full_like(loss.detach(), float("nan"))
+        return Estimate(-loss.detach(), loss, {"log_likelihood": unknown, "kl": unknown})

@@ -6,28 +6,23 @@ sites; where the guide itself enumerates, the split into likelihood and KL is no
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from pyro.infer import TraceEnum_ELBO
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.poutine.trace_struct import Trace
 
-from pyrolvm.inference.objectives.base import Estimate, as_estimate, estimate, kl_term
+from pyrolvm.inference.objectives.base import TraceObjective, kl_term
 from pyrolvm.inference.program.structure import sample_sites
 
 
-@estimate.register
-def _traceenum_elbo(
-    objective: TraceEnum_ELBO, model: Callable, guide: Callable, args: tuple = (), kwargs: dict | None = None
-) -> Estimate:
-    bound: Any = 0.0
-    kl: Any = 0.0
-    for model_trace, guide_trace in objective._get_traces(model, guide, args, kwargs or {}):
-        bound = bound + _compute_dice_elbo(model_trace, guide_trace)
-        kl = kl + (float("nan") if _enumerates(guide_trace) else kl_term(model_trace, guide_trace))
-    n = objective.num_particles
-    return as_estimate(bound / n, -bound / n, kl / n)
+class Enumeration(TraceObjective):
+    """Pyro's `TraceEnum_ELBO`."""
+
+    def parts(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any, Any]:
+        """(bound, surrogate, KL) of one pair of traces."""
+        bound = _compute_dice_elbo(model_trace, guide_trace)
+        kl = float("nan") if _enumerates(guide_trace) else kl_term(model_trace, guide_trace)
+        return bound, -bound, kl
 
 
 def _enumerates(guide_trace: Trace) -> bool:

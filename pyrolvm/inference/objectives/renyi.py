@@ -10,34 +10,31 @@ each datum, and the scale N/B of a minibatch stands outside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import pyro.infer
 import torch
 from torch import Tensor
 
-from pyrolvm.inference.objectives.base import Estimate, estimate
+from pyrolvm.inference.objectives.base import Estimate, Objective
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.weights import LogDensities, log_densities
 
 
-@estimate.register
-def _renyi(
-    objective: pyro.infer.RenyiELBO,
-    model: Callable,
-    guide: Callable,
-    args: tuple = (),
-    kwargs: dict | None = None,
-) -> Estimate:
-    pairs = objective._get_traces(model, guide, args, kwargs or {})
-    draws = [log_densities(model_trace, guide_trace) for model_trace, guide_trace in pairs]
+def renyi_estimate(elbo: pyro.infer.RenyiELBO, pair: Pair) -> Estimate:
+    """The bound of the particles and alpha of one of Pyro's objects."""
+    program, batch = pair.program, pair.batch
+    traces = pyro.infer.RenyiELBO._get_traces(elbo, program.model, program.guide, batch.args, batch.kwargs)
+    draws = [log_densities(model_trace, guide_trace) for model_trace, guide_trace in traces]
     scale = draws[0].scale
-    bounds = renyi_bound(torch.cat([d.log_weight for d in draws]), objective.alpha)  # [cells]
+    bounds = renyi_bound(torch.cat([d.log_weight for d in draws]), elbo.alpha)  # [cells]
     surrogate = bounds + _score_term(draws, bounds)
     log_likelihood = torch.cat([d.log_likelihood for d in draws]).mean(0)
     kl = torch.cat([d.log_guide - d.log_prior for d in draws]).mean(0)
-    total = [(scale * term.sum()) for term in (bounds, -surrogate, log_likelihood, kl)]
-    return Estimate(total[0].detach(), total[1], total[2].detach(), total[3].detach())
+    total = [(scale * term).sum() for term in (bounds, -surrogate, log_likelihood, kl)]
+    terms = {"log_likelihood": total[2].detach(), "kl": total[3].detach()}
+    return Estimate(total[0].detach(), total[1], terms)
 
 
 def renyi_bound(log_weight: Tensor, alpha: float) -> Tensor:
@@ -57,25 +54,29 @@ def _score_term(draws: list[LogDensities], bounds: Tensor) -> Any:
     return bounds.detach() * (total - total.detach())
 
 
-class RenyiELBO(pyro.infer.RenyiELBO):
+class RenyiELBO(Objective, pyro.infer.RenyiELBO):
     """Pyro's `RenyiELBO`, with the bound of each datum and the plate's scale outside the logarithm.
 
     Runs under `pyro.infer.SVI` as well as under `fit`; `fit` reads Pyro's own class the same way.
     """
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """A scalar with the value of -bound (nats, summed over data) and the gradient of the surrogate."""
-        result = estimate(self, model, guide, args, kwargs)
-        return -result.bound + (result.surrogate - result.surrogate.detach())
+    _get_trace = pyro.infer.RenyiELBO._get_trace
 
-    @torch.no_grad()
-    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """-bound in nats, summed over the data."""
-        return -estimate(self, model, guide, args, kwargs).bound.item()
+    def estimate(self, pair: Pair, controls: Mapping[str, Any]) -> Estimate:
+        """L_{K,alpha}, summed over the data."""
+        return renyi_estimate(self, pair)
 
-    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """-bound in nats; gradients are accumulated in the parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return loss.item()
+
+class PyroRenyi(Objective):
+    """Pyro's own class, read as the papers define the bound."""
+
+    def __init__(self, elbo: pyro.infer.RenyiELBO) -> None:
+        self.elbo = elbo
+
+    def settings(self) -> dict[str, Any]:
+        """Those of Pyro's object."""
+        return {"name": "RenyiELBO", **Objective.settings(self.elbo)}  # type: ignore[arg-type]
+
+    def estimate(self, pair: Pair, controls: Mapping[str, Any]) -> Estimate:
+        """L_{K,alpha}, summed over the data."""
+        return renyi_estimate(self.elbo, pair)

@@ -8,35 +8,27 @@ of their own plates only (Ranganath et al. 2014, "Black box variational inferenc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.util import check_fully_reparametrized, is_identically_zero, is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions.kl import kl_divergence
 
-from pyrolvm.inference.objectives.base import Estimate, as_estimate, estimate, kl_term
+from pyrolvm.inference.objectives.base import TraceObjective, kl_term
 from pyrolvm.inference.program.structure import sample_sites
 
 
-@estimate.register
-def _trace_elbo(
-    objective: Trace_ELBO, model: Callable, guide: Callable, args: tuple = (), kwargs: dict | None = None
-) -> Estimate:
-    bound: Any = 0.0
-    surrogate: Any = 0.0
-    kl: Any = 0.0
-    for model_trace, guide_trace in objective._get_traces(model, guide, args, kwargs or {}):
-        bound = bound + model_trace.log_prob_sum() - guide_trace.log_prob_sum()
-        surrogate = surrogate - _surrogate_elbo(model_trace, guide_trace)
-        kl = kl + kl_term(model_trace, guide_trace)
-    n = objective.num_particles
-    return as_estimate(bound / n, surrogate / n, kl / n)
+class TraceBound(TraceObjective):
+    """Pyro's `Trace_ELBO`."""
+
+    def parts(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any, Any]:
+        """(bound, surrogate, KL) of one pair of traces."""
+        bound = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
+        return bound, -_surrogate_elbo(model_trace, guide_trace), kl_term(model_trace, guide_trace)
 
 
 def _surrogate_elbo(model_trace: Trace, guide_trace: Trace) -> Any:
@@ -53,25 +45,15 @@ def _surrogate_elbo(model_trace: Trace, guide_trace: Trace) -> Any:
     return elbo
 
 
-@estimate.register
-def _mean_field_elbo(
-    objective: TraceMeanField_ELBO,
-    model: Callable,
-    guide: Callable,
-    args: tuple = (),
-    kwargs: dict | None = None,
-) -> Estimate:
-    """KL(q(z|x) || p(z)) in closed form where torch knows it, by the draw elsewhere."""
-    log_likelihood: Any = 0.0
-    kl: Any = 0.0
-    for model_trace, guide_trace in objective._get_traces(model, guide, args, kwargs or {}):
-        for site in sample_sites(model_trace):
-            if site["is_observed"]:
-                log_likelihood = log_likelihood + site["log_prob_sum"]
-        kl = kl + sum(_site_kl(site, model_trace) for site in sample_sites(guide_trace))
-    n = objective.num_particles
-    bound = (log_likelihood - kl) / n
-    return as_estimate(bound, -bound, kl / n)
+class MeanField(TraceObjective):
+    """Pyro's `TraceMeanField_ELBO`: KL(q(z|x) || p(z)) in closed form where torch knows it, else by the draw."""
+
+    def parts(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any, Any]:
+        """(bound, surrogate, KL) of one pair of traces."""
+        observed = [s["log_prob_sum"] for s in sample_sites(model_trace) if s["is_observed"]]
+        kl = sum(_site_kl(site, model_trace) for site in sample_sites(guide_trace))
+        bound = sum(observed) - kl
+        return bound, -bound, kl
 
 
 def _site_kl(guide_site: Any, model_trace: Trace) -> Tensor:

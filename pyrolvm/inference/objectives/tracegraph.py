@@ -6,25 +6,17 @@ Schulman et al. 2015, "Gradient estimation using stochastic computation graphs";
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from pyro.infer import TraceGraph_ELBO
 from pyro.infer.tracegraph_elbo import _compute_elbo
+from pyro.poutine.trace_struct import Trace
 
-from pyrolvm.inference.objectives.base import Estimate, as_estimate, estimate, kl_term
+from pyrolvm.inference.objectives.base import TraceObjective, kl_term
 
 
-@estimate.register
-def _tracegraph_elbo(
-    objective: TraceGraph_ELBO, model: Callable, guide: Callable, args: tuple = (), kwargs: dict | None = None
-) -> Estimate:
-    bound: Any = 0.0
-    surrogate: Any = 0.0
-    kl: Any = 0.0
-    for model_trace, guide_trace in objective._get_traces(model, guide, args, kwargs or {}):
-        elbo, loss = _compute_elbo(model_trace, guide_trace)
-        bound, surrogate = bound + elbo, surrogate + loss
-        kl = kl + kl_term(model_trace, guide_trace)
-    n = objective.num_particles
-    return as_estimate(bound / n, surrogate / n, kl / n)
+class DownstreamCosts(TraceObjective):
+    """Pyro's `TraceGraph_ELBO`."""
+
+    def parts(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any, Any]:
+        """(bound, surrogate, KL) of one pair of traces."""
+        return *_compute_elbo(model_trace, guide_trace), kl_term(model_trace, guide_trace)

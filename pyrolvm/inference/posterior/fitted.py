@@ -2,66 +2,79 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyro
 import torch
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch, as_batch
-from pyrolvm.errors import DataError, ProgramError, SettingError
-from pyrolvm.inference.posterior import evidence
+from pyrolvm.errors import DataError, ProgramError, SettingError, count
+from pyrolvm.inference.posterior import evidence, saving
 from pyrolvm.inference.posterior.history import held_out_elbo
-from pyrolvm.inference.program.draws import (
-    BUDGET,
-    Draws,
-    can_vectorize,
-    concatenate,
-    posterior_draws,
-    prior_draws,
-)
-from pyrolvm.inference.program.enumerated import can_be_drawn, enumerated_draws
-from pyrolvm.inference.program.generation import Generator
-from pyrolvm.inference.program.handlers import Fixed, Means, location
+from pyrolvm.inference.posterior.suiting import conditioned, suited
+from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
+from pyrolvm.inference.program.enumerated import can_be_drawn, responsibilities
+from pyrolvm.inference.program.handlers import Means, location
 from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.structure import Structure, sample_sites
-from pyrolvm.plates import arange_rows
 from pyrolvm.seeds import Purpose, derived_seed
 
 Values = Tensor | dict[str, Tensor]
 
 
-@dataclass
+@dataclass(repr=False)
 class FittedModel:
     """A trained model/guide pair.
 
-    history: one row per step: `step`, `elbo`, `log_likelihood`, `kl` in nats per datum (higher elbo is
-        better), `learning_rate`, `kl_weight`, `seconds`; `validation_elbo` where it was computed.
-    engine: one sentence that says which engine ran and why. stopped_because: why training ended.
-    num_data: the rows that bounds are per datum of; 1 if the program has no data plate.
-    settings: the arguments of the run, JSON-able.
+    Attributes
+    ----------
+    history : DataFrame
+        One row per step: `step`, `elbo` and the objective's terms (`log_likelihood`, `kl`) in nats per datum (higher
+        elbo is better), `learning_rate`, `kl_weight` and other controls, `seconds`; `validation_elbo` where it was computed.
+    engine : str
+        One sentence: which engine ran and why.
+    stopped_because : str
+        Why training ended.
+    settings : dict
+        The arguments of the run, JSON-able.
 
-    All methods take any number of rows, work in chunks, and leave torch's generators as found: the same
-    `seed` gives the same draws.
+    Notes
+    -----
+    All methods take any number of rows, work in chunks, run modules in eval mode, and leave torch's generators as
+    found: the same `seed` gives the same draws.
     """
 
     program: Program
     structure: Structure
     history: pd.DataFrame
     settings: dict[str, Any]
-    example: Batch
+    example: Batch | None
     num_rows: int
     engine: str = ""
     stopped_because: str = ""
     columns: list[str] | None = None
-    _vectorized: bool | None = field(default=None, repr=False)
+    arguments: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        name = saving.model_record(self.model)["name"]
+        unit = "nats per datum" if self.structure.data_plate else "nats in total"
+        steps = int(self.history["step"].iloc[-1]) if len(self.history) else 0
+        lines = [f"FittedModel of {name}: {self.num_rows} rows, {steps} steps, {self.stopped_because}"]
+        if steps:
+            lines.append(f"  ELBO {self.elbo:.4f} {unit}")
+        if not math.isnan(self.held_out_elbo):
+            lines[-1] += f", held out {self.held_out_elbo:.4f}"
+        for role, sites in (("latents", self.structure.latents), ("data", self.structure.observed)):
+            lines.append(f"  {role}: " + (", ".join(f"{s.name} ({s.family})" for s in sites) or "none"))
+        return "\n".join([*lines, f"  {self.engine}"])
 
     @property
     def model(self) -> Any:
@@ -80,26 +93,28 @@ class FittedModel:
 
     @property
     def held_out_elbo(self) -> float:
-        """The held-out bound of these parameters, nats per datum; nan if nothing was held out."""
+        """The validation bound of these parameters, nats per datum; nan if nothing was held out.
+
+        Where `patience` chose the parameters by it, it is a little too high: the rows that chose cannot also judge.
+        """
         return held_out_elbo(self.history, self.settings.get("kept_step"))
+
+    # ------------------------------------------------------------------ questions
 
     @torch.no_grad()
     def encode(self, x: Any, *, seed: int = 0) -> Values:
         """Where the guide puts each datum: the mean of q(z | x), [rows, ...]; class probabilities if discrete.
 
         A tensor if the program has one local latent, else a dict of them. Means are propagated: a site that
-        depends on others gets them at their means.
+        depends on others gets them at their means. Of latents that are summed out, their exact probabilities.
         """
-        names = [s.name for s in self.structure.local_latents if not s.enumerated]
-        if not names and hasattr(self.program.owner, "responsibilities"):
-            return torch.cat([self.program.owner.responsibilities(*b.args) for b in self._chunks(x)])
-        if not names:
+        names = [s.name for s in self.structure.local_latents if s.in_guide]
+        if not names and not can_be_drawn(self.structure):
             raise ProgramError(
                 "this program has no local latents in its guide, so there is nothing to encode"
             )
-        with self._noise(seed):
-            parts = [self._locations(b, names) for b in self._chunks(x)]
-        return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in names})
+        parts = [self._codes(pair, names, seed, i) for i, pair in enumerate(self.pair(x).chunks())]
+        return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
     def posterior(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
@@ -114,24 +129,37 @@ class FittedModel:
     @torch.no_grad()
     def reconstruct(self, x: Any, *, seed: int = 0) -> Values:
         """The mean of p(x | z) at the guide's means: [rows, ...], a dict if several sites are observed."""
-        with self._noise(seed):
-            parts = [self._reconstruction(b) for b in self._chunks(x)]
+        parts = []
+        for i, pair in enumerate(self.pair(x).chunks()):
+            with self._noise(seed, Purpose.MEANS, i):
+                parts.append(_locations(pair, pair.model(None, Means(), given=pair.means())))
         return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
-    def sample(self, num_samples: int = 1, *, mean: bool = False, seed: int = 0) -> Values:
+    def sample(self, num_samples: int = 1, *, given: Any = None, mean: bool = False, seed: int = 0) -> Values:
         """New data from the fitted model: [num_samples, ...], a dict if several sites are observed.
 
-        Local latents come from the prior, global ones from the guide, anew for each sample. With
-        `mean=True`, the mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
+        Local latents come from the prior, global ones from the guide, anew for each sample.
+
+        Parameters
+        ----------
+        num_samples : int
+            Rows to make; of a program without a data plate, whole data sets.
+        given : dict or tuple, optional
+            What the program is conditioned on (labels, covariates): rows that its other arguments take, each of
+            `num_samples` rows or of one row for all. Needed by programs of several arguments.
+        mean : bool
+            The mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
         """
-        check_count("num_samples", num_samples)
-        generate = Generator(self.program, self.structure, self.example, self.num_rows)
-        with self._noise(seed, 0, Purpose.GENERATE):
-            if generate.makes_rows and not self.structure.global_latents:
-                return _one_or_all(generate(num_samples, mean=mean))
-            parts = [generate(1, mean=mean) for _ in range(num_samples)]
-        join = torch.cat if generate.makes_rows else torch.stack
+        num_samples = count("num_samples", num_samples)
+        pair = self._generator(num_samples, given)
+        rows = self.structure.chunkable
+        with self._noise(seed, Purpose.GENERATE):
+            if rows and not self.structure.global_latents:
+                return _one_or_all(_generated(pair, {}, mean))
+            singles = pair.split(1) if rows else [pair] * num_samples
+            parts = [_generated(single, self._global_draw(), mean) for single in singles]
+        join = torch.cat if rows else torch.stack
         return _one_or_all({n: join([p[n] for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
@@ -146,17 +174,29 @@ class FittedModel:
         progress: bool = True,
         **annealing: Any,
     ) -> Tensor:
-        """log p(x) of each datum, [rows], nats: method "exact", "importance", "iwae", "prior" or "ais".
+        """log p(x) of each datum, [rows], nats; of a tempered model log Z, the normaliser of its power posterior.
 
-        num_samples: draws per datum (100 if None), or chains of "ais" (16). num_particles: the K of "iwae".
-        annealing: of "ais", num_steps=500, start="prior" or "guide", schedule="sigmoid", num_leapfrog=10.
+        Parameters
+        ----------
+        method : {"exact", "importance", "iwae", "prior", "ais"}
+        num_samples : int, optional
+            Draws per datum (100 if None), or chains of "ais" (16).
+        num_particles : int, optional
+            The K of "iwae".
+        **annealing
+            Of "ais": num_steps=500, start="prior" or "guide", schedule="sigmoid", num_leapfrog=10.
 
-        See `pyrolvm.inference.posterior.evidence` for what each computes, and for `evidence_table`, which also gives
-        standard errors and diagnostics. Raises `SettingError` where a method cannot answer.
+        Raises
+        ------
+        SettingError
+            The method cannot answer.
+
+        See Also
+        --------
+        pyrolvm.inference.posterior.evidence : what each method computes, and `evidence_table` with standard errors.
         """
         return evidence.log_evidence(
-            self,
-            x,
+            self.pair(x),
             method,
             num_samples,
             num_particles=num_particles,
@@ -180,59 +220,57 @@ class FittedModel:
         self, x: Any, num_samples: int = 100, *, prior: bool = False, seed: int = 0
     ) -> Iterator[Draws]:
         """The parts of `draws`, some rows of `x` at a time; all see the same draws of the global latents."""
-        check_count("num_samples", num_samples)
-        shared = None
+        num_samples, shared = count("num_samples", num_samples), None
         states = math.prod(s.num_states for s in self.structure.sites)
-        for index, batch in enumerate(self._chunks(x, per_row=num_samples * states)):
-            # draws from the prior share no noise with those from the guide
-            with self._noise(seed, index, Purpose.PRIOR if prior else Purpose.GUIDE):
-                part = self._draws(batch, num_samples, prior, shared)
+        purpose = Purpose.PRIOR if prior else Purpose.GUIDE
+        for index, pair in enumerate(self.pair(x).chunks(per_row=num_samples * states)):
+            with self._noise(seed, purpose, index):
+                part = draws_of(pair, num_samples, prior=prior, shared=shared)
             shared = shared or part.shared
             yield part
-
-    def _draws(
-        self, batch: Batch, num_samples: int, prior: bool, shared: list[dict[str, Tensor]] | None
-    ) -> Draws:
-        arguments: Any = (self.program, self.structure, batch, num_samples)
-        take: Any = prior_draws if prior else posterior_draws
-        if not prior and can_be_drawn(self.structure):
-            take = enumerated_draws
-        return take(*arguments, vectorized=self.vectorized, total=self.num_rows, shared=shared)
-
-    @property
-    def vectorized(self) -> bool:
-        """Whether draws are taken at once (tried out on the first use) or one by one."""
-        if self._vectorized is None:
-            with torch.no_grad(), seeded(0, self.program.device):
-                self._vectorized = can_vectorize(self.program, self.structure, self.example, self.num_rows)
-        return self._vectorized
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the run folder: config.json, parameters.safetensors, history.csv. See `pyrolvm.load`.
 
-        extra: JSON-able notes on the run (its data, its command), kept in config.json under "run".
+        `extra` are JSON-able notes on the run (its data, its command), kept in config.json under "run".
         """
-        from pyrolvm.inference.posterior.saving import save_run
+        return saving.save_run(self, Path(path), extra)
 
-        return save_run(self, Path(path), extra)
+    # ------------------------------------------------------------------ the pair behind them
+
+    def pair(self, x: Any = None) -> Pair:
+        """The program on the rows of `x`, in predict mode; on the data it was fitted to if it takes no arguments."""
+        return Pair(self.program, self.structure, self.batch(x))
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether draws are taken at once (tried out on the first use) or one by one."""
+        return Pair(self.program, self.structure, self._example()).vectorized
 
     def batch(self, x: Any) -> Batch:
         """`x` as the program's arguments: on its device, of its dtype, refused if it does not fit."""
-        data = suit(self.program.owner, as_batch(x, self.program.dtype, self.program.device))
+        data = suited(self.program, as_batch(x, self.program.dtype, self.program.device))
         data.check_rows() if self.structure.data_plate else None
         self._check_columns(data)
-        if not self.structure.takes_any_rows and data.num_rows != self.example.num_rows:
+        self._check_rows(data)
+        # row numbers count within the fitted data where the plate carries N, else within what is asked about
+        plate = self.structure.data_plate
+        own = plate is None or plate.full_size == plate.size
+        rows = len(data.indices)
+        return data if data.rows is not None else data.of(rows if own else max(self.num_rows, rows))
+
+    def _check_rows(self, data: Batch) -> None:
+        if not self.structure.takes_any_rows and data.num_rows != self.num_rows and data.num_rows:
             raise DataError(
-                f"the program was fitted to {self.example.num_rows} rows as a whole, so it cannot take "
+                f"the program was fitted to {self.num_rows} rows as a whole, so it cannot take "
                 f"{data.num_rows}: declare the rows by `with pyrolvm.data_plate(x):` if they are independent data"
             )
-        if self.structure.per_datum and data.num_rows != self.num_rows:
+        if self.structure.per_datum and data.rows is None and data.num_rows != self.num_rows:
             raise DataError(
                 f"the guide has parameters for each of the {self.num_rows} training rows "
                 f"('{self.structure.per_datum[0]}') and none for new ones: pass the training data, or fit an "
                 "amortised guide"
             )
-        return data
 
     def _check_columns(self, data: Batch) -> None:
         if self.columns and data.columns and data.columns != self.columns:
@@ -240,64 +278,80 @@ class FittedModel:
                 f"the columns {data.columns} are not those the model was fitted to: pass x[{self.columns}]"
             )
 
-    def _chunks(self, x: Any, per_row: int = 1) -> list[Batch]:
-        """The rows of `x` in chunks that fit the memory budget."""
-        batch = self.batch(x)
-        if not self.structure.takes_any_rows or self.structure.per_datum:
-            return [batch]
-        width = max(1, sum(t.numel() for _, t in batch.tensors()) // max(batch.num_rows, 1))
-        size = max(1, BUDGET // (width * per_row))
-        return [batch.take(r) for r in arange_rows(batch.num_rows, self.program.device).split(size)]
+    def _example(self) -> Batch:
+        if self.example is None:
+            raise ProgramError(
+                "a run folder keeps no rows of its data, and this needs some: load it with "
+                "pyrolvm.load(path, ..., example=x)"
+            )
+        return self.example
 
-    def _noise(self, seed: int, chunk: int = 0, purpose: Purpose = Purpose.MEANS) -> Any:
+    def _noise(self, seed: int, purpose: Purpose, chunk: int = 0) -> AbstractContextManager[None]:
         """Generators of their own for a chunk; the caller's are left as found."""
         return seeded(derived_seed(seed, purpose, chunk), self.program.device)
 
-    def _locations(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
-        trace = self._guide_trace(batch)
+    def _codes(self, pair: Pair, names: list[str], seed: int, chunk: int) -> dict[str, Tensor]:
+        with self._noise(seed, Purpose.MEANS, chunk):
+            guide = pair.guide(None, Means())
+        if not names:
+            return responsibilities(pair, guide)
         found = {}
-        for site in sample_sites(trace):
-            if site["name"] in names:
-                probs = getattr(site["fn"], "probs", None)
-                discrete = getattr(site["fn"], "has_enumerate_support", False)
-                found[site["name"]] = probs if discrete and probs is not None else site["value"]
+        for site in (s for s in sample_sites(guide) if s["name"] in names):
+            probs = getattr(site["fn"], "probs", None)
+            discrete = getattr(site["fn"], "has_enumerate_support", False)
+            found[site["name"]] = probs if discrete and probs is not None else site["value"]
         return found
 
-    def _guide_trace(self, batch: Batch) -> Any:
-        with self._scope(batch), Means():
-            return pyro.poutine.trace(self.program.guide).get_trace(*batch.args, **batch.kwargs)
+    def _generator(self, num_samples: int, given: Any) -> Pair:
+        """The pair that makes `num_samples` rows: on what is given, or on placeholders for the data."""
+        if given is not None:
+            return Pair(self.program, self.structure, conditioned(self.program, given, num_samples))
+        if self.structure.chunkable and self._num_arguments > 1:
+            raise SettingError(
+                "the program has several arguments, and sample() does not know which values to condition on: pass "
+                "given={...} with all arguments but the data, e.g. sample(3, given={'y': labels})"
+            )
+        if not self.structure.chunkable:
+            return Pair(self.program, self.structure, self._example())
+        rows = torch.arange(num_samples, device=self.program.device)
+        if self.program.contract is not None:  # a model of the contract generates when it is given None
+            return Pair(self.program, self.structure, Batch((None,), rows=rows, total=num_samples))
+        example = self._example()
+        taken = example.take(rows % example.num_rows)
+        return Pair(self.program, self.structure, taken.numbered(rows).of(num_samples))
 
-    def _scope(self, batch: Batch) -> Any:
-        rows = arange_rows(batch.num_rows, self.program.device)
-        total = max(self.num_rows, len(rows)) if self.structure.data_plate else len(rows)
-        return self.program.scope((total, rows))
+    @property
+    def _num_arguments(self) -> int:
+        if self.example is None:
+            return 1
+        return len(self.example.args) + len(self.example.kwargs)
 
-    def _reconstruction(self, batch: Batch) -> dict[str, Tensor]:
-        guide = self._guide_trace(batch)
-        values = {s["name"]: s["value"] for s in sample_sites(guide)}
-        with self._scope(batch), Fixed(values):
-            model = pyro.poutine.trace(self.program.model).get_trace(*batch.args, **batch.kwargs)
-        return {s["name"]: location(s["fn"]) for s in sample_sites(model) if s["is_observed"]}
-
-
-def suit(model: Any, batch: Batch) -> Batch:
-    """Let the model look at its data: counts become floating, what it cannot have generated is refused."""
-    check = getattr(model, "check_data", None)
-    if check is None or not batch.args or batch.args[0] is None:
-        return batch
-    first = batch.args[0]
-    if not first.is_floating_point():
-        parameter = next(iter(model.parameters()), None)
-        first = first.to(parameter.dtype if parameter is not None else torch.get_default_dtype())
-        batch = dataclasses.replace(batch, args=(first, *batch.args[1:]))
-    check(first)
-    return batch
+    def _global_draw(self) -> dict[str, Tensor]:
+        """The global latents, drawn from the guide."""
+        names = {s.name for s in self.structure.global_latents}
+        if not names:
+            return {}
+        contract = self.program.contract is not None
+        example = Batch((None,)) if self.example is None and contract else self._example()
+        guide = Pair(self.program, self.structure, example.of(self.num_rows)).guide()
+        return {s["name"]: s["value"] for s in sample_sites(guide) if s["name"] in names}
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise `SettingError` unless the value is a positive whole number."""
-    if not isinstance(value, int) or value < 1:
-        raise SettingError(f"{name} must be a positive whole number, not {value!r}")
+def _generated(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, Tensor]:
+    """Observed site -> a draw, or the mean of its distribution, at one draw of the global latents."""
+    model = pair.simulate(given=shared)
+    if mean:
+        return _locations(pair, model)
+    return {s["name"]: s["value"] for s in _data_sites(pair, model)}
+
+
+def _locations(pair: Pair, model: Any) -> dict[str, Tensor]:
+    return {s["name"]: location(s["fn"]) for s in _data_sites(pair, model)}
+
+
+def _data_sites(pair: Pair, model: Any) -> list[Any]:
+    names = {s.name for s in pair.structure.observed}
+    return [s for s in sample_sites(model) if s["name"] in names]
 
 
 def _one_or_all(values: dict[str, Tensor]) -> Values:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.inference.engine.step import TERMS
+from pyrolvm.errors import RunFolderError
 
 
 class History:
-    """Terms of every step, with learning rate, KL weight and seconds; validation where it was computed.
+    """Terms of every step, with the controls and seconds; the validation bound where it was computed.
 
     All bounds are in nats per datum (the total, where the program has no data plate); higher is better.
+
+    Parameters
+    ----------
+    terms : sequence of str
+        What the objective reports, the bound first.
+    controls : sequence of str
+        The controls that a column shows, in the order of `append`'s.
     """
 
-    columns = ("step", *TERMS, "learning_rate", "kl_weight", "validation_elbo", "seconds")
-
-    def __init__(self) -> None:
+    def __init__(
+        self, terms: Sequence[str] = ("elbo",), controls: Sequence[str] = ("learning_rate",)
+    ) -> None:
+        self.terms, self.controls = tuple(terms), tuple(controls)
         self._chunks: list[np.ndarray] = []
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        return ("step", *self.terms, *self.controls, "validation_elbo", "seconds")
 
     @property
     def seconds(self) -> float:
@@ -29,14 +42,12 @@ class History:
         return float(self._chunks[-1][-1, -1]) if self._chunks else 0.0
 
     def append(self, first_step: int, terms: Tensor, controls: Tensor, seconds: float) -> None:
-        """Add a chunk: terms [K, len(TERMS)], controls [K, 2] and the seconds that it took."""
+        """Add a chunk: terms [K, len(self.terms)], controls [K, len(self.controls)] and the seconds it took."""
         k = len(terms)
-        chunk = np.full((k, len(self.columns)), np.nan)
-        chunk[:, 0] = np.arange(first_step + 1, first_step + k + 1)
-        chunk[:, 1 : 1 + len(TERMS)] = terms.double().numpy()
-        chunk[:, -4:-2] = controls.numpy()
-        chunk[:, -1] = self.seconds + seconds * np.arange(1, k + 1) / k
-        self._chunks.append(chunk)
+        steps = torch.arange(first_step + 1, first_step + k + 1, dtype=torch.float64)[:, None]
+        took = self.seconds + seconds * torch.arange(1, k + 1, dtype=torch.float64)[:, None] / k
+        nothing = torch.full((k, 1), torch.nan, dtype=torch.float64)
+        self._chunks.append(torch.cat([steps, terms.double(), controls.double(), nothing, took], 1).numpy())
 
     def record_validation(self, elbo: float) -> None:
         """Note the held-out bound at the last step."""
@@ -58,8 +69,7 @@ class History:
 
     def frame(self) -> pd.DataFrame:
         """The record as a table; columns that were never used are left out."""
-        values = np.concatenate(self._chunks) if self._chunks else np.empty((0, len(self.columns)))
-        frame = pd.DataFrame(values, columns=list(self.columns)).astype({"step": np.int64})
+        frame = pd.DataFrame(self.tensor().numpy(), columns=list(self.columns)).astype({"step": np.int64})
         return frame.drop(columns=[c for c in ("validation_elbo",) if frame[c].isna().all()])
 
     def tensor(self) -> Tensor:
@@ -67,13 +77,11 @@ class History:
         values = np.concatenate(self._chunks) if self._chunks else np.empty((0, len(self.columns)))
         return torch.from_numpy(values)
 
-    @classmethod
-    def from_tensor(cls, values: Tensor) -> History:
-        """The record that `tensor` gave."""
-        history = cls()
-        if len(values):
-            history._chunks.append(values.numpy().copy())
-        return history
+    def load(self, values: Tensor) -> None:
+        """Take the record that `tensor` gave. Raises `RunFolderError` for one of other columns."""
+        if values.shape[1] != len(self.columns):
+            raise RunFolderError("the checkpoint's history has other columns: it is of another objective")
+        self._chunks = [values.numpy().copy()] if len(values) else []
 
 
 def held_out_elbo(history: pd.DataFrame, kept_step: int | None = None) -> float:

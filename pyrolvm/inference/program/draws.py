@@ -1,44 +1,40 @@
-"""Draws from a fitted pair: latents, predictions and log-densities per draw and datum, in chunks.
-
-Draws are vectorised over a plate left of the program's own where the program allows it. Whether it
-does is tried out, not assumed: two vectorised draws must have the log-densities that the same two
-have one at a time. Otherwise (convolutions that know no extra dimension, say) draws are looped.
-"""
+"""Draws from a pair: latents, predictions and log-densities per draw and datum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.program.handlers import Fixed
-from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.enumerated import TOGETHER, Summed, can_be_drawn, draw_summed
+from pyrolvm.inference.program.pair import Pair, total_of
 from pyrolvm.inference.program.structure import Structure, sample_sites
-from pyrolvm.inference.program.weights import PARTICLES, log_densities
-
-BUDGET = 2**22
-"""Numbers that one chunk of (draw x datum x feature) may hold."""
+from pyrolvm.inference.program.weights import log_densities
 
 
 @dataclass
 class Draws:
     """S draws for a batch of B rows.
 
-    values: latent site -> [S, B, ...] (local) or [S, ...] (global).
-    predictive: observed site -> [S, B, ...], drawn anew from p(x | z).
-    pointwise: observed site -> log p(x | z), [S, B, ...], nats.
-    log_prior, log_likelihood, log_guide: [S, cells], nats per datum, unscaled; None for prior draws.
-    global_log_prior, global_log_guide: the rest, log p and log q outside the data plate, [S] nats (not per
-        datum); None for prior draws.
-    shared: the values outside the data plate as the guide made them, to be used again for other rows.
+    Attributes
+    ----------
+    values : dict
+        Latent site -> [S, B, ...] (local) or [S, ...] (global).
+    predictive : dict
+        Observed site -> [S, B, ...], drawn anew from p(x | z).
+    pointwise : dict
+        Observed site -> log p(x | z), [S, B, ...], nats; 0 where a mask leaves the datum out.
+    log_prior, log_likelihood, log_guide : tensor [S, cells]
+        Nats per datum, unscaled; None for prior draws.
+    global_log_prior, global_log_guide : tensor [S]
+        The rest: log p and log q outside the data plate, in nats (not per datum); None for prior draws.
+    shared : list of dict
+        The values outside the data plate as the guide made them, to be used again for other rows.
     """
 
     values: dict[str, Tensor]
@@ -59,154 +55,91 @@ class Draws:
         return self.log_likelihood + self.log_prior - self.log_guide
 
 
-def posterior_draws(
-    program: Program,
-    structure: Structure,
-    batch: Batch,
-    num_samples: int,
-    *,
-    vectorized: bool,
-    total: int,
-    shared: list[dict[str, Tensor]] | None = None,
+def draws_of(
+    pair: Pair, num_draws: int, *, prior: bool = False, shared: list[dict[str, Tensor]] | None = None
 ) -> Draws:
-    """z ~ q(z | x) with p(x, z) at the draws; `shared` are global values of draws for other rows."""
-    run = _Pair(program, structure, batch, total)
-    if vectorized:
-        return run.draws(*run.traces(num_samples, (shared or [{}])[0]))
-    fixed = shared or [{}] * num_samples
-    return stack([run.draws(*run.traces(None, values)) for values in fixed])
+    """z ~ q(z | x) with p(x, z) at the draws, or (x, z) ~ p(x, z) for as many rows if `prior`.
+
+    `shared` are global values of draws for other rows. Latents that are summed out are drawn from their exact
+    posterior. Draws are taken at once where the program allows it, else one by one.
+    """
+    take = _prior if prior else enumerated_draw if can_be_drawn(pair.structure) else _posterior
+    if pair.vectorized:
+        return take(pair, num_draws, (shared or [{}])[0])
+    return stack([take(pair, None, values) for values in shared or [{}] * num_draws])
 
 
-def prior_draws(
-    program: Program,
-    structure: Structure,
-    batch: Batch,
-    num_samples: int,
-    *,
-    vectorized: bool,
-    total: int,
-    shared: list[dict[str, Tensor]] | None = None,
-) -> Draws:
-    """(x, z) ~ p(x, z) for as many rows as `batch` has. `log_likelihood` is that of the batch's x."""
-    run = _Pair(program, structure, batch, total)
-    if vectorized:
-        return run.prior(num_samples, (shared or [{}])[0])
-    return stack([run.prior(None, values) for values in shared or [{}] * num_samples])
+def _posterior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws:
+    return read_draws(pair, *pair.draw(num_draws, given))
 
 
-def can_vectorize(program: Program, structure: Structure, batch: Batch, total: int) -> bool:
-    """Whether draws under a further plate have the log-densities of the same draws taken one by one."""
-    if structure.takes_any_rows and not structure.per_datum and batch.num_rows > 3:
-        batch = batch.take(torch.arange(3))
-    run = _Pair(program, structure, batch, total)
-    try:
-        together = _densities(run, *run.traces(2))
-        alone = [_densities(run, *run.fixed(_slice(run, s))) for s in range(2)]
-    except Exception:  # whatever a user's program raises under dimensions it did not expect
-        return False
-    pairs = [(t[s], a[0]) for s, found in enumerate(alone) for t, a in zip(together, found, strict=True)]
-    return all(t.shape == a.shape and torch.allclose(t, a, rtol=1e-3, atol=1e-3) for t, a in pairs)
+def read_draws(pair: Pair, model: Trace, guide: Trace) -> Draws:
+    """The draws that a pair of traces shows."""
+    shared = pair.held(guide)
+    densities = log_densities(model, guide, skip=shared)
+    zeros = torch.zeros_like(densities.log_prior[:, 0])
+    return Draws(
+        values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, guide)},
+        predictive={s["name"]: tidy(pair.structure, s, s["fn"].sample()) for s in _data(pair, model)},
+        pointwise={s["name"]: tidy(pair.structure, s, _unscaled(s), event=False) for s in _data(pair, model)},
+        log_prior=densities.log_prior,
+        log_likelihood=densities.log_likelihood,
+        log_guide=densities.log_guide,
+        global_log_prior=total_of(model, shared, zeros),
+        global_log_guide=total_of(guide, shared, zeros),
+        shared=[shared],
+    )
 
 
-def _densities(run: _Pair, model: Trace, guide: Trace) -> list[Tensor]:
-    """Log-weights [draws, cells], and log p and log q of what all rows share [draws]."""
-    shared = run._shared_values(guide)
-    log_weight = log_densities(model, guide, skip=shared).log_weight
-    return [log_weight, *(_total(t, shared, torch.zeros_like(log_weight[:, 0])) for t in (model, guide))]
+def _prior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws:
+    model = pair.model(num_draws, given=given)
+    return Draws(
+        values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, model)},
+        predictive={s["name"]: tidy(pair.structure, s, s["fn"].sample()) for s in _data(pair, model)},
+        log_likelihood=log_densities(model, Trace()).log_likelihood,
+        shared=[pair.held(model) if pair.structure.data_plate else {}],
+    )
 
 
-def _slice(run: _Pair, index: int) -> dict[str, Tensor]:
-    """The latents of one of the last vectorised draws, shaped as without the extra plate."""
-    sites = {s["name"]: s for trace in run.last for s in sample_sites(trace) if not s["is_observed"]}
-    values = {}
-    for name, site in sites.items():
-        own = len(site["fn"].event_shape)
-        batch_dims = [f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
-        depth = -min(batch_dims, default=0)
-        values[name] = site["value"][index].reshape(site["value"].shape[site["value"].dim() - own - depth :])
-    return values
+def _unscaled(site: Any) -> Tensor:
+    """The log-density of a site without scales; entries that are masked out count nothing."""
+    return scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
 
 
-class _Pair:
-    """One program on one batch, run in the ways that draws need."""
+def _latents(pair: Pair, trace: Trace) -> list[Any]:
+    names = {s.name for s in pair.structure.latents}
+    return [s for s in sample_sites(trace) if s["name"] in names and not s["is_observed"]]
 
-    def __init__(self, program: Program, structure: Structure, batch: Batch, total: int) -> None:
-        self.program, self.structure, self.batch = program, structure, batch
-        rows = torch.arange(batch.num_rows, device=program.device)
-        self.rows = (max(total, len(rows)) if structure.data_plate else len(rows), rows)
-        if structure.data_plate is not None and structure.data_plate.full_size == structure.data_plate.size:
-            self.rows = (len(rows), rows)
-        self.last: tuple[Trace, Trace] = (Trace(), Trace())
 
-    def _wrapped(self, function: Callable, num_samples: int | None) -> Callable:
-        if num_samples is None:
-            return function
-        return pyro.plate(PARTICLES, num_samples, dim=-1 - self.structure.max_plate_nesting)(function)
+def _data(pair: Pair, trace: Trace) -> list[Any]:
+    names = {s.name for s in pair.structure.observed}
+    return [s for s in sample_sites(trace) if s["name"] in names]
 
-    def _trace(self, function: Callable) -> Trace:
-        return pyro.poutine.trace(function).get_trace(*self.batch.args, **self.batch.kwargs)
 
-    def traces(self, num_samples: int | None, fixed: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
-        """(model trace, guide trace) with log-densities; under a plate of `num_samples` if given."""
-        with self.program.scope(self.rows), Fixed(fixed or {}):
-            guide = self._trace(self._wrapped(self.program.guide, num_samples))
-            model = self._trace(
-                pyro.poutine.replay(self._wrapped(self.program.model, num_samples), trace=guide)
-            )
-            self.last = model, guide
-            return _with_log_prob(model, guide)
+def enumerated_draw(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws:
+    """As `_posterior`, with densities that are sums over the states of the latents that are summed out."""
+    summed, model, guide = draw_summed(pair, num_draws, given)
+    draws = read_draws(pair, model, guide)
+    values = {k: tidy(pair.structure, model.nodes[k], v) for k, v in summed.values.items()}
+    return _with_sums(replace(draws, values=draws.values | values), summed)
 
-    def fixed(self, values: dict[str, Tensor]) -> tuple[Trace, Trace]:
-        """(model trace, guide trace) at given latents."""
-        with self.program.scope(self.rows):
-            return _with_log_prob(
-                *(self._trace(Fixed(values)(f)) for f in (self.program.model, self.program.guide))
-            )
 
-    def draws(self, model: Trace, guide: Trace) -> Draws:
-        shared = self._shared_values(guide)
-        densities = log_densities(model, guide, skip=shared)
-        zeros = torch.zeros_like(densities.log_prior[:, 0])
-        return Draws(
-            values={s["name"]: tidy(self.structure, s, s["value"]) for s in self._latents(guide)},
-            predictive={s["name"]: tidy(self.structure, s, s["fn"].sample()) for s in _observed(model)},
-            pointwise={
-                s["name"]: tidy(self.structure, s, s["unscaled_log_prob"], event=False)
-                for s in _observed(model)
-            },
-            log_prior=densities.log_prior,
-            log_likelihood=densities.log_likelihood,
-            log_guide=densities.log_guide,
-            global_log_prior=_total(model, shared, zeros),
-            global_log_guide=_total(guide, shared, zeros),
-            shared=[shared],
-        )
-
-    def _shared_values(self, trace: Trace) -> dict[str, Tensor]:
-        """What is drawn outside the data plate; nothing, if there is no such plate."""
-        plate = self.structure.data_plate
-        if plate is None:
-            return {}
-        sites = [s for s in sample_sites(trace) if not s["is_observed"]]
-        return {
-            s["name"]: s["value"] for s in sites if all(f.name != plate.name for f in s["cond_indep_stack"])
-        }
-
-    def prior(self, num_samples: int | None, fixed: dict[str, Tensor]) -> Draws:
-        with self.program.scope(self.rows), Fixed(fixed):
-            model = self._trace(self._wrapped(self.program.model, num_samples))
-            model.compute_log_prob()
-        densities = log_densities(model, Trace())
-        return Draws(
-            values={s["name"]: tidy(self.structure, s, s["value"]) for s in self._latents(model)},
-            predictive={s["name"]: tidy(self.structure, s, s["fn"].sample()) for s in _observed(model)},
-            log_likelihood=densities.log_likelihood,
-            shared=[self._shared_values(model)],
-        )
-
-    def _latents(self, trace: Trace) -> Iterator[dict[str, Any]]:
-        names = {s.name for s in self.structure.sites if not s.observed}
-        return (s for s in sample_sites(trace) if s["name"] in names and not s["is_observed"])
+def _with_sums(draws: Draws, summed: Summed) -> Draws:
+    """The draws with densities at the chosen states replaced by their sums over all states."""
+    assert draws.log_prior is not None
+    assert draws.log_likelihood is not None
+    joint, prior = (t.gather(0, summed.chosen[None])[0] for t in (summed.joint, summed.prior))
+    log_prior, log_joint = summed.prior.logsumexp(0), summed.joint.logsumexp(0)
+    pointwise = {k: v for k, v in draws.pointwise.items() if k not in summed.observed}
+    if summed.observed:
+        name = summed.observed[0] if len(summed.observed) == 1 else TOGETHER
+        pointwise[name] = log_joint - log_prior
+    return replace(
+        draws,
+        pointwise=pointwise,
+        log_prior=draws.log_prior - prior + log_prior,
+        log_likelihood=draws.log_likelihood - (joint - prior) + log_joint - log_prior,
+    )
 
 
 def tidy(structure: Structure, site: Any, value: Tensor, *, event: bool = True) -> Tensor:
@@ -223,23 +156,6 @@ def tidy(structure: Structure, site: Any, value: Tensor, *, event: bool = True) 
     keep = [d for d in range(-nesting, 0) if d in frames]
     value = value.reshape(sizes[0], *(sizes[d] for d in keep), *tail)
     return value.movedim(1 + keep.index(plate.dim), 1) if plate and plate.dim in keep else value
-
-
-def _with_log_prob(model: Trace, guide: Trace) -> tuple[Trace, Trace]:
-    model.compute_log_prob()
-    guide.compute_log_prob()
-    return model, guide
-
-
-def _total(trace: Trace, names: Iterable[str], zeros: Tensor) -> Tensor:
-    """The log-densities of the named sites of a trace, summed onto `zeros` [S]: nats, unscaled."""
-    sites = [s for s in sample_sites(trace) if s["name"] in names]
-    terms = [scale_and_mask(s["unscaled_log_prob"], mask=s["mask"]) for s in sites]
-    return sum((t.reshape(len(zeros), -1).sum(-1) for t in terms), zeros)
-
-
-def _observed(trace: Trace) -> Iterable[dict[str, Any]]:
-    return (s for s in sample_sites(trace) if s["is_observed"])
 
 
 def stack(draws: list[Draws]) -> Draws:
@@ -276,7 +192,7 @@ def concatenate(parts: list[Draws], *, dim: int, local: set[str] | None) -> Draw
 
 def refuse_enumeration(structure: Structure, what: str) -> None:
     """Raise `ProgramError` if latents are summed out rather than sampled, so that no draw has them."""
-    names = [s.name for s in structure.sites if s.enumerated]
+    names = [s.name for s in structure.enumerated]
     if names:
         raise ProgramError(
             f"{what} needs draws of every latent, but '{names[0]}' is enumerated: use method='exact', or "

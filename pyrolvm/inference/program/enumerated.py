@@ -10,7 +10,7 @@ so that predictions go on from a k that the datum speaks for, and likelihoods ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -20,11 +20,8 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.program.draws import Draws, _Pair, _with_log_prob, stack, tidy
-from pyrolvm.inference.program.handlers import Fixed
-from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import Structure, sample_sites
 
 TOGETHER = "observed"
@@ -33,7 +30,7 @@ TOGETHER = "observed"
 
 def enumerated_sites(structure: Structure) -> list[str]:
     """The latents that are summed out. Raises `ProgramError` if one is not in the data plate and no other."""
-    sites = [s for s in structure.sites if s.enumerated]
+    sites = structure.enumerated
     for site in sites:
         if structure.data_plate is None or site.plates != (structure.data_plate.name,):
             raise ProgramError(
@@ -52,98 +49,113 @@ def can_be_drawn(structure: Structure) -> bool:
         return False
 
 
-def enumerated_draws(
-    program: Program,
-    structure: Structure,
-    batch: Batch,
-    num_samples: int,
-    *,
-    vectorized: bool,
-    total: int,
-    shared: list[dict[str, Tensor]] | None = None,
-) -> Draws:
-    """As `posterior_draws`, with the summed-out latents drawn from their exact posterior."""
-    pair = _Enumerated(program, structure, batch, total)
-    if vectorized:
-        return pair.enumerated_draws(num_samples, (shared or [{}])[0])
-    return stack([pair.enumerated_draws(None, values) for values in shared or [{}] * num_samples])
+@dataclass(frozen=True)
+class Summed:
+    """States of the latents that are summed out, per draw and row.
+
+    Attributes
+    ----------
+    values : dict
+        Site -> its drawn value, in the program's shape.
+    joint, prior : tensor [states, draws, rows]
+        log p(k, x) and log p(k) of all that depends on the state k, nats.
+    chosen : tensor [draws, rows]
+        The number of the state that was drawn.
+    observed : list of str
+        The data sites whose density depends on the state.
+    """
+
+    values: dict[str, Tensor]
+    joint: Tensor
+    prior: Tensor
+    chosen: Tensor
+    observed: list[str]
 
 
-class _Enumerated(_Pair):
-    """One program on one batch, its enumerated sites summed out and drawn."""
+def draw_summed(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> tuple[Summed, Trace, Trace]:
+    """(states, model trace, guide trace): z ~ q(z | x), then k ~ p(k | x, z)."""
+    guide = pair.guide(num_draws, given=given)
+    states, joint, prior = by_state(pair, num_draws, guide, given)
+    chosen = dist.Categorical(logits=joint.movedim(0, -1)).sample()  # [draws, rows]
+    values = _values(pair, states, chosen, together=num_draws is not None)
+    model = pair.model(num_draws, _replay(guide), given={**given, **values})
+    observed = [s["name"] for s in _dependent(pair, num_draws, states) if s["is_observed"]]
+    return Summed(values, joint, prior, chosen, observed), model, guide
 
-    together = True
-    """Whether draws have a dimension of their own, left of the plates'."""
 
-    def enumerated_draws(self, num_samples: int | None, shared: dict[str, Tensor]) -> Draws:
-        self.together = num_samples is not None
-        with self.program.scope(self.rows), Fixed(shared):
-            guide = self._trace(self._wrapped(self.program.guide, num_samples))
-            replayed = pyro.poutine.replay(self._wrapped(self.program.model, num_samples), trace=guide)
-            states = self._trace(self._parallel(replayed))
-            states.compute_log_prob()
-            joint, prior = self._by_state(states, observed=True), self._by_state(states, observed=False)
-            chosen = dist.Categorical(logits=joint.movedim(0, -1)).sample()  # [S, rows]
-            drawn = self._values(states, chosen)
-            with Fixed(drawn):
-                model, guide = _with_log_prob(self._trace(replayed), guide)
-        draws = self._summed(self.draws(model, guide), states, joint, prior, chosen)
-        values = {k: tidy(self.structure, model.nodes[k], v) for k, v in drawn.items()}
-        return replace(draws, values=draws.values | values)
+def responsibilities(pair: Pair, guide: Trace) -> dict[str, Tensor]:
+    """p(k | x, z) of each latent that is summed out, at one draw of the guide: site -> [rows, states]."""
+    names = enumerated_sites(pair.structure)
+    states, joint, _ = by_state(pair, None, guide, {})
+    weight = joint[:, 0].softmax(0)  # [states, rows]
+    sites = _by_dim(states)
+    weight = weight.reshape(*(s["value"].numel() for s in sites), -1)
+    found = {}
+    for i, site in enumerate(sites):
+        others = [j for j in range(len(sites)) if j != i]
+        found[site["name"]] = (weight.sum(others) if others else weight).movedim(-1, 0)
+    return {name: found[name] for name in names}
 
-    @property
-    def _depth(self) -> int:
-        """The dimensions right of those of the states: draws and plates."""
-        return self.together + self.structure.max_plate_nesting
 
-    def _parallel(self, model: Callable) -> Callable:
-        names = {s.name for s in self.structure.sites if s.enumerated}
-        marked = pyro.poutine.infer_config(
-            model, config_fn=lambda s: {"enumerate": "parallel"} if s["name"] in names else {}
-        )
-        return pyro.poutine.enum(marked, first_available_dim=-1 - self._depth)
+def by_state(
+    pair: Pair, num_draws: int | None, guide: Trace, given: dict[str, Tensor]
+) -> tuple[Trace, Tensor, Tensor]:
+    """The model's trace over all states, and log p(k, x) and log p(k), each [states, draws, rows], nats."""
+    states = pair.model(num_draws, _replay(guide), lambda f: _parallel(pair, num_draws, f), given=given)
+    sites = _dependent(pair, num_draws, states)
+    joint, prior = (
+        _total(pair, num_draws, [s for s in sites if observed or not s["is_observed"]])
+        for observed in (True, False)
+    )
+    return states, joint, prior
 
-    def _dependent(self, states: Trace) -> list[Any]:
-        """The sites whose log-density differs by state."""
-        return [s for s in sample_sites(states) if s["unscaled_log_prob"].dim() > self._depth]
 
-    def _by_state(self, states: Trace, *, observed: bool) -> Tensor:
-        """log p(k, ...), with or without what is observed, of what depends on k: [states, S, rows], nats."""
-        sites = [s for s in self._dependent(states) if observed or not s["is_observed"]]
-        terms = [scale_and_mask(s["unscaled_log_prob"], mask=s["mask"]) for s in sites]
-        inner = [d for d in range(-self.structure.max_plate_nesting, 0) if d != self._row_dim]
-        total = sum(t.sum(inner, keepdim=True) if inner else t for t in terms)
-        assert isinstance(total, Tensor)  # an enumerated site depends on itself
-        num_samples = total.shape[-self._depth] if self.together else 1
-        return total.reshape(-1, num_samples, total.shape[self._row_dim])
+def _replay(guide: Trace) -> Callable:
+    return lambda function: pyro.poutine.replay(function, trace=guide)
 
-    @property
-    def _row_dim(self) -> int:
-        assert self.structure.data_plate is not None  # see `enumerated_sites`
-        return self.structure.data_plate.dim
 
-    def _values(self, states: Trace, chosen: Tensor) -> dict[str, Tensor]:
-        """Each enumerated site's value in the states numbered `chosen` [S, rows], in the program's shape."""
-        sites = [s for s in sample_sites(states) if "_enumerate_dim" in s["infer"]]
-        sites.sort(key=lambda s: s["infer"]["_enumerate_dim"])  # leftmost first, as states are numbered
-        places = torch.unravel_index(chosen, [s["value"].numel() for s in sites])
-        shape = [len(chosen)] * self.together + [1] * self.structure.max_plate_nesting
-        shape[self._row_dim] = chosen.shape[1]
-        return {s["name"]: s["value"].flatten()[i].reshape(shape) for s, i in zip(sites, places, strict=True)}
+def _depth(pair: Pair, num_draws: int | None) -> int:
+    """The dimensions right of those of the states: draws and plates."""
+    return int(num_draws is not None) + pair.structure.max_plate_nesting
 
-    def _summed(self, draws: Draws, states: Trace, joint: Tensor, prior: Tensor, chosen: Tensor) -> Draws:
-        """The draws with densities at the chosen states replaced by their sums over all states."""
-        assert draws.log_prior is not None
-        assert draws.log_likelihood is not None
-        joint_there, prior_there = (t.gather(0, chosen[None])[0] for t in (joint, prior))
-        log_prior, log_joint = prior.logsumexp(0), joint.logsumexp(0)
-        names = [s["name"] for s in self._dependent(states) if s["is_observed"]]
-        pointwise = {k: v for k, v in draws.pointwise.items() if k not in names}
-        if names:
-            pointwise[names[0] if len(names) == 1 else TOGETHER] = log_joint - log_prior
-        return replace(
-            draws,
-            pointwise=pointwise,
-            log_prior=draws.log_prior - prior_there + log_prior,
-            log_likelihood=draws.log_likelihood - (joint_there - prior_there) + log_joint - log_prior,
-        )
+
+def _parallel(pair: Pair, num_draws: int | None, model: Callable) -> Callable:
+    names = {s.name for s in pair.structure.enumerated}
+    marked = pyro.poutine.infer_config(
+        model, config_fn=lambda s: {"enumerate": "parallel"} if s["name"] in names else {}
+    )
+    return pyro.poutine.enum(marked, first_available_dim=-1 - _depth(pair, num_draws))
+
+
+def _dependent(pair: Pair, num_draws: int | None, states: Trace) -> list[Any]:
+    """The sites whose log-density differs by state."""
+    depth = _depth(pair, num_draws)
+    return [s for s in sample_sites(states) if s["unscaled_log_prob"].dim() > depth]
+
+
+def _total(pair: Pair, num_draws: int | None, sites: list[Any]) -> Tensor:
+    """The sum of the log-densities of `sites`: [states, draws, rows], nats."""
+    assert pair.structure.data_plate is not None  # see `enumerated_sites`
+    row_dim, nesting = pair.structure.data_plate.dim, pair.structure.max_plate_nesting
+    terms = [scale_and_mask(s["unscaled_log_prob"], mask=s["mask"]) for s in sites]
+    inner = [d for d in range(-nesting, 0) if d != row_dim]
+    total = sum(t.sum(inner, keepdim=True) if inner else t for t in terms)
+    assert isinstance(total, Tensor)  # an enumerated site depends on itself
+    together = num_draws is not None
+    return total.reshape(-1, total.shape[-1 - nesting] if together else 1, total.shape[row_dim])
+
+
+def _by_dim(states: Trace) -> list[Any]:
+    """The enumerated sites, leftmost dimension first, as states are numbered."""
+    sites = [s for s in sample_sites(states) if "_enumerate_dim" in s["infer"]]
+    return sorted(sites, key=lambda s: s["infer"]["_enumerate_dim"])
+
+
+def _values(pair: Pair, states: Trace, chosen: Tensor, *, together: bool) -> dict[str, Tensor]:
+    """Each enumerated site's value in the states numbered `chosen` [draws, rows], in the program's shape."""
+    assert pair.structure.data_plate is not None
+    sites = _by_dim(states)
+    places = torch.unravel_index(chosen, [s["value"].numel() for s in sites])
+    shape = [len(chosen)] * together + [1] * pair.structure.max_plate_nesting
+    shape[pair.structure.data_plate.dim] = chosen.shape[1]
+    return {s["name"]: s["value"].flatten()[i].reshape(shape) for s, i in zip(sites, places, strict=True)}

@@ -1,7 +1,8 @@
-"""Handlers that settle the latents of a program: at given values, or at the means of their distributions."""
+"""Handlers that settle the latents of a program: at given values, at means, or drawn anew."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 class Fixed(Messenger):
     """Give sites these values, in model or guide."""
 
-    def __init__(self, values: dict[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values = values
 
@@ -23,25 +24,57 @@ class Fixed(Messenger):
 
 
 class Means(Messenger):
-    """Give every latent site the mean of its distribution instead of a draw."""
+    """Give every latent site the mean of its distribution instead of a draw; its most probable value if discrete."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and msg["value"] is None:
-            msg["value"], msg["done"] = location(msg["fn"]), True
+            fn = msg["fn"]
+            listed = getattr(fn, "has_enumerate_support", False)
+            msg["value"], msg["done"] = most_probable(fn) if listed else location(fn), True
+
+
+class Undone(Messenger):
+    """Draw these observed sites anew; other observed sites (conditioned constants, factors) keep their values."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and msg["name"] in self.names:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 def location(fn: Any) -> Tensor:
-    """The mean of a distribution; its mode if it is discrete, an average of draws if it knows neither."""
-    if getattr(fn, "has_enumerate_support", False):
-        return fn.mode if _has(fn, "mode") else fn.enumerate_support()[0]
-    if _has(fn, "mean"):
-        return fn.mean
-    return fn.sample((256,)).mean(0)
+    """The mean of a distribution, whatever wraps it: a scalar Bernoulli and an image of them alike.
+
+    A categorical variable has no mean: its most probable value. An average of draws where no closed form is known.
+    """
+    mean = _known(lambda: fn.mean)
+    if mean is None and getattr(fn, "has_enumerate_support", False):
+        return most_probable(fn)
+    if mean is None:
+        return fn.sample((256,)).mean(0)
+    unknown = ~torch.isfinite(mean)
+    if bool(unknown.any()):  # of some entries only (a Cauchy, few degrees of freedom): the others keep theirs
+        mean = torch.where(unknown, fn.sample((256,)).median(0).values.to(mean.dtype), mean)
+    return mean
 
 
-def _has(fn: Any, name: str) -> bool:
+def most_probable(fn: Any) -> Tensor:
+    """The value of highest probability of a distribution that lists its values, entry by entry."""
+    support = fn.enumerate_support()
+    best = fn.log_prob(support).argmax(0)
+    index = best.reshape(1, *best.shape, *(1,) * len(fn.event_shape)).expand(
+        1, *fn.batch_shape, *fn.event_shape
+    )
+    return support.gather(0, index)[0]
+
+
+def _known(read: Callable[[], Tensor]) -> Tensor | None:
     try:
-        value = getattr(fn, name)
+        value = read()
     except (NotImplementedError, AttributeError):
-        return False
-    return bool(torch.isfinite(value).all()) if value.is_floating_point() else True
+        return None
+    # torch gives NaN for the means of categorical variables
+    return None if bool(torch.isnan(value).all()) else value

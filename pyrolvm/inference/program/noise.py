@@ -6,6 +6,7 @@ those generators: put in before a chunk, taken out after it, and the caller's ow
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 from pyrolvm.seeds import Purpose, derived_seed
+
+RUNNING = threading.RLock()
+"""Held while a program runs or generators are exchanged: Pyro's handlers and parameter store, torch's default
+generators and its default dtype belong to the process, so programs of two threads must take turns."""
 
 
 def generator_state(device: torch.device) -> dict[str, Tensor]:
@@ -37,16 +42,17 @@ def set_generator_state(state: dict[str, Tensor], device: torch.device) -> None:
 @contextmanager
 def kept_generators(device: torch.device) -> Iterator[None]:
     """Leave the default generators after as they were before."""
-    before = generator_state(device)
-    try:
-        yield
-    finally:
-        set_generator_state(before, device)
+    with RUNNING:
+        before = generator_state(device)
+        try:
+            yield
+        finally:
+            set_generator_state(before, device)
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from `seed` inside; the caller's generators are left as found."""
+    """Draw from `seed` inside; the caller's generators are left as found. Never around a `yield`."""
     with kept_generators(device):
         torch.manual_seed(seed)
         yield

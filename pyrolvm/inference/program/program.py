@@ -7,6 +7,7 @@ parameter store, and runs the pair inside `scope()`, which leaves the process as
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 import weakref
@@ -17,11 +18,14 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.plates import DATA_PLATE, Rows, current_rows, data_rows
 
 
@@ -30,15 +34,25 @@ class Program:
 
     Parameters
     ----------
-    model: a module with `.model` and `.guide`, or any Pyro callable.
-    guide: a callable of the model's arguments, an AutoGuide instance, or an AutoGuide class;
-        None if `model` brings its own.
+    model : module or callable
+        A module with `.model` and `.guide`, or any Pyro callable.
+    guide : callable, AutoGuide instance or AutoGuide class, optional
+        Of the model's arguments; None if `model` brings its own.
+    device, dtype
+        Where its tensors lie, and the floating type they have.
 
-    Attributes (complete after `initialise`)
+    Attributes
     ----------
-    source: `model` as it was passed; owner: the object it is a method of, which may know more of itself.
-    parameters: name -> trainable leaf, unconstrained, updated in place by the engines.
-    buffers: name -> what is not trained: module buffers and frozen parameters.
+    source
+        `model` as it was passed.
+    owner
+        The object that `model` is a method of, which may know more of itself (see `knows`).
+    parameters : dict
+        Name -> trainable leaf, unconstrained, updated in place by the engines. Complete after `initialise`.
+    buffers : dict
+        Name -> what is not trained: buffers of modules, frozen and blocked parameters.
+    controls : dict
+        Name -> value of the controls that the program reads where nobody schedules them.
     """
 
     def __init__(
@@ -55,47 +69,133 @@ class Program:
         self.model, self.guide = _resolve(model, guide)
         self.owner = getattr(self.model, "__self__", model)
         self.modules = _modules(model, self.model, self.guide)
+        self._functions = (self.model, self.guide)
         for module in self.modules.values():
             module.to(device=self.device, dtype=self.dtype)
         self._frozen = [p for m in self.modules.values() for p in m.parameters() if not p.requires_grad]
+        self._blocked: set[str] = set()
+        self._reached: dict[str, nn.Module] = {}
         self._store: Any = {"params": {}, "constraints": {}}
+        self._depth = 0
+        self.vectorized: bool | None = None
+        self.controls: dict[str, float] = {}
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
 
+    @property
+    def contract(self) -> Any:
+        """The model itself if it follows the suite's contract (`pyrolvm.models.base`), else None."""
+        return self.owner if callable(getattr(type(self.owner), "knows", None)) else None
+
+    def knows(self, name: str) -> bool:
+        """Whether the model itself has an answer called `name`: a method of the contract that it overrides."""
+        return self.contract is not None and bool(self.contract.knows(name))
+
     @contextmanager
     def scope(
-        self, rows: tuple[int, Tensor] | None = None, *, validate: bool = False
+        self, batch: Batch | None = None, mode: str = "train", *, validate: bool = False
     ) -> Iterator[Rows | None]:
-        """Run the pair inside: private parameters, the data plate's rows, settings put back after.
+        """Run the pair inside: private parameters, the batch's rows, no handlers of the caller's; all put back after.
 
-        `rows` is (N, indices [batch]): which of how many rows the batch holds.
+        Parameters
+        ----------
+        batch : Batch, optional
+            Whose row numbers and total the data plate gets.
+        mode : {"train", "predict"}
+            In "train" modules are as the user left them; in "predict" they are in eval mode: no dropout, running
+            statistics used and not moved.
+        validate : bool
+            Pyro's and torch's validation.
         """
         with ExitStack() as stack:
-            stack.enter_context(pyro.get_param_store().scope(self._store))
-            stack.enter_context(pyro.validation_enabled(validate))
-            stack.enter_context(_default_dtype(self.dtype))
-            if self.device.type != "cpu":
-                stack.enter_context(self.device)
-            said = stack.enter_context(data_rows(*rows)) if rows is not None else None
+            stack.enter_context(RUNNING)
+            if not self._depth:
+                stack.enter_context(_without_handlers())
+                stack.enter_context(pyro.get_param_store().scope(self._store))
+                stack.enter_context(pyro.validation_enabled(validate))
+                stack.enter_context(_default_dtype(self.dtype))
+                if self.device.type != "cpu":
+                    stack.enter_context(self.device)
+                stack.enter_context(controlled(self.controls))
+            stack.enter_context(self._evaluating(mode == "predict"))
+            rows = None
+            if batch is not None:
+                rows = stack.enter_context(data_rows(batch.total_rows, batch.indices))
+            self._depth += 1
             try:
-                yield said
+                yield rows
             finally:
+                self._depth -= 1
                 # Pyro turns requires_grad on for every parameter it meets, frozen or not
                 for parameter in self._frozen:
                     parameter.requires_grad_(False)
 
-    def initialise(self, batch: Batch, rows: tuple[int, Tensor], seed: int) -> None:
-        """Run the pair once so that every parameter exists; lazy ones are drawn from `seed`."""
-        with self.scope(rows, validate=True), seeded(seed, self.device), warnings.catch_warnings():
-            # the checks of inference.structure say the same of a missing site, as errors
-            warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
-            with explained(batch, "guide"):
-                trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
-            with explained(batch, "model"):
-                pyro.poutine.replay(self.model, trace=trace)(*batch.args, **batch.kwargs)
-        self._collect()
+    @contextmanager
+    def _evaluating(self, evaluate: bool) -> Iterator[None]:
+        modules = (*self.modules.values(), *self._reached.values()) if evaluate else ()
+        training = [m for module in modules for m in module.modules() if m.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
-    def _collect(self) -> None:
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Trial runs inside leave parameters and buffers (running statistics, say) as they were."""
+        before = {k: v.detach().clone() for k, v in self._named_tensors() if not is_lazy(v)}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in self._named_tensors():
+                    if name in before:
+                        tensor.copy_(before[name])
+
+    def initialise(self, batch: Batch, seed: int, *, validate: bool = True) -> None:
+        """Run the pair once so that every parameter exists; lazy ones are drawn from `seed`."""
+        with self.scope(batch, validate=validate), seeded(seed, self.device), warnings.catch_warnings():
+            # the checks of program.checks report a missing site as an error
+            warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
+            with self.untouched(), pyro.poutine.trace(param_only=True) as seen:
+                with explained(batch, "guide"):
+                    trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
+                with explained(batch, "model"):
+                    pyro.poutine.replay(self.model, trace=trace)(*batch.args, **batch.kwargs)
+        self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
+        self._reached = self._registered_modules()
+        self.collect()
+
+    def adopt(self, prefix: str, modules: dict[str, nn.Module]) -> None:
+        """Train further modules with the pair: an objective's baselines or control variates."""
+        for name, module in modules.items():
+            module.to(device=self.device, dtype=self.dtype)
+            self.modules[f"{prefix}{name}."] = module
+            self._frozen += [p for p in module.parameters() if not p.requires_grad]
+        self.collect()
+
+    def complete_guide(self, names: list[str]) -> None:
+        """Let the guide draw the sites that were left to the prior, from the prior.
+
+        Their log p and log q are then the same numbers and cancel in every bound, weight and gradient.
+        """
+        if names:
+            self.guide = _Completed(self.guide, self.model, names)
+
+    def _registered_modules(self) -> dict[str, nn.Module]:
+        """Modules that plain functions registered by `pyro.module`: their buffers and modes are the program's too."""
+        registered = {id(p) for p in self._store["params"].values()}
+        found = {}
+        for function in self._functions:
+            for name, module in _reachable_modules(function):
+                if any(id(p) in registered for p in module.parameters()):
+                    found[name] = module
+        return {n: m for n, m in found.items() if all(m is not own for own in self.modules.values())}
+
+    def collect(self) -> None:
+        """Gather all parameters and buffers that exist."""
         frozen = {id(p) for p in self._frozen}
         seen: set[int] = set()
         for name, tensor in self._named_tensors():
@@ -103,6 +203,7 @@ class Program:
                 continue
             seen.add(id(tensor))
             trainable = isinstance(tensor, nn.Parameter) or name in self._store["params"]
+            trainable = trainable and name not in self._blocked
             known = self.parameters if trainable and id(tensor) not in frozen else self.buffers
             known[name] = tensor
 
@@ -111,6 +212,9 @@ class Program:
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
                 yield prefix + name, tensor
         yield from self._store["params"].items()
+        for prefix, module in self._reached.items():
+            for name, tensor in module.named_buffers():
+                yield f"{prefix}.{name}", tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a file must keep to have this program again."""
@@ -133,10 +237,10 @@ class Program:
 
     def check_registered(self, surrogate: Tensor) -> None:
         """Raise `ProgramError` if the surrogate depends on a leaf that nothing would train."""
-        known = {id(p) for p in (*self.parameters.values(), *self._frozen)}
+        known = {id(p) for p in (*self.parameters.values(), *self.buffers.values(), *self._frozen)}
         for leaf in _leaves(surrogate):
             if id(leaf) not in known:
-                raise ProgramError(_unregistered(leaf, (self.model, self.guide)))
+                raise ProgramError(_unregistered(leaf, self._functions))
 
 
 def _resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -198,6 +302,31 @@ def _modules(source: Any, model: Any, guide: Any) -> dict[str, nn.Module]:
     return dict(found)
 
 
+class _Completed:
+    """A guide that also draws `names`, as the model does given the guide's own draws."""
+
+    def __init__(self, guide: Callable[..., Any], model: Callable[..., Any], names: list[str]) -> None:
+        self.guide, self.model, self.names = guide, model, names
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with pyro.poutine.trace() as drawn:
+            result = self.guide(*args, **kwargs)
+        rest = pyro.poutine.replay(self.model, trace=drawn.trace)
+        pyro.poutine.block(rest, expose=self.names)(*args, **kwargs)
+        return result
+
+
+@contextmanager
+def _without_handlers() -> Iterator[None]:
+    """Run inside apart from the handlers that are active outside: a user's `poutine.scale` around `fit`, say."""
+    active = _PYRO_STACK[:]
+    _PYRO_STACK.clear()
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:] = active
+
+
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -256,6 +385,8 @@ def _unregistered(leaf: Tensor, functions: tuple[Callable[..., Any], ...]) -> st
 
 def _reachable_modules(function: Any) -> Iterator[tuple[str, nn.Module]]:
     """Modules that a plain function sees: its closure, and the globals it names."""
+    while isinstance(function, functools.partial):
+        function = function.func
     function = inspect.unwrap(getattr(function, "__func__", function))
     if not inspect.isfunction(function):
         return

@@ -1,25 +1,22 @@
-"""What a program is made of: its sites, its plates, and whether its parts fit together.
-
-Looked up once, before the first step, with all of Pyro's validation on. What Pyro only warns of
-(a site the guide forgot) or cannot know (the size of the whole data set) is an error here.
-"""
+"""What a program is made of: its sites and its plates, looked up once, before the first step."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Delta, Unit
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
-from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program, explained
 
 LEFT_TO_PRIOR = "left_to_prior"
@@ -37,10 +34,24 @@ class Plate:
 
 @dataclass(frozen=True)
 class Site:
-    """A sample site: shapes as in the batch that was looked at. `num_states`: those summed over if enumerated."""
+    """A sample site of the model; shapes are those in the batch that was looked at.
+
+    Attributes
+    ----------
+    kind : {"latent", "data", "given", "factor", "deterministic"}
+        "given" is a site that was fixed by `poutine.condition` at a value that is no data.
+    local : bool
+        Whether the site stands in the data plate: one value per datum.
+    num_states : int
+        Values that are summed over if the site is enumerated, else 1.
+    point : bool
+        Whether the guide holds the site at a point (a Delta that follows from no draw).
+    left_to_prior : bool
+        Whether the guide leaves the site to the prior on purpose.
+    """
 
     name: str
-    observed: bool
+    kind: str
     local: bool
     family: str
     batch_shape: tuple[int, ...]
@@ -50,17 +61,34 @@ class Site:
     num_states: int = 1
     in_guide: bool = True
     discrete: bool = False
+    point: bool = False
+    left_to_prior: bool = False
+
+    @property
+    def observed(self) -> bool:
+        """Whether the program fixes its value."""
+        return self.kind != "latent"
 
 
 @dataclass(frozen=True)
 class Structure:
     """The static structure of a program.
 
-    `data_plate` is the plate over the rows of the data, None if the program has none;
-    `num_data` what bounds are divided by: the rows of the whole data, 1 without a data plate;
-    `per_datum` the guide's parameters that have one entry per row of the training data;
-    `joint_guide` a guide site outside the data plate that local latents are computed from, if there is one;
-    `takes_any_rows` whether the program runs on other numbers of rows than those it was fitted to.
+    Attributes
+    ----------
+    data_plate : Plate or None
+        The plate over the rows of the data.
+    per_datum : tuple of str
+        Parameters of which each row of the training data has its own entry.
+    joint_guide : str or None
+        A guide site outside the data plate that local latents are computed from.
+    takes_any_rows : bool
+        Whether the program runs on other numbers of rows than those it was fitted to.
+    mixed : tuple of str
+        Auxiliary sites of the guide that other draws depend on without being determined by them: the density of those
+        draws is an integral that nothing computes.
+    tempered : bool
+        Whether data are weighted by more or less than one each (a power of the likelihood, row weights).
     """
 
     sites: tuple[Site, ...]
@@ -69,6 +97,8 @@ class Structure:
     per_datum: tuple[str, ...] = ()
     joint_guide: str | None = None
     takes_any_rows: bool = False
+    mixed: tuple[str, ...] = ()
+    tempered: bool = False
 
     @property
     def num_data(self) -> int:
@@ -76,19 +106,34 @@ class Structure:
         return self.data_plate.full_size if self.data_plate else 1
 
     @property
+    def chunkable(self) -> bool:
+        """Whether rows may be taken apart: some at a time give what they give together."""
+        return self.takes_any_rows
+
+    @property
+    def latents(self) -> tuple[Site, ...]:
+        """The sites that are inferred."""
+        return tuple(s for s in self.sites if s.kind == "latent")
+
+    @property
     def observed(self) -> tuple[Site, ...]:
-        """The observed sites."""
-        return tuple(s for s in self.sites if s.observed)
+        """The sites that are data."""
+        return tuple(s for s in self.sites if s.kind == "data")
+
+    @property
+    def enumerated(self) -> tuple[Site, ...]:
+        """The latents that are summed out."""
+        return tuple(s for s in self.sites if s.enumerated)
 
     @property
     def local_latents(self) -> tuple[Site, ...]:
         """Latents inside the data plate, one value per datum."""
-        return tuple(s for s in self.sites if not s.observed and s.local)
+        return tuple(s for s in self.latents if s.local)
 
     @property
     def global_latents(self) -> tuple[Site, ...]:
         """Latents outside the data plate, shared by all data."""
-        return tuple(s for s in self.sites if not s.observed and not s.local)
+        return tuple(s for s in self.latents if not s.local)
 
     def table(self) -> str:
         """One line per site: name, role, distribution, batch and event shape, plates."""
@@ -99,37 +144,13 @@ def site_table(sites: tuple[Site, ...]) -> str:
     """The sites as text, for errors and reports."""
     rows = [("site", "role", "distribution", "batch shape", "event shape", "plates")]
     for s in sites:
-        role = "observed" if s.observed else ("local" if s.local else "global") + " latent"
+        role = {"latent": ("local" if s.local else "global") + " latent", "data": "observed"}.get(
+            s.kind, s.kind
+        )
         plates = ", ".join(s.plates) or "-"
         rows.append((s.name, role, s.family, str(s.batch_shape), str(s.event_shape), plates))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
-
-
-def inspect_program(program: Program, batch: Batch, rows: tuple[int, Tensor]) -> Structure:
-    """Run the pair once, check it, and return its structure.
-
-    `rows` is (N, indices [batch]). Raises `ProgramError` that names the site and what to type.
-    """
-    model_trace, guide_trace, made = _traces(program, batch, rows)
-    plate = find_data_plate(model_trace, rows[0], len(rows[1]))
-    in_guide = {s["name"] for s in sample_sites(guide_trace)}
-    sites = tuple(_site(s, plate, s["name"] in in_guide) for s in sample_sites(model_trace))
-    _check_match(model_trace, guide_trace)
-    _check_shapes(model_trace, guide_trace, sites)
-    _check_scale(model_trace, sites, plate, rows)
-    nesting = _nesting(model_trace, guide_trace)
-    structure = Structure(
-        sites,
-        plate,
-        nesting,
-        per_datum=_per_datum(guide_trace, plate),
-        joint_guide=_joint(guide_trace, plate),
-        takes_any_rows=plate is not None and (plate.name in made or len(rows[1]) < rows[0]),
-    )
-    if plate is not None and len(rows[1]) < rows[0]:
-        _check_other_size(program, batch, rows)
-    return structure
 
 
 def sample_sites(trace: Trace) -> Iterator[Any]:
@@ -139,39 +160,93 @@ def sample_sites(trace: Trace) -> Iterator[Any]:
             yield site
 
 
-def _traces(program: Program, batch: Batch, rows: tuple[int, Tensor]) -> tuple[Trace, Trace, set[str]]:
-    with program.scope(rows, validate=True) as said, torch.no_grad():
+def in_plate(site: Any, plate: Plate | None) -> bool:
+    """Whether a site of a trace stands in the plate."""
+    return plate is not None and any(f.name == plate.name for f in site["cond_indep_stack"])
+
+
+def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, set[str]]:
+    """(model trace, guide trace, names of the data plates made) of one run with all validation on."""
+    with program.untouched(), program.scope(batch, validate=True) as rows, torch.no_grad():
         with explained(batch, "guide"):
             guide_trace = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
         replayed = pyro.poutine.replay(program.model, trace=guide_trace)
         with explained(batch, "model"):
             model_trace = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
-    return model_trace, guide_trace, said.made if said else set()
+    return model_trace, guide_trace, rows.made if rows else set()
 
 
-def _site(site: dict[str, Any], plate: Plate | None, in_guide: bool) -> Site:
-    frames = [f for f in site["cond_indep_stack"] if f.vectorized]
-    fn = site["fn"]
-    enumerated = site["infer"].get("enumerate") is not None and not site["is_observed"]
-    return Site(
-        name=site["name"],
-        observed=bool(site["is_observed"]),
-        local=plate is not None and any(f.name == plate.name for f in frames),
-        family=_family(fn),
-        batch_shape=tuple(fn.batch_shape),
-        event_shape=tuple(fn.event_shape),
-        plates=tuple(f.name for f in frames),
-        enumerated=enumerated,
-        in_guide=in_guide,
-        num_states=len(fn.enumerate_support(expand=False)) if enumerated else 1,
-        discrete=not site["is_observed"] and _is_discrete(fn),
+def read_structure(program: Program, batch: Batch, model: Trace, guide: Trace, made: set[str]) -> Structure:
+    """The structure that a pair of traces shows; `made` are the names of the data plates that the program made."""
+    plate = find_data_plate(model, batch.total_rows, len(batch.indices))
+    drawn = {s["name"]: s for s in sample_sites(guide)}
+    sources = _sources(program, batch, guide)
+    whole = len(batch.indices) == batch.total_rows
+    return Structure(
+        tuple(_site(s, plate, drawn, sources, batch) for s in sample_sites(model)),
+        plate,
+        _nesting(model, guide),
+        per_datum=_per_datum(program, batch, guide, plate),
+        joint_guide=_joint(guide, plate),
+        takes_any_rows=plate is not None and (plate.name in made or not whole),
+        mixed=_mixed(guide, sources),
+        tempered=any(_is_tempered(s) for s in sample_sites(model) if s["is_observed"]),
     )
 
 
-def _family(fn: Any) -> str:
+def _site(
+    site: dict[str, Any],
+    plate: Plate | None,
+    drawn: dict[str, Any],
+    sources: dict[str, frozenset[str]],
+    batch: Batch,
+) -> Site:
+    fn, name = site["fn"], site["name"]
+    kind = _kind(site, plate, batch)
+    enumerated = site["infer"].get("enumerate") is not None and kind == "latent"
+    return Site(
+        name=name,
+        kind=kind,
+        local=in_plate(site, plate),
+        family=base(fn).__class__.__name__,
+        batch_shape=tuple(fn.batch_shape),
+        event_shape=tuple(fn.event_shape),
+        plates=tuple(f.name for f in site["cond_indep_stack"] if f.vectorized),
+        enumerated=enumerated,
+        in_guide=name in drawn,
+        num_states=len(fn.enumerate_support(expand=False)) if enumerated else 1,
+        discrete=kind == "latent" and _is_discrete(fn),
+        point=name in drawn and isinstance(base(drawn[name]["fn"]), Delta) and not sources.get(name),
+        left_to_prior=bool(site["infer"].get(LEFT_TO_PRIOR)) and name not in drawn,
+    )
+
+
+def _kind(site: dict[str, Any], plate: Plate | None, batch: Batch) -> str:
+    if not site["is_observed"]:
+        return "latent"
+    if isinstance(base(site["fn"]), Unit):
+        return "factor"
+    if site["infer"].get("_deterministic"):
+        return "deterministic"
+    outside = plate is not None and not in_plate(site, plate)
+    return "given" if outside and not _is_argument(site["value"], batch) else "data"
+
+
+def _is_argument(value: Tensor, batch: Batch) -> bool:
+    """Whether a value lies in the memory of one of the program's arguments, or is equal to one."""
+    for _, tensor in batch.tensors():
+        if value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+            return True
+        if value.shape == tensor.shape and torch.equal(value, tensor.to(value.dtype)):
+            return True
+    return False
+
+
+def base(fn: Any) -> Any:
+    """A distribution without what is wrapped around it (`Independent`, masks, expansion)."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return type(fn).__name__
+    return fn
 
 
 def _is_discrete(fn: Any) -> bool:
@@ -179,6 +254,15 @@ def _is_discrete(fn: Any) -> bool:
         return bool(fn.support.is_discrete)
     except NotImplementedError:
         return False
+
+
+def _is_tempered(site: dict[str, Any]) -> bool:
+    """Whether a scale other than that of the plates stands at a site."""
+    scale = site["scale"]
+    for frame in site["cond_indep_stack"]:
+        if frame.vectorized:
+            scale = scale / (frame.full_size / frame.size)
+    return bool((torch.as_tensor(scale, dtype=torch.float64) - 1).abs().max() > 1e-6)
 
 
 def find_data_plate(model_trace: Trace, num_rows: int, batch_rows: int) -> Plate | None:
@@ -197,11 +281,41 @@ def find_data_plate(model_trace: Trace, num_rows: int, batch_rows: int) -> Plate
     return Plate(frame.name, frame.dim, frame.size, frame.full_size)
 
 
-def _per_datum(guide_trace: Trace, plate: Plate | None) -> tuple[str, ...]:
-    """Parameters with a batch dimension along the data plate: local variational parameters."""
+def _sources(program: Program, batch: Batch, guide: Trace) -> dict[str, frozenset[str]]:
+    """Guide site -> the auxiliary sites that its distribution depends on; empty where it has none to depend on."""
+    auxiliary = {s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary")}
+    if not auxiliary:
+        return {}
+    with program.untouched(), program.scope(batch), torch.no_grad(), TrackProvenance():
+        try:
+            tracked = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
+            return {
+                s["name"]: get_provenance(s["fn"].log_prob(detach_provenance(s["value"]))) & auxiliary
+                for s in sample_sites(tracked)
+            }
+        except Exception:  # an operation of the user's that tracked tensors do not pass: take what is usual
+            deltas = [s["name"] for s in sample_sites(guide) if isinstance(base(s["fn"]), Delta)]
+            return dict.fromkeys(deltas, frozenset(auxiliary))
+
+
+def _mixed(guide: Trace, sources: dict[str, frozenset[str]]) -> tuple[str, ...]:
+    mixed: set[str] = set()
+    for site in sample_sites(guide):
+        if not site["infer"].get("is_auxiliary") and not isinstance(base(site["fn"]), Delta):
+            mixed |= sources.get(site["name"], frozenset())
+    return tuple(sorted(mixed))
+
+
+def _per_datum(program: Program, batch: Batch, guide: Trace, plate: Plate | None) -> tuple[str, ...]:
+    """Parameters of which each row has its own entry: declared in the plate, or picked by the row's number."""
+    declared = _declared_in_plate(guide, plate)
+    return declared or (_picked_by_row(program, batch) if plate is not None else ())
+
+
+def _declared_in_plate(guide: Trace, plate: Plate | None) -> tuple[str, ...]:
     found = []
-    sites: dict[str, Any] = guide_trace.nodes
-    for name, site in sites.items():
+    nodes: dict[str, Any] = guide.nodes
+    for name, site in nodes.items():
         inside = plate is not None and any(f.name == plate.name for f in site.get("cond_indep_stack", ()))
         if site["type"] == "param" and inside and site["kwargs"].get("event_dim") is not None:
             assert plate is not None
@@ -211,16 +325,40 @@ def _per_datum(guide_trace: Trace, plate: Plate | None) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _picked_by_row(program: Program, batch: Batch) -> tuple[str, ...]:
+    """Parameters whose gradient moves to other entries when the same data get other row numbers."""
+    total = batch.total_rows
+    if total < 2 or not batch.num_rows:
+        return ()
+    first = torch.arange(min(2, total // 2), device=batch.indices.device)
+    few = batch.take(first.clamp(max=batch.num_rows - 1))
+    try:
+        here, there = (_gradients(program, few.numbered(rows)) for rows in (first, total - 1 - first))
+    except Exception:  # a program that takes no other number of rows has none to confuse
+        return ()
+    return tuple(name for name in here if not torch.equal(here[name], there[name]))
+
+
+def _gradients(program: Program, batch: Batch) -> dict[str, Tensor]:
+    """The gradient of the sum of all log-densities, by the same noise each time."""
+    names, leaves = list(program.parameters), list(program.parameters.values())
+    with program.untouched(), seeded(0, program.device), program.scope(batch, "predict"), torch.enable_grad():
+        guide = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
+        replayed = pyro.poutine.replay(program.model, trace=guide)
+        model = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
+        total = torch.as_tensor(model.log_prob_sum() + guide.log_prob_sum())
+        found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return {n: g for n, g in zip(names, found, strict=True) if g is not None}
+
+
 def _joint(guide_trace: Trace, plate: Plate | None) -> str | None:
     """An auxiliary draw for all data at once (AutoMultivariateNormal, say): no density per datum."""
     if plate is None:
         return None
-    inside = {
-        s["name"]: any(f.name == plate.name for f in s["cond_indep_stack"]) for s in sample_sites(guide_trace)
-    }
+    inside = {s["name"]: in_plate(s, plate) for s in sample_sites(guide_trace)}
     auxiliary = [s["name"] for s in sample_sites(guide_trace) if s["infer"].get("is_auxiliary")]
     outside = [name for name in auxiliary if not inside[name]]
-    computed = any(inside[s["name"]] and _family(s["fn"]) == "Delta" for s in sample_sites(guide_trace))
+    computed = any(inside[s["name"]] and isinstance(base(s["fn"]), Delta) for s in sample_sites(guide_trace))
     local_auxiliary = any(inside[name] for name in auxiliary)
     return outside[0] if outside and computed and not local_auxiliary else None
 
@@ -228,73 +366,3 @@ def _joint(guide_trace: Trace, plate: Plate | None) -> str | None:
 def _nesting(*traces: Trace) -> int:
     dims = [f.dim for t in traces for s in sample_sites(t) for f in s["cond_indep_stack"] if f.vectorized]
     return -min(dims, default=0)
-
-
-def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
-    in_model = {s["name"]: s for s in sample_sites(model_trace)}
-    in_guide = {s["name"]: s for s in sample_sites(guide_trace)}
-    latents = [n for n, s in in_model.items() if not s["is_observed"]]
-    for name, site in in_guide.items():
-        if name not in latents and not site["infer"].get("is_auxiliary"):
-            raise ProgramError(
-                f"the guide samples '{name}', which is no latent site of the model (its latents: "
-                f"{', '.join(latents) or 'none'}): give both the same name, or mark it "
-                "infer={'is_auxiliary': True}"
-            )
-    for name in latents:
-        infer = in_model[name]["infer"]
-        if name not in in_guide and not infer.get("enumerate") and not infer.get(LEFT_TO_PRIOR):
-            raise ProgramError(
-                f"the guide has no site '{name}', so it would be left at its prior: sample '{name}' in the "
-                "guide, or mark it in the model with infer={'enumerate': 'parallel'} if it is discrete, or "
-                f"infer={{'{LEFT_TO_PRIOR}': True}} if that is meant"
-            )
-
-
-def _check_shapes(model_trace: Trace, guide_trace: Trace, sites: tuple[Site, ...]) -> None:
-    for role, trace in (("model", model_trace), ("guide", guide_trace)):
-        try:
-            trace.compute_log_prob()
-            for site in sample_sites(trace):
-                pyro.util.check_site_shape(site, math.inf)  # type: ignore[arg-type]
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().replace("\n", "\n  ")
-            raise ProgramError(f"the {role}'s shapes do not fit:\n  {reason}\n{site_table(sites)}") from error
-
-
-def _check_scale(
-    model_trace: Trace, sites: tuple[Site, ...], plate: Plate | None, rows: tuple[int, Tensor]
-) -> None:
-    """A minibatch must weigh N/B against the global latents, and its plate must exist."""
-    num_rows, batch_rows = rows[0], len(rows[1])
-    if batch_rows == num_rows:
-        return
-    if plate is None:
-        raise ProgramError(
-            f"batch_size={batch_rows} takes rows, but no plate of the model runs over the rows of the data: "
-            "put the observed site inside `with pyrolvm.data_plate(x):`, or leave batch_size out"
-        )
-    shared = [s.name for s in sites if not s.observed and not s.local]
-    if shared and plate.full_size == batch_rows:
-        raise ProgramError(
-            f"'{shared[0]}' is shared by all data, but the plate '{plate.name}' says that there are only the "
-            f"{batch_rows} rows of the batch, not {num_rows}, so its posterior would be too wide: write "
-            f"`with pyrolvm.data_plate(x):` instead of pyro.plate('{plate.name}', len(x))"
-        )
-
-
-def _check_other_size(program: Program, batch: Batch, rows: tuple[int, Tensor]) -> None:
-    """One row more: a dimension that only happens to equal the batch size shows itself."""
-    indices = torch.cat([rows[1], rows[1][:1]])
-    positions = torch.arange(len(indices), device=indices.device) % len(rows[1])
-    larger = batch.take(positions)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
-        try:
-            for trace in _traces(program, larger, (rows[0], indices))[:2]:
-                trace.compute_log_prob()
-        except (ProgramError, ValueError, RuntimeError) as error:
-            raise ProgramError(
-                f"the program runs on a batch of {len(rows[1])} rows but not on {len(indices)}: some shape in it "
-                f"only happens to equal the batch size ({error})"
-            ) from error

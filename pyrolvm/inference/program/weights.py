@@ -3,13 +3,14 @@
 The weight of a datum sums the log-densities of its sites over every dimension but those of the plates
 that all sites share. The scale that all sites share (N/B of a minibatch, `poutine.scale` around the
 whole program) is kept apart, for it belongs outside a log-mean-exp: with it inside, the "bound"
-of a minibatch can exceed the evidence. A scale of some sites only (a power of the likelihood) stays in.
+of a minibatch can exceed the evidence. So are weights of rows, a tensor scale around the whole program. A scale of some
+sites only (a power of the likelihood) stays in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,13 @@ PARTICLES = "num_particles_vectorized"
 class LogDensities:
     """Log-densities of one trace pair per particle and cell of the shared plates, in nats, unscaled.
 
-    log_prior, log_likelihood, log_guide: [particles, cells]; `score` is the part of log_guide that no
-    path derivative reaches (non-reparameterised sites), None if there is none. `scale` belongs
-    outside the logarithm.
+    Attributes
+    ----------
+    log_prior, log_likelihood, log_guide : tensor [particles, cells]
+    score : tensor [particles, cells] or None
+        The part of log_guide that no path derivative reaches (sites that are not reparameterised).
+    scale : float or tensor [cells]
+        What belongs outside the logarithm.
     """
 
     log_prior: Tensor
@@ -58,14 +63,14 @@ def log_densities(
     in_guide = [s for s in sample_sites(guide_trace) if s["name"] not in skip]
     sites = in_model + in_guide
     shared = _shared_frames(sites)
-    scale = _shared_scale(sites, shared)
     kept = shared if keep is None else [f for f in shared if f.name in set(keep)]
     dims, particles = _kept_dims(sites, kept)
+    scale, inner = _divided_scale(sites, shared, dims)
+    device = sites[0]["unscaled_log_prob"].device if sites else None
 
     def gather(part: list[dict[str, Any]]) -> Tensor:
-        terms = [_cells(site, scale, dims) for site in part]
-        total = sum(terms[1:], terms[0]) if terms else torch.zeros((1,) * len(dims))
-        return total
+        terms = [_cells(site, inner(site["scale"]), dims) for site in part]
+        return sum(terms[1:], terms[0]) if terms else torch.zeros((1,) * len(dims), device=device)
 
     unreached = [s for s in in_guide if not getattr(s["fn"], "has_rsample", False)]
     parts = [
@@ -83,14 +88,21 @@ def _shared_frames(sites: list[dict[str, Any]]) -> list[Any]:
     return sorted(set.intersection(*stacks), key=lambda f: f.dim) if stacks else []
 
 
-def _shared_scale(sites: list[dict[str, Any]], shared: list[Any]) -> Any:
+def _divided_scale(
+    sites: list[dict[str, Any]], shared: list[Any], dims: list[int]
+) -> tuple[Any, Callable[[Any], Any]]:
+    """The scale that stands outside the logarithm, and what of a site's scale stays inside."""
     scales = [s["scale"] for s in sites]
-    if all(_same(scale, scales[0]) for scale in scales):
-        _check_inside(sites, shared, scales[0])
-        return scales[0]
-    outside = math.prod(f.full_size / f.size for f in shared)
-    _check_inside(sites, shared, outside)
-    return outside
+    if scales and all(isinstance(scale, Tensor) for scale in scales):
+        rows = _by_cell(scales[0], dims)
+        if rows is not None:
+            _check_inside(sites, shared)
+            return rows, lambda scale: _ratio(scale, scales[0])
+    outside = scales[0] if scales and all(_same(scale, scales[0]) for scale in scales) else None
+    if outside is None:
+        outside = math.prod(f.full_size / f.size for f in shared)
+    _check_inside(sites, shared)
+    return outside, lambda scale: 1.0 if _same(scale, outside) else scale / outside
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -99,7 +111,22 @@ def _same(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-12)
 
 
-def _check_inside(sites: list[dict[str, Any]], shared: list[Any], outside: Any) -> None:
+def _by_cell(scale: Tensor, dims: list[int]) -> Tensor | None:
+    """A tensor scale as one number per cell, [cells] or [1]; None if it differs within a cell."""
+    shape = (1,) * (max([scale.dim(), *(-d for d in dims)]) - scale.dim()) + tuple(scale.shape)
+    within = [d for d in range(-len(shape), 0) if d not in dims]
+    if any(shape[d] > 1 for d in within):
+        return None
+    return scale.reshape(-1)
+
+
+def _ratio(scale: Tensor, outside: Tensor) -> Tensor:
+    """scale / outside, 1 where both are 0 (a row of weight 0)."""
+    ones = torch.ones_like(outside)
+    return torch.where(outside == 0, ones, scale / torch.where(outside == 0, ones, outside))
+
+
+def _check_inside(sites: list[dict[str, Any]], shared: list[Any]) -> None:
     """A subsampled plate that some latent is outside of leaves N/B inside the exponent: refuse it."""
     kept = {f.name for f in shared}
     for site in sites:
@@ -124,9 +151,8 @@ def _kept_dims(sites: list[dict[str, Any]], shared: list[Any]) -> tuple[list[int
 
 
 def _cells(site: dict[str, Any], scale: Any, dims: list[int]) -> Tensor:
-    """A site's log-density with all but `dims` summed out: one dimension for each of `dims`."""
-    inner = 1.0 if _same(site["scale"], scale) else site["scale"] / scale
-    log_prob = scale_and_mask(site["unscaled_log_prob"], scale=inner, mask=site["mask"])
+    """A site's log-density under `scale` with all but `dims` summed out: one dimension for each of `dims`."""
+    log_prob = scale_and_mask(site["unscaled_log_prob"], scale=scale, mask=site["mask"])
     depth = max([log_prob.dim(), *(-d for d in dims)])
     log_prob = log_prob.reshape((1,) * (depth - log_prob.dim()) + tuple(log_prob.shape))
     others = [d for d in range(-depth, 0) if d not in dims]

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import pyro
 import torch
 from torch import Tensor
 
+from pyrolvm.controls import controlled
 from pyrolvm.inference.engine.eager import EagerEngine
+from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
-from pyrolvm.inference.engine.step import Step
 from pyrolvm.inference.program.noise import kept_generators, set_generator_state
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import sample_sites
-from pyrolvm.plates import data_rows
 
 
-def explain(step: Step, good: TrainingState, rows: Tensor) -> str:
+def explain(problem: Problem, good: TrainingState, rows: Tensor) -> str:
     """One sentence: at which step what stopped being finite first. `rows`: [K, batch] from `good` on."""
-    engine = EagerEngine(step)
+    engine = EagerEngine(problem)
     state = good.clone()
     for row in rows:
         before = state.clone()
         state, terms = engine.run(state, row.unsqueeze(0))
         if not torch.isfinite(terms[0, 0]):
-            return f"the bound is {terms[0, 0].item()} at step {state.step}: {_bad_site(step, before, row)}"
+            return (
+                f"the bound is {terms[0, 0].item()} at step {state.step}: {_bad_site(problem, before, row)}"
+            )
         for name, value in state.parameters.items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 return f"the parameter '{name}' is not finite after step {state.step} (its gradient was not)"
     return f"the bound or a parameter is not finite between steps {good.step + 1} and {state.step}"
 
 
-def skip_bad_steps(step: Step, good: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+def skip_bad_steps(problem: Problem, good: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
     """The same steps, leaving out the updates that would not be finite; their terms are nan."""
-    engine = EagerEngine(step)
+    engine = EagerEngine(problem)
     state, kept = good, []
     for row in rows:
         before = state.clone()
@@ -43,23 +45,20 @@ def skip_bad_steps(step: Step, good: TrainingState, rows: Tensor) -> tuple[Train
         if not finite or not torch.isfinite(terms[0, 0]):
             # noise moves on, so that the next step is not the same one again
             state = TrainingState(before.parameters, before.optimizer, before.step + 1, state.random)
-            step.program.load(state.parameters)
+            problem.program.load(state.parameters)
     return state, torch.cat(kept)
 
 
-def _bad_site(step: Step, state: TrainingState, rows: Tensor) -> str:
-    program, device = step.program, step.program.device
+def _bad_site(problem: Problem, state: TrainingState, rows: Tensor) -> str:
+    program, device = problem.program, problem.program.device
     program.load(state.parameters)
     rows = rows.to(device)
-    batch = step.data.take(rows) if step.minibatch else step.data
-    with program.scope(), kept_generators(device), data_rows(step.num_rows, rows), torch.no_grad():
+    batch = problem.batch(rows)
+    with problem.program.scope(batch), kept_generators(device), torch.no_grad():
         set_generator_state(state.random, device)
-        guide = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
-        model = pyro.poutine.replay(program.model, trace=guide)
-        traces = [
-            ("guide", guide),
-            ("model", pyro.poutine.trace(model).get_trace(*batch.args, **batch.kwargs)),
-        ]
+        with controlled(problem.values_at(state.step + 1)):
+            model, guide = Pair(program, problem.structure, batch, "train").draw()
+        traces = [("guide", guide), ("model", model)]
         for role, trace in traces:
             for site in sample_sites(trace):
                 value = site["value"]

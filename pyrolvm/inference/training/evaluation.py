@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+
+from dataclasses import replace
 from typing import Any
 
-import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrolvm.controls import Schedule, value_of
 from pyrolvm.data.arrays import Batch
-from pyrolvm.inference.engine.step import Step
+from pyrolvm.inference.engine.optimizers import OptimizerSpec
+from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem
+from pyrolvm.inference.objectives import prepare
+from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import find_data_plate
-from pyrolvm.plates import arange_rows, data_rows
 from pyrolvm.seeds import Purpose, derived_seed
 
 CHUNK_ROWS = 4096
@@ -29,44 +33,64 @@ class HeldOutBound:
         (1/M) sum_i E_q [log p(y_i, z_i | m) - log q(z_i)] - KL(q(m) || p(m)) / N.
     """
 
-    def __init__(self, step: Step, data: Batch, seed: int) -> None:
+    def __init__(self, problem: Problem, data: Batch, seed: int) -> None:
         self.seed = seed
-        self.step = dataclasses.replace(step, data=data, minibatch=True, warmup_steps=0)
-        whole = arange_rows(data.num_rows, step.program.device)
-        has_plate = step.structure.data_plate is not None
+        self.problem = replace(problem, data=data, minibatch=True, schedules=_final(problem))
+        whole = torch.arange(data.num_rows, device=problem.program.device)
+        has_plate = problem.structure.data_plate is not None
         self.chunks = list(whole.split(CHUNK_ROWS)) if has_plate else [whole]
-        self.steps = {len(rows): self._step_of(rows) if has_plate else self.step for rows in self.chunks}
+        sizes = {len(rows): rows for rows in self.chunks}
+        self.problems = {n: self._counted(rows) if has_plate else self.problem for n, rows in sizes.items()}
 
     @torch.no_grad()
     def __call__(self) -> float:
         """The bound, nats per datum."""
-        program, total = self.step.program, 0.0
-        with seeded(derived_seed(self.seed, Purpose.HELD_OUT), program.device), program.scope():
+        program, total = self.problem.program, 0.0
+        seed = derived_seed(self.seed, Purpose.HELD_OUT)
+        with seeded(seed, program.device), program.scope(mode="predict"):
             for rows in self.chunks:
                 total += self._bound(rows) * len(rows)
         return total / sum(len(rows) for rows in self.chunks)
 
     def _bound(self, rows: Tensor) -> float:
         """Of one chunk, nats per datum."""
-        step = self.steps[len(rows)]
-        plate = step.structure.data_plate
-        if plate is None or plate.full_size != len(rows) or not step.structure.global_latents:
-            return float(step.loss(rows)[1][0])
-        with _Weighed(plate.name, step.num_rows / len(rows)):
-            return float(step.loss(rows)[1][0]) * len(rows) / step.num_rows
+        problem = self.problems[len(rows)]
+        plate = problem.structure.data_plate
+        if plate is None or plate.full_size != len(rows) or not problem.structure.global_latents:
+            return float(problem.loss(rows).terms[0])
+        with _Weighed(plate.name, problem.num_rows / len(rows)):
+            return float(problem.loss(rows).terms[0]) * len(rows) / problem.num_rows
 
     @torch.no_grad()
-    def _step_of(self, rows: Tensor) -> Step:
-        """The step whose plate counts as many rows as the program's plate does for a chunk of this size.
+    def _counted(self, rows: Tensor) -> Problem:
+        """The problem whose plate counts as many rows as the program's plate does for a chunk of this size.
 
         A plate that carries N counts N whatever the chunk; one of the batch's own length counts the chunk.
         """
-        step, program = self.step, self.step.program
-        batch = step.data.take(rows)
-        with seeded(self.seed, program.device), program.scope(), data_rows(step.num_rows, rows):
-            trace = pyro.poutine.trace(program.model).get_trace(*batch.args, **batch.kwargs)
-        plate = find_data_plate(trace, step.num_rows, len(rows))
-        return dataclasses.replace(step, structure=dataclasses.replace(step.structure, data_plate=plate))
+        problem = self.problem
+        batch = problem.batch(rows)
+        with seeded(self.seed, problem.program.device):
+            trace = Pair(problem.program, problem.structure, batch).model()
+        plate = find_data_plate(trace, problem.num_rows, len(rows))
+        return replace(
+            problem, structure=replace(problem.structure, data_plate=plate)
+        )
+
+
+def bound_of(fitted: FittedModel, data: Batch, seed: int = 0, objective: Any = None) -> float:
+    """The bound of a fit's parameters on `data`, weighed as held-out data are: nats per datum."""
+    objective = prepare(objective, fitted.structure)
+    problem = Problem(
+        fitted.program, fitted.structure, objective, OptimizerSpec(), data, True, fitted.num_rows,
+        schedules=dict(fitted.program.controls),
+    )  # fmt: skip
+    return HeldOutBound(problem, replace(data, rows=None, total=None), seed)()
+
+
+def _final(problem: Problem) -> dict[str, Schedule]:
+    """The controls as they are at the end of the run, without a weight of the KL: what is judged is the bound."""
+    schedules = {k: v for k, v in problem.schedules.items() if k != KL_WEIGHT}
+    return {name: value_of(name, schedule, 1.0) for name, schedule in schedules.items()}
 
 
 class _Weighed(Messenger):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,11 @@ import pandas as pd
 import torch
 
 from pyrolvm.data.arrays import as_batch
-from pyrolvm.errors import DivergenceError, SettingError
-from pyrolvm.inference.engine import Step
-from pyrolvm.inference.engine.optimizers import OptimizerSpec
-from pyrolvm.inference.objectives import prepare
-from pyrolvm.inference.posterior.fitted import FittedModel, suit
-from pyrolvm.inference.training.evaluation import HeldOutBound
+from pyrolvm.data.plan import split_rows
+from pyrolvm.errors import DivergenceError, count
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.training.evaluation import bound_of
 from pyrolvm.inference.training.fit import fit
-from pyrolvm.seeds import Purpose, derived_seed
 
 LAST_SHARE = 0.1
 """The share of the steps that the final bound is averaged over, where nothing is held out."""
@@ -54,8 +51,7 @@ def fit_restarts(
     SettingError: `num_restarts` is not a positive whole number; and all that `fit` raises, where a
         `DivergenceError` is raised only if every restart diverged.
     """
-    if not isinstance(num_restarts, int) or num_restarts < 1:
-        raise SettingError(f"num_restarts must be a positive whole number, not {num_restarts!r}")
+    num_restarts = count("num_restarts", num_restarts)
     data, fit_options = _hold_out(data, fit_options, seed)
     contest = _Contest(data, fit_options, seed)
     for restart in range(num_restarts):
@@ -111,13 +107,8 @@ class _Contest:
 
     def _held_out_bound(self, fitted: FittedModel) -> float:
         """The bound of the fit's parameters, by the noise of the first seed: the same for all restarts."""
-        program, structure = fitted.program, fitted.structure
-        batch = suit(program.owner, as_batch(self.options["validation"], program.dtype, program.device))
-        objective = prepare(self.options.get("objective"), structure)
-        step = Step(
-            program, structure, objective, OptimizerSpec(), batch, minibatch=True, num_rows=fitted.num_rows
-        )
-        return HeldOutBound(step, batch, self.seed)()
+        batch = fitted.batch(self.options["validation"])
+        return bound_of(fitted, batch, self.seed, self.options.get("objective"))
 
 
 def _hold_out(data: Any, options: dict[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
@@ -127,12 +118,5 @@ def _hold_out(data: Any, options: dict[str, Any], seed: int) -> tuple[Any, dict[
         return data, options
     batch = as_batch(data, options.get("dtype") or torch.float32)
     batch.check_rows()
-    count = round(share * batch.num_rows)
-    if not 0 < count < batch.num_rows:
-        raise SettingError(
-            f"validation={share} of {batch.num_rows} rows leaves {count} to hold out: give a share such as 0.1"
-        )
-    generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SPLIT))
-    order = torch.randperm(batch.num_rows, generator=generator)
-    held_out = batch.take(order[:count].sort().values)
-    return batch.take(order[count:].sort().values), options | {"validation": held_out}
+    train, held_out = (replace(batch.take(rows), rows=None, total=None) for rows in split_rows(batch.num_rows, share, seed))
+    return train, options | {"validation": held_out}

@@ -6,30 +6,29 @@
     prior       log (1/S) sum_s p(x | z_s),                     z_s ~ p(z)
     ais         annealed importance sampling of S chains by Hamiltonian Monte Carlo (Neal 2001)
 
-All but the first underestimate log p(x) on average (Jensen), the less the more draws; `bidirectional` bounds
-it from above as well. Where a program has global latents these are drawn from the guide, so that the value
-is the log posterior predictive density of each datum. `evidence_table` says how far a value can be trusted.
+All methods but `exact` are negatively biased (Jensen); the bias shrinks as the number of draws grows. `bidirectional`
+bounds log p(x) from above as well. Global latents are drawn from the guide, so that the value is the log posterior
+predictive density of each datum. `evidence_table` adds standard errors and diagnostics. All take a `Pair`, which is
+`fitted.pair(x)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import SettingError, one_of
 from pyrolvm.inference.posterior.evidence.ais import SCHEDULES, Annealing, ais_evidence
 from pyrolvm.inference.posterior.evidence.bdmc import bidirectional
 from pyrolvm.inference.posterior.evidence.exact import exact_evidence
 from pyrolvm.inference.posterior.evidence.importance import check_samples, importance_evidence, iwae_bounds
 from pyrolvm.inference.posterior.evidence.psis import khat_threshold, pareto_khat
 from pyrolvm.inference.posterior.evidence.streams import StreamingLogMeanExp
-
-if TYPE_CHECKING:
-    from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.pair import Pair
 
 METHODS = ("exact", "importance", "iwae", "prior", "ais")
 DRAWS, CHAINS = 100, 16
@@ -39,8 +38,7 @@ COLUMNS = ("log_evidence", "standard_error", "effective_sample_size", "k_hat", "
 
 @torch.no_grad()
 def log_evidence(
-    fitted: FittedModel,
-    x: Any,
+    pair: Pair,
     method: str = "importance",
     num_samples: int | None = None,
     *,
@@ -50,16 +48,13 @@ def log_evidence(
     **annealing: Any,
 ) -> Tensor:
     """log p(x) of each datum, [rows], nats. `annealing`: the arguments of `Annealing`, for method="ais"."""
-    parts = _parts(
-        fitted, x, method, num_samples, num_particles, annealing, seed, tails=False, progress=progress
-    )
+    parts = _parts(pair, method, num_samples, num_particles, annealing, seed, tails=False, progress=progress)
     return torch.cat([part["log_evidence"] for part in parts])
 
 
 @torch.no_grad()
 def evidence_table(
-    fitted: FittedModel,
-    x: Any,
+    pair: Pair,
     method: str = "importance",
     num_samples: int | None = None,
     *,
@@ -80,10 +75,10 @@ def evidence_table(
       poor there. See `pyrolvm.inference.posterior.evidence.psis`.
     - acceptance: of the Hamiltonian moves, for "ais"; meant to be 0.65.
 
-    What a method does not say is NaN. Raises as `FittedModel.log_evidence` does.
+    Columns that a method does not provide are NaN. Raises as `FittedModel.log_evidence` does.
     """
     parts = list(
-        _parts(fitted, x, method, num_samples, num_particles, annealing, seed, tails=True, progress=progress)
+        _parts(pair, method, num_samples, num_particles, annealing, seed, tails=True, progress=progress)
     )
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if method == "exact":
@@ -95,8 +90,7 @@ def evidence_table(
 
 
 def _parts(
-    fitted: FittedModel,
-    x: Any,
+    pair: Pair,
     method: str,
     num_samples: int | None,
     num_particles: int | None,
@@ -107,20 +101,17 @@ def _parts(
     progress: bool,
 ) -> Iterator[dict[str, Tensor]]:
     """Some rows' columns at a time."""
-    if method not in METHODS:
-        raise SettingError(f"method='{method}' is not known: choose from {', '.join(METHODS)}")
+    one_of("method", method, METHODS)
     if annealing and method != "ais":
         raise SettingError(f"{', '.join(annealing)} is for method='ais' only, not '{method}'")
     if num_samples is None:
         num_samples = CHAINS if method == "ais" else DRAWS
     check_samples(method, num_samples, num_particles)
     if method == "exact":
-        return exact_evidence(fitted, x, seed)
+        return exact_evidence(pair, seed)
     if method == "ais":
-        return ais_evidence(fitted, x, num_samples, Annealing(**annealing), seed, progress=progress)
-    return importance_evidence(
-        fitted, x, method, num_samples, num_particles, seed, tails=tails, progress=progress
-    )
+        return ais_evidence(pair, num_samples, Annealing(**annealing), seed, progress=progress)
+    return importance_evidence(pair, method, num_samples, num_particles, seed, tails=tails, progress=progress)
 
 
 __all__ = [

@@ -23,22 +23,21 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
+from pyrolvm.inference.posterior.evidence.chunks import evidence_chunks
 from pyrolvm.inference.posterior.evidence.hmc import State, adapted, hmc_move
 from pyrolvm.inference.posterior.evidence.importance import check_guide
-from pyrolvm.inference.posterior.evidence.runs import Run, chunks
 from pyrolvm.inference.posterior.evidence.streams import StreamingLogMeanExp
 from pyrolvm.inference.posterior.evidence.target import STARTS, Target
 from pyrolvm.inference.program.draws import refuse_enumeration
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.progress import PATIENCE, progress_bar
-
-if TYPE_CHECKING:
-    from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.seeds import Purpose, derived_seed
 
 SCHEDULES = ("sigmoid", "geometric", "linear")
 PILOT_CHAINS, PILOT_MOVES, PILOT_WARMUP = 4, 100, 20
@@ -95,16 +94,19 @@ class Annealing:
 
 
 def ais_evidence(
-    fitted: FittedModel, x: Any, num_chains: int, annealing: Annealing, seed: int, *, progress: bool = True
+    pair: Pair, num_chains: int, annealing: Annealing, seed: int, *, progress: bool = True
 ) -> Iterator[dict[str, Tensor]]:
     """For some rows at a time: log_evidence, standard_error, effective_sample_size and acceptance, each [rows]."""
-    check_annealable(fitted, annealing)
-    total = fitted.batch(x).num_rows * annealing.num_moves
+    check_annealable(pair, annealing)
+    total = len(pair.batch.indices) * annealing.num_moves
     with progress_bar("log p(x), ais", total, enabled=progress, unit="moves", after=PATIENCE) as bar:
-        for run, _ in chunks(fitted, x, num_chains, seed):
-            watch = partial(bar.advance, run.batch.num_rows)
-            target = Target(run, num_chains, annealing.start)
-            log_weight, acceptance = forward(target, annealing, pilot(run, annealing, watch=watch), watch)
+        for index, (part, _) in enumerate(evidence_chunks(pair, num_chains)):
+            watch = partial(bar.advance, len(part.batch.indices))
+            with seeded(derived_seed(seed, Purpose.EVIDENCE, index), pair.device):
+                target = Target(part, num_chains, annealing.start)
+                log_weight, acceptance = forward(
+                    target, annealing, pilot(part, annealing, watch=watch), watch
+                )
             stream = StreamingLogMeanExp.empty(log_weight)
             stream.add(log_weight)
             yield {
@@ -155,15 +157,15 @@ def _anneal(
 
 
 def pilot(
-    run: Run, annealing: Annealing, held: dict[str, Tensor] | None = None, watch: Watch = _alone
+    pair: Pair, annealing: Annealing, held: dict[str, Tensor] | None = None, watch: Watch = _alone
 ) -> Tensor:
     """Step sizes [num_steps - 1, rows] whose acceptance is near its target, from a shorter run of few chains."""
     betas = annealing.betas[1:-1]
     if not betas:
-        return torch.empty(0, run.num_rows, device=run.program.device)
-    target = Target(run, PILOT_CHAINS, annealing.start, held)
+        return torch.empty(0, pair.num_rows, device=pair.device)
+    target = Target(pair, PILOT_CHAINS, annealing.start, held)
     state = State.at(target.densities, target.initial)
-    step_size = torch.full((run.num_rows,), 0.5, device=run.program.device)
+    step_size = torch.full((pair.num_rows,), 0.5, device=pair.device)
     for _ in range(PILOT_WARMUP):
         state, acceptance = hmc_move(target.slope, state, betas[0], step_size, annealing.num_leapfrog)
         step_size = adapted(step_size, acceptance)
@@ -177,11 +179,11 @@ def pilot(
     return torch.stack(found).repeat_interleave(every, 0)[: len(betas)]
 
 
-def check_annealable(fitted: FittedModel, annealing: Annealing) -> None:
+def check_annealable(pair: Pair, annealing: Annealing) -> None:
     """Raise where chains cannot run at once, or there is nothing to start from."""
-    refuse_enumeration(fitted.structure, "method='ais'")
-    check_guide(fitted.structure, "ais", annealing.start == "prior")
-    if not fitted.vectorized:
+    refuse_enumeration(pair.structure, "method='ais'")
+    check_guide(pair.structure, "ais", annealing.start == "prior")
+    if not pair.vectorized:
         raise SettingError(
             "method='ais' runs all chains at once, but this program's draws cannot be taken under a further plate "
             "on the left: let it index dimensions from the right ([..., k]), or use method='importance'"

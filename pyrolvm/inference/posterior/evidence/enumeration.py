@@ -21,38 +21,39 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.posterior.evidence.runs import Run
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.inference.program.weights import PARTICLES
 
 
-def summed_out(run: Run, num_samples: int | None, given: Any, held: dict[str, Tensor]) -> Tensor:
+def summed_out(
+    pair: Pair, num_samples: int | None, given: dict[str, Tensor], held: dict[str, Tensor]
+) -> Tensor:
     """log of the sum of p(x, z) over every latent that `given` fixes no value of: [draws, rows] nats.
 
     Raises `ProgramError` if the sum joins data together.
     """
-    first_free = -2 - run.structure.max_plate_nesting
+    first_free = -2 - pair.structure.max_plate_nesting
     handlers = (
-        given,
         lambda f: poutine.infer_config(f, _enumerate_in_parallel),
         lambda f: poutine.enum(f, first_available_dim=first_free),
     )
-    trace = run.model(num_samples, *handlers)
+    trace = pair.model(num_samples, *handlers, given={**given, **held})
     trace.symbolize_dims()
-    plate = run.structure.data_plate
-    keep = {PARTICLES: num_samples or 1, **({plate.name: run.num_rows} if plate else {})}
+    plate = pair.structure.data_plate
+    keep = {PARTICLES: num_samples or 1, **({plate.name: pair.num_rows} if plate else {})}
     sizes = {
         trace.plate_to_symbol[name]: size for name, size in keep.items() if name in trace.plate_to_symbol
     }
-    total = torch.zeros([*sizes.values()], device=run.program.device)
-    for ordinal, terms in _contracted(run, trace, held).items():
+    total = torch.zeros([*sizes.values()], device=pair.device)
+    for ordinal, terms in _contracted(pair, trace, held).items():
         if plate is not None and trace.plate_to_symbol[plate.name] not in ordinal:
             raise ProgramError(
                 "a discrete latent outside the data plate is summed out, so that the data depend on each other "
                 "and have no evidence each: draw it in the guide"
             )
         total = sum((_aligned(term, sizes) for term in terms), total)
-    return total.reshape(num_samples or 1, run.num_rows)
+    return total.reshape(num_samples or 1, pair.num_rows)
 
 
 def enumerable(fn: Any) -> bool:
@@ -66,9 +67,9 @@ def _enumerate_in_parallel(site: Any) -> Any:
     return {"enumerate": "parallel"} if not site["is_observed"] and enumerable(site["fn"]) else {}
 
 
-def _contracted(run: Run, trace: Trace, held: dict[str, Tensor]) -> dict[frozenset, list[Tensor]]:
+def _contracted(pair: Pair, trace: Trace, held: dict[str, Tensor]) -> dict[frozenset, list[Tensor]]:
     """Plates -> log-factors in which nothing is left to sum out."""
-    plate, sizes = run.structure.data_plate, dict[str, int]()
+    plate, sizes = pair.structure.data_plate, dict[str, int]()
     factors: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
     for site in sample_sites(trace):
         if site["name"] in held:

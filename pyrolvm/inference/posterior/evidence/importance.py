@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -19,25 +19,23 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import SettingError, count
+from pyrolvm.inference.posterior.evidence.chunks import evidence_chunks
 from pyrolvm.inference.posterior.evidence.enumeration import summed_out
 from pyrolvm.inference.posterior.evidence.psis import tail_length
-from pyrolvm.inference.posterior.evidence.runs import Run, can_repeat, chunks
 from pyrolvm.inference.posterior.evidence.streams import LargestWeights, StreamingBound, StreamingLogMeanExp
 from pyrolvm.inference.program.draws import refuse_enumeration
-from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import Structure, sample_sites
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
-
-if TYPE_CHECKING:
-    from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.seeds import Purpose, derived_seed
 
 NUM_PARTICLES = 50
 
 
 def importance_evidence(
-    fitted: FittedModel,
-    x: Any,
+    pair: Pair,
     method: str,
     num_samples: int,
     num_particles: int | None,
@@ -52,7 +50,7 @@ def importance_evidence(
     3 sqrt(S) largest weights of each datum of which k-hat is computed if `tails`.
     """
     group_size = check_samples(method, num_samples, num_particles)
-    for like, parts in streams_of_weights(fitted, x, method, num_samples, seed, progress=progress):
+    for like, parts in streams_of_weights(pair, method, num_samples, seed, progress=progress):
         weights, bound = StreamingLogMeanExp.empty(like), StreamingBound.empty(like, group_size)
         tail = LargestWeights(tail_length(num_samples) + 1)
         for log_weight in parts:
@@ -65,30 +63,39 @@ def importance_evidence(
 
 
 def streams_of_weights(
-    fitted: FittedModel, x: Any, method: str, num_samples: int, seed: int, *, progress: bool
+    pair: Pair, method: str, num_samples: int, seed: int, *, progress: bool
 ) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
     """For some rows at a time, ([1, rows] zeros, their log-weights in parts [some draws, rows])."""
     from_prior = method == "prior"
-    check_guide(fitted.structure, method, from_prior)
-    total = max(1, fitted.batch(x).num_rows) * num_samples
+    check_guide(pair.structure, method, from_prior)
+    total = len(pair.batch.indices) * num_samples
     with progress_bar(f"log p(x), {method}", total, enabled=progress, unit="draws", after=PATIENCE) as bar:
-        for run, at_once in chunks(fitted, x, num_samples, seed):
-            yield (
-                torch.zeros(1, run.num_rows, device=fitted.program.device),
-                _parts(run, split(num_samples, at_once), fitted.vectorized, from_prior, bar),
-            )
+        for index, (part, at_once) in enumerate(evidence_chunks(pair, num_samples)):
+            stream = _Stream(part, derived_seed(seed, Purpose.EVIDENCE, index), from_prior, bar)
+            yield torch.zeros(1, part.num_rows, device=pair.device), stream.parts(split(num_samples, at_once))
 
 
-def _parts(run: Run, counts: list[int], vectorized: bool, from_prior: bool, bar: Bar) -> Iterator[Tensor]:
-    for count in counts:
-        yield log_weights(run, count, vectorized=vectorized, from_prior=from_prior)
-        bar.advance(count * run.batch.num_rows)
+@dataclass
+class _Stream:
+    """The weights of some rows, some draws at a time, all from one stream of noise that is apart from all others."""
+
+    pair: Pair
+    seed: int
+    from_prior: bool
+    bar: Bar
+
+    def parts(self, counts: list[int]) -> Iterator[Tensor]:
+        """Log-weights [some draws, rows]; the generators are the caller's between two of them."""
+        for index, number in enumerate(counts):
+            with seeded(derived_seed(self.seed, Purpose.EVIDENCE, index), self.pair.device):
+                found = log_weights(self.pair, number, from_prior=self.from_prior)
+            yield found
+            self.bar.advance(number * len(self.pair.batch.indices))
 
 
 @torch.no_grad()
 def iwae_bounds(
-    fitted: FittedModel,
-    x: Any,
+    pair: Pair,
     num_samples: int = 5000,
     num_particles: Sequence[int] = (1, 50, 5000),
     *,
@@ -104,7 +111,7 @@ def iwae_bounds(
     """
     sizes = [check_samples("iwae", num_samples, K) for K in num_particles]
     tables = []
-    for like, parts in streams_of_weights(fitted, x, "iwae", num_samples, seed, progress=progress):
+    for like, parts in streams_of_weights(pair, "iwae", num_samples, seed, progress=progress):
         bounds = [StreamingBound.empty(like, K) for K in sizes]
         tail = LargestWeights(tail_length(num_samples) + 1)
         for log_weight in parts:
@@ -132,8 +139,7 @@ def _columns(
 
 def check_samples(method: str, num_samples: int, num_particles: int | None) -> int:
     """K, the draws of one group. Raises `SettingError` for numbers that cannot be."""
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise SettingError(f"num_samples must be a whole number of at least 1, not {num_samples}")
+    num_samples = count("num_samples", num_samples)
     if method != "iwae":
         return num_samples
     group = num_particles or min(NUM_PARTICLES, num_samples)
@@ -146,7 +152,14 @@ def check_guide(structure: Structure, method: str, from_prior: bool) -> None:
     """Raise where the guide, or the prior, has no density for each datum."""
     if from_prior:
         refuse_enumeration(structure, f"method='{method}'")
-    elif structure.joint_guide:
+        return
+    points = [s.name for s in structure.local_latents if s.point]
+    if points:
+        raise SettingError(
+            f"the guide is a point estimate of '{points[0]}': it has no density, so there are no importance weights "
+            "and no evidence by it; use method='prior', or a guide with a density"
+        )
+    if structure.joint_guide:
         raise SettingError(
             f"the guide draws the latents of all data at once ('{structure.joint_guide}'), so there is no density "
             "per datum: use method='prior', or a guide that is independent over data such as AutoNormal"
@@ -159,27 +172,27 @@ def split(total: int, part: int) -> list[int]:
     return [total // number + (i < total % number) for i in range(number)]
 
 
-def log_weights(run: Run, num_samples: int, *, vectorized: bool, from_prior: bool) -> Tensor:
+def log_weights(pair: Pair, num_samples: int, *, from_prior: bool) -> Tensor:
     """log p(x, z) - log q(z | x), or log p(x | z) of z from the prior: [num_samples, rows] nats."""
     weigh = _prior_weights if from_prior else _guide_weights
-    if vectorized:
-        return weigh(run, num_samples)
-    if can_repeat(run.structure):
-        return weigh(run.repeated(num_samples), None).reshape(num_samples, -1)
-    return torch.cat([weigh(run, None) for _ in range(num_samples)])
+    if pair.vectorized:
+        return weigh(pair, num_samples)
+    if pair.can_repeat:
+        return weigh(pair.repeated(num_samples), None).reshape(num_samples, -1)
+    return torch.cat([weigh(pair, None) for _ in range(num_samples)])
 
 
-def _prior_weights(run: Run, num_samples: int | None) -> Tensor:
-    held = run.held_draw(num_samples)
-    return run.densities(run.model(num_samples, Fixed(held)), Trace(), held).log_likelihood
+def _prior_weights(pair: Pair, num_samples: int | None) -> Tensor:
+    held = pair.held_draw(num_samples)
+    return pair.densities(pair.model(num_samples, given=held), Trace(), held).log_likelihood
 
 
-def _guide_weights(run: Run, num_samples: int | None) -> Tensor:
-    guide = run.guide(num_samples)
-    held = run.held(guide)
-    if all(site.observed or site.name in guide for site in run.structure.sites):
-        model = run.model(num_samples, lambda function: poutine.replay(function, trace=guide))
-        return run.densities(model, guide, held).log_weight
+def _guide_weights(pair: Pair, num_samples: int | None) -> Tensor:
+    guide = pair.guide(num_samples)
+    held = pair.held(guide)
+    if all(site.name in guide for site in pair.structure.latents):
+        model = pair.model(num_samples, lambda function: poutine.replay(function, trace=guide))
+        return pair.densities(model, guide, held).log_weight
     drawn = {s["name"]: s["value"] for s in sample_sites(guide)}
-    log_joint = summed_out(run, num_samples, Fixed(drawn), held)  # [num_samples, rows]
-    return log_joint - run.log_guide(guide, held)
+    log_joint = summed_out(pair, num_samples, drawn, held)  # [num_samples, rows]
+    return log_joint - pair.log_guide(guide, held)

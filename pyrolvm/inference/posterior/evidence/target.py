@@ -21,8 +21,7 @@ from torch.distributions import biject_to
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.posterior.evidence.hmc import slope_of
 from pyrolvm.inference.posterior.evidence.recorded import Recorded
-from pyrolvm.inference.posterior.evidence.runs import Run
-from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import sample_sites
 
 STARTS = ("prior", "guide")
@@ -66,7 +65,7 @@ class Unconstrained(Messenger):
 
 
 class Target:
-    """`start` ("prior" or "guide") and joint density of a run's rows for `chains` chains.
+    """`start` ("prior" or "guide") and joint density of a pair's rows for `chains` chains.
 
     held: values of the latents outside the data plate, drawn from the guide if None.
     initial: u [chains, rows, dim] drawn from the start.
@@ -75,13 +74,13 @@ class Target:
     """
 
     def __init__(
-        self, run: Run, chains: int, start: str = "prior", held: dict[str, Tensor] | None = None
+        self, pair: Pair, chains: int, start: str = "prior", held: dict[str, Tensor] | None = None
     ) -> None:
-        self.run, self.chains, self.start = run, chains, start
-        self.held = run.held_draw(chains) if held is None else held
-        guide = run.guide(chains, Fixed(self.held)) if start == "guide" else Trace()
+        self.pair, self.chains, self.start = pair, chains, start
+        self.held = pair.held_draw(chains) if held is None else held
+        guide = pair.guide(chains, given=self.held) if start == "guide" else Trace()
         drawn = {s["name"]: s["value"] for s in sample_sites(guide)} if start == "guide" else {}
-        model = run.model(chains, Fixed({**drawn, **self.held}))
+        model = pair.model(chains, given={**drawn, **self.held})
         self.sites = {s["name"]: s for s in _annealed(model, self.held)}
         self.auxiliary = {s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary")}
         self.shapes: dict[str, torch.Size] = {}
@@ -107,9 +106,9 @@ class Target:
     def densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(log start, log ratio) at u [chains, rows, dim]: each [chains, rows], nats."""
         place = Unconstrained(self._by_site(u))
-        model = self.run.model(self.chains, Fixed(self.held), place)
+        model = self.pair.model(self.chains, place, given=self.held)
         guide = self._guide_at(place) if self.start == "guide" else Trace()
-        found = self.run.densities(model, guide, self.held)
+        found = self.pair.densities(model, guide, self.held)
         jacobian = sum(self._by_row(self._full(t)).sum(-1) for t in place.log_abs_det.values())
         if self.start == "guide":
             return found.log_guide + jacobian, found.log_weight
@@ -122,14 +121,14 @@ class Target:
             auxiliary = f"{name}_unconstrained"
             made = auxiliary in self.auxiliary
             values.update({auxiliary: place.u[name]} if made else {name: value})
-        return self.run.guide(self.chains, Fixed(values))
+        return self.pair.guide(self.chains, given=values)
 
     def _check_guide(self, guide: Trace) -> None:
         """Its density at its own draws must be the one it said when it drew them."""
-        said = self.run.log_guide(guide, self.held)
+        said = self.pair.log_guide(guide, self.held)
         place = Unconstrained(self._by_site(self.initial))
-        self.run.model(self.chains, Fixed(self.held), place)
-        found = self.run.log_guide(self._guide_at(place), self.held)
+        self.pair.model(self.chains, place, given=self.held)
+        found = self.pair.log_guide(self._guide_at(place), self.held)
         points = [s["name"] for s in sample_sites(guide) if type(s["fn"]).__name__ == "Delta"]
         pointless = [n for n in points if n in self.sites and f"{n}_unconstrained" not in self.auxiliary]
         if pointless or not torch.allclose(said, found, rtol=1e-2, atol=1e-2):
@@ -143,17 +142,17 @@ class Target:
     @property
     def _row_dim(self) -> int | None:
         """Which dimension of a value [chains, plates..., event...] the data are along."""
-        plate = self.run.structure.data_plate
-        return None if plate is None else 1 + self.run.structure.max_plate_nesting + plate.dim
+        plate = self.pair.structure.data_plate
+        return None if plate is None else 1 + self.pair.structure.max_plate_nesting + plate.dim
 
     def _by_row(self, t: Tensor) -> Tensor:
         """[chains, plates..., event...] -> [chains, rows, dim]."""
         t = t if self._row_dim is None else t.movedim(self._row_dim, 1)
-        return t.reshape(self.chains, self.run.num_rows, -1)
+        return t.reshape(self.chains, self.pair.num_rows, -1)
 
     def _by_site(self, u: Tensor) -> dict[str, Tensor]:
         """[chains, rows, dim] -> each latent's coordinates in the shape the program gives them."""
-        sizes = [math.prod(s) // (self.chains * self.run.num_rows) for s in self.shapes.values()]
+        sizes = [math.prod(s) // (self.chains * self.pair.num_rows) for s in self.shapes.values()]
         found = {}
         for (name, shape), part in zip(self.shapes.items(), u.split(sizes, -1), strict=True):
             moved = torch.empty(shape, device="meta")
@@ -164,7 +163,7 @@ class Target:
 
     def _full(self, t: Tensor) -> Tensor:
         """A tensor over the plates only, with all of their dimensions."""
-        plates = 1 + self.run.structure.max_plate_nesting
+        plates = 1 + self.pair.structure.max_plate_nesting
         return t.reshape((1,) * (plates - t.dim()) + tuple(t.shape))
 
 

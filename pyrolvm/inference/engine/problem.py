@@ -1,0 +1,187 @@
+"""What is trained, on what, and how: one loss and its gradient, as every engine computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyrolvm.controls import Schedule, controlled, value_of
+from pyrolvm.data.arrays import Batch
+from pyrolvm.errors import SettingError
+from pyrolvm.inference.engine.optimizers import OptimizerSpec
+from pyrolvm.inference.objectives import Objective
+from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Structure
+from pyrolvm.plates import data_rows
+
+BOUND = "elbo"
+LEARNING_RATE, KL_WEIGHT = "learning_rate", "kl_weight"
+
+
+@dataclass
+class Problem:
+    """The fixed part of a run, shared by all engines: a pure function of parameters, rows, controls and noise.
+
+    Parameters
+    ----------
+    data : Batch
+        The data that rows are taken from, on the program's device.
+    minibatch : bool
+        Whether rows are taken; else every step sees the data whole.
+    num_rows : int
+        N, the rows of the whole training data, which plates and the KL of global latents refer to.
+    schedules : dict
+        Control -> number, or function of the share of the run that is done. The KL weight is among them if it is used.
+    num_steps : int
+        The length of the run, which shares are shares of.
+
+    Attributes
+    ----------
+    terms : tuple of str
+        The columns of what `loss` reports, the bound first; known once `loss` has run.
+    """
+
+    program: Program
+    structure: Structure
+    objective: Objective
+    optimizer: OptimizerSpec
+    data: Batch
+    minibatch: bool
+    num_rows: int
+    schedules: dict[str, Schedule] = field(default_factory=dict)
+    num_steps: int = 1
+    terms: tuple[str, ...] = (BOUND,)
+
+    # ------------------------------------------------------------------ controls
+
+    @property
+    def scheduled(self) -> tuple[str, ...]:
+        """The controls that may change from step to step, the learning rate first; the others are constants."""
+        return (LEARNING_RATE, *(name for name, value in self.schedules.items() if callable(value)))
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """The controls that stay as they are."""
+        return {name: float(v) for name, v in self.schedules.items() if not callable(v)}
+
+    def controls(self, first_step: int, num_steps: int) -> Tensor:
+        """The scheduled controls of each step: [num_steps, len(scheduled)], float64, on the host."""
+        columns = [self.optimizer.learning_rates(first_step, num_steps, self.num_steps)]
+        shares = [(first_step + k + 1) / self.num_steps for k in range(num_steps)]
+        for name in self.scheduled[1:]:
+            columns.append([value_of(name, self.schedules[name], share) for share in shares])
+        return torch.tensor(columns, dtype=torch.float64).T.contiguous()
+
+    def values_at(self, step: int) -> dict[str, float]:
+        """Every control but the learning rate after `step` steps."""
+        row = self.controls(max(0, step - 1), 1)[0].tolist()
+        return dict(zip(self.scheduled, row, strict=True)) | self.constants
+
+    # ------------------------------------------------------------------ loss and gradient
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The data of rows [batch], which carry their numbers and N."""
+        taken = self.data.take(rows) if self.minibatch else self.data
+        return replace(taken, rows=rows, total=self.num_rows)
+
+    def loss(self, rows: Tensor, values: Sequence[Any] = ()) -> Loss:
+        """The loss to descend and the terms to report, both in nats per datum.
+
+        Parameters
+        ----------
+        rows : tensor [batch]
+        values : sequence of numbers or 0-d tensors
+            The scheduled controls but the learning rate, in the order of `scheduled`.
+
+        Notes
+        -----
+        To be called inside `program.scope()`.
+        """
+        controls = {**self.constants, **dict(zip(self.scheduled[1:], values, strict=True))}
+        batch, weight = self.batch(rows), controls.get(KL_WEIGHT)
+        with ExitStack() as stack:
+            stack.enter_context(data_rows(self.num_rows, rows))
+            stack.enter_context(controlled(controls))
+            if weight is not None:
+                stack.enter_context(_KLWeight(weight))
+            pair = Pair(self.program, self.structure, batch, "train")
+            result = self.objective.estimate(pair, controls)
+        bound, terms = result.bound, dict(result.terms)
+        if weight is not None:  # what is reported is the ELBO itself, not the weighted one
+            terms["kl"] = terms["kl"] / weight
+            bound = terms["log_likelihood"] - terms["kl"]
+        n = self.structure.num_data
+        self.terms = (BOUND, *terms)
+        own = None if result.own_loss is None else result.own_loss / n
+        return Loss(result.surrogate / n, own, torch.stack([bound, *terms.values()]).detach() / n)
+
+    def gradients(self, rows: Tensor, values: Sequence[Any] = ()) -> tuple[list[Tensor | None], Tensor]:
+        """The gradient of each parameter and the terms: the one place where a gradient is computed.
+
+        A reduction over processes belongs here.
+        """
+        loss = self.loss(rows, values)
+        leaves = list(self.program.parameters.values())
+        found: list[Tensor | None] = list(
+            torch.autograd.grad(loss.surrogate, leaves, allow_unused=True, retain_graph=loss.own is not None)
+        )
+        if loss.own is not None:
+            owned = {id(p) for m in self.objective.modules().values() for p in m.parameters()}
+            places = [i for i, leaf in enumerate(leaves) if id(leaf) in owned]
+            own = torch.autograd.grad(loss.own, [leaves[i] for i in places], allow_unused=True)
+            for i, gradient in zip(places, own, strict=True):
+                found[i] = gradient
+        return found, loss.terms
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss per datum: `surrogate` for the pair, `own` for the objective's modules if they have one, [terms]."""
+
+    surrogate: Tensor
+    own: Tensor | None
+    terms: Tensor
+
+
+def schedules_of(
+    model: Mapping[str, Schedule],
+    objective: Objective,
+    given: Mapping[str, Schedule] | None,
+    kl_warmup: float,
+) -> dict[str, Schedule]:
+    """The schedules of a run: the model's and the objective's own, then what the user gives.
+
+    The KL weight is left out where it is constantly 1. Raises `SettingError` for a `learning_rate` among them.
+    """
+    given = dict(given or {})
+    if LEARNING_RATE in given:
+        raise SettingError("the learning rate is an argument of its own: learning_rate=0.01, or a function")
+    if kl_warmup and KL_WEIGHT in given:
+        raise SettingError("give kl_warmup or controls={'kl_weight': ...}, not both")
+    if kl_warmup:
+        # linear (Bowman et al. 2016; Sonderby et al. 2016)
+        given[KL_WEIGHT] = lambda share: min(1.0, share / kl_warmup)
+    found = {**model, **objective.controls(), **given}
+    if not callable(found.get(KL_WEIGHT, 1.0)) and found.get(KL_WEIGHT, 1.0) == 1.0:
+        found.pop(KL_WEIGHT, None)
+    return found
+
+
+class _KLWeight(Messenger):
+    """Weigh log p(z) and log q(z) of every latent site."""
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
+            msg["scale"] = msg["scale"] * self.weight

@@ -1,0 +1,81 @@
+"""From what a user passes as `objective` to an `Objective` of the program's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+
+from pyrolvm.errors import SettingError
+from pyrolvm.inference.objectives.base import Estimate, ForeignObjective, Objective
+from pyrolvm.inference.objectives.enumeration import Enumeration
+from pyrolvm.inference.objectives.renyi import PyroRenyi
+from pyrolvm.inference.objectives.trace import MeanField, TraceBound
+from pyrolvm.inference.objectives.tracegraph import DownstreamCosts
+from pyrolvm.inference.program.plain import PlainPair
+from pyrolvm.inference.program.structure import Structure
+
+KNOWN: dict[type[ELBO], Callable[[Any], Objective]] = {
+    TraceMeanField_ELBO: MeanField,
+    TraceGraph_ELBO: DownstreamCosts,
+    TraceEnum_ELBO: Enumeration,
+    RenyiELBO: PyroRenyi,
+    Trace_ELBO: TraceBound,
+}
+"""Pyro's objectives and our reading of them; a subclass of one is read as it, the first that fits."""
+
+
+def as_objective(elbo: Any) -> Objective:
+    """An `Objective` as it is, one of Pyro's ELBO objects read as one. Raises `SettingError` for anything else."""
+    if isinstance(elbo, type):
+        raise SettingError(f"objective is the class {elbo.__name__}: pass {elbo.__name__}()")
+    if isinstance(elbo, Objective):
+        return elbo
+    for known, reading in KNOWN.items():
+        if isinstance(elbo, known):
+            return reading(elbo)
+    if not hasattr(elbo, "differentiable_loss"):
+        raise SettingError(
+            f"objective must be a Pyro ELBO object such as pyro.infer.Trace_ELBO(), not {elbo!r}"
+        )
+    return ForeignObjective(elbo)
+
+
+def prepare(objective: ELBO | None, structure: Structure) -> Objective:
+    """A private copy of `objective` that knows the program's plates and so need not guess them."""
+    objective = _default(structure) if objective is None else objective
+    if isinstance(objective, type):
+        return as_objective(objective)  # raises
+    summed_out = [s.name for s in structure.enumerated if not s.in_guide]
+    sums = isinstance(objective, TraceEnum_ELBO) or getattr(objective, "sums_out", False)
+    if summed_out and not sums:
+        raise SettingError(
+            f"the model asks for '{summed_out[0]}' to be summed out, which {type(objective).__name__} does not do "
+            "(it would draw it from the prior): use TraceEnum_ELBO(), or give the guide a site for it"
+        )
+    objective = copy.copy(objective)
+    if getattr(objective, "max_plate_nesting", 0) == float("inf"):
+        vectorized = objective.vectorize_particles and objective.num_particles > 1
+        objective.max_plate_nesting = structure.max_plate_nesting + int(vectorized)
+    return as_objective(objective)
+
+
+def _default(structure: Structure) -> ELBO:
+    """Enumeration where sites ask for it; downstream costs and baselines for other discrete sites."""
+    if structure.enumerated:
+        return TraceEnum_ELBO()
+    return TraceGraph_ELBO() if any(s.discrete for s in structure.sites) else Trace_ELBO()
+
+
+def estimate(
+    objective: Any,
+    model: Callable,
+    guide: Callable,
+    args: tuple = (),
+    kwargs: dict | None = None,
+    **controls: Any,
+) -> Estimate:
+    """One estimate of `objective` for plain functions, whose parameters are reached as Pyro reaches them."""
+    return as_objective(objective).estimate(PlainPair(model, guide, args, kwargs), controls)

@@ -1,0 +1,206 @@
+"""From a run folder back to a `FittedModel`. Nothing in the folder is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.errors import ProgramError, RunFolderError
+from pyrolvm.files import FORMAT, read_json, read_tensors
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
+from pyrolvm.inference.program.devices import resolve_device
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Plate, Site, Structure
+
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+        torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+KEYS = [
+    "model",
+    "settings",
+    "columns",
+    "num_rows",
+    "dtype",
+    "arguments",
+    "structure",
+    "controls",
+    "engine",
+    "stopped_because",
+]
+OBJECTIVE = "objective."
+
+
+def load_run(
+    path: Path,
+    registry: Mapping[str, Any],
+    model: Any = None,
+    guide: Any = None,
+    device: str = "cpu",
+    example: Any = None,
+) -> FittedModel:
+    """Read a run folder.
+
+    Parameters
+    ----------
+    path : Path
+    registry : mapping
+        Class name -> the models that may be built from their recorded arguments.
+    model, guide
+        Of a pair of the user's own.
+    example : data, optional
+        Rows like those that the program was fitted to, where it cannot run without: a folder keeps none.
+
+    Raises
+    ------
+    RunFolderError
+        The folder is missing, damaged, or of another program or version.
+    """
+    if not path.is_dir():
+        raise RunFolderError(f"{path} is not a folder: name the folder that a run was saved in")
+    config = _read_config(path)
+    tensors, _ = read_tensors(path / PARAMETERS)
+    saved = {k.removeprefix("program/"): v for k, v in tensors.items()}
+    try:
+        return _rebuilt(path, config, saved, registry, model, guide, device, example)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise RunFolderError(f"{path / CONFIG} is damaged: {type(error).__name__} {error}") from None
+
+
+def _rebuilt(
+    path: Path,
+    config: dict[str, Any],
+    saved: dict[str, Tensor],
+    registry: Mapping[str, Any],
+    model: Any,
+    guide: Any,
+    device: str,
+    example: Any,
+) -> FittedModel:
+    if model is None:
+        model = _build(config["model"], registry, path, saved)
+    where = torch.device(resolve_device(device))
+    program = Program(model, guide, device=where, dtype=_dtype(config["dtype"], path))
+    program.controls = {str(k): float(v) for k, v in config["controls"].items()}
+    given = as_batch(example, program.dtype, where) if example is not None else None
+    placeholder = given or _placeholder(config["arguments"], path).to(where)
+    _initialise(program, placeholder, saved, path)
+    own = program.tensors()
+    program.load({k: v for k, v in saved.items() if k in own or not k.startswith(OBJECTIVE)})
+    structure = _structure(config["structure"])
+    program.complete_guide([s.name for s in structure.sites if s.left_to_prior])
+    if program.contract is not None:
+        program.contract.fresh = False
+    alone = len(placeholder.args) + len(placeholder.kwargs) == 1  # then it stands for what is drawn anew
+    return FittedModel(
+        program,
+        structure,
+        _read_history(path / HISTORY),
+        settings=config["settings"],
+        example=given or (placeholder if alone else None),
+        num_rows=int(config["num_rows"]),
+        engine=config["engine"],
+        stopped_because=config["stopped_because"],
+        columns=config["columns"],
+        arguments=config["arguments"],
+    )
+
+
+def _initialise(program: Program, placeholder: Batch, saved: dict[str, Tensor], path: Path) -> None:
+    """Make every parameter exist, by running the pair if construction did not."""
+    program.collect()
+    if {k for k in saved if not k.startswith(OBJECTIVE)} == program.tensors().keys():
+        return
+    try:
+        program.initialise(placeholder, seed=0, validate=False)
+    except ProgramError as error:
+        raise RunFolderError(
+            f"the program of {path} does not run on zeros in place of its data, which the folder does not keep: pass "
+            f"some rows, pyrolvm.load('{path}', ..., example=x) ({error})"
+        ) from error
+
+
+def _placeholder(arguments: dict[str, Any], path: Path) -> Batch:
+    def zeros(record: dict[str, Any] | None) -> Tensor | None:
+        return None if record is None else torch.zeros(record["shape"], dtype=_dtype(record["dtype"], path))
+
+    args = tuple(zeros(record) for record in arguments["positional"])
+    kwargs = {k: zeros(record) for k, record in arguments["keyword"].items()}
+    batch = Batch(args, kwargs)
+    return batch.of(max(int(arguments["total"]), len(batch.indices)))
+
+
+def _structure(record: dict[str, Any]) -> Structure:
+    plate = record["data_plate"]
+    lists = {k: tuple(v) for k, v in record.items() if isinstance(v, list) and k != "sites"}
+    made: Any = Site
+    sites = tuple(
+        made(**{k: tuple(v) if isinstance(v, list) else v for k, v in site.items()})
+        for site in record["sites"]
+    )
+    return Structure(
+        **{**record, **lists, "sites": sites, "data_plate": None if plate is None else Plate(**plate)}
+    )
+
+
+def _dtype(name: Any, path: Path) -> torch.dtype:
+    if name not in DTYPES:
+        raise RunFolderError(f"{path / CONFIG} is damaged: {name!r} is no type of tensors")
+    return DTYPES[name]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path / CONFIG)
+    if not isinstance(config, dict) or "format" not in config:
+        raise RunFolderError(f"{path / CONFIG} is not the record of a run")
+    if config["format"] != FORMAT:
+        raise RunFolderError(
+            f"{path} is a run of format {config['format']}, this version reads format {FORMAT}: use the version "
+            f"of pyrolvm that wrote it ({config.get('versions', {}).get('pyrolvm', 'unknown')})"
+        )
+    missing = set(KEYS) - set(config)
+    if missing:
+        raise RunFolderError(f"{path / CONFIG} lacks {', '.join(sorted(missing))}: it is damaged")
+    return config
+
+
+def _read_history(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from None
+
+
+def _build(record: dict[str, Any], registry: Mapping[str, Any], path: Path, saved: dict[str, Tensor]) -> Any:
+    if record["name"] not in registry or record["arguments"] is None:
+        raise RunFolderError(
+            f"the run in {path} is of '{record['name']}', which cannot be built from the file alone (nothing in a "
+            f"run folder is executed): pass it, pyrolvm.load('{path}', model=..., guide=...)"
+        )
+    cls, arguments = registry[record["name"]], record["arguments"]
+    try:
+        with torch.device("meta"):  # takes no memory, whatever sizes a damaged file may name
+            shapes = {k: tuple(v.shape) for k, v in cls(**arguments).state_dict(keep_vars=True).items()}
+    except NotImplementedError:  # an operation of the constructor that has no shape-only form
+        return cls(**arguments)
+    except Exception as error:
+        raise RunFolderError(
+            f"{path / CONFIG} names arguments that {record['name']} cannot be built with: {error}"
+        ) from None
+    wrong = [k for k, shape in shapes.items() if k in saved and tuple(saved[k].shape) != shape]
+    if wrong:
+        raise RunFolderError(
+            f"{path / CONFIG} is damaged: with its arguments '{wrong[0]}' would have the shape {shapes[wrong[0]]}, and "
+            f"{PARAMETERS} has {tuple(saved[wrong[0]].shape)}"
+        )
+    return cls(**arguments)

@@ -1,0 +1,139 @@
+"""Whether the parts of a program fit together: what Pyro only warns of or cannot know is an error here."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pyro
+import torch
+from pyro.poutine.trace_struct import Trace
+
+from pyrolvm.data.arrays import Batch
+from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import (
+    LEFT_TO_PRIOR,
+    Site,
+    Structure,
+    find_data_plate,
+    in_plate,
+    read_structure,
+    sample_sites,
+    site_table,
+    trial_traces,
+)
+
+
+def inspect_program(program: Program, batch: Batch) -> Structure:
+    """Run the pair once, check it, and return its structure.
+
+    The guide is completed by the sites that it leaves to the prior. Raises `ProgramError` that names the site and
+    what to type.
+    """
+    model, guide, made = trial_traces(program, batch)
+    _check_match(model, guide, batch)
+    left = [s["name"] for s in sample_sites(model) if s["infer"].get(LEFT_TO_PRIOR) and _is_missing(s, guide)]
+    structure = read_structure(program, batch, model, guide, made)
+    program.complete_guide(left)
+    _check_mixed(structure)
+    _check_shapes(model, guide, structure.sites)
+    _check_scale(structure, batch)
+    if structure.data_plate is not None and len(batch.indices) < batch.total_rows:
+        _check_other_size(program, batch)
+    return structure
+
+
+def _is_missing(site: dict, guide: Trace) -> bool:
+    return not site["is_observed"] and site["name"] not in guide.nodes
+
+
+def _check_match(model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:
+    in_model = {s["name"]: s for s in sample_sites(model_trace)}
+    latents = [n for n, s in in_model.items() if not s["is_observed"]]
+    for site in sample_sites(guide_trace):
+        name = site["name"]
+        if name not in latents and not site["infer"].get("is_auxiliary"):
+            raise ProgramError(
+                f"the guide samples '{name}', which is no latent site of the model (its latents: "
+                f"{', '.join(latents) or 'none'}): give both the same name; if '{name}' is an auxiliary draw that "
+                f"the latents are computed from, mark it infer={{'is_auxiliary': True}}"
+            )
+    plate = find_data_plate(model_trace, batch.total_rows, len(batch.indices))
+    for name in latents:
+        site = in_model[name]
+        infer = site["infer"]
+        if name not in guide_trace.nodes and not infer.get("enumerate") and not infer.get(LEFT_TO_PRIOR):
+            _refuse_forgotten(name, in_plate(site, plate))
+
+
+def _refuse_forgotten(name: str, local: bool) -> None:
+    original = name.removesuffix("_unobserved")
+    if original != name:
+        raise ProgramError(
+            f"'{original}' is observed with an obs_mask, so its missing entries are the latent '{name}', which the "
+            f"guide does not draw: leave them out of the likelihood by "
+            f"pyro.poutine.mask(mask=...) around the site, or sample '{name}' in the guide"
+        )
+    raise ProgramError(
+        f"the guide has no site '{name}', so it would be left at its prior: sample '{name}' in the "
+        "guide, or mark it in the model with infer={'enumerate': 'parallel'} if it is discrete, or "
+        f"infer={{'{LEFT_TO_PRIOR}': True}} if that is meant"
+    )
+
+
+def _check_mixed(structure: Structure) -> None:
+    if structure.mixed:
+        name = structure.mixed[0]
+        raise ProgramError(
+            f"the guide draws latents from a distribution that depends on the auxiliary '{name}', so that "
+            f"their density is an integral over '{name}' that nothing computes, and the objective would be no bound: "
+            f"compute the latents from '{name}' (dist.Delta), or give the model a density of '{name}' given the "
+            f"latents, pyro.sample('{name}', ...) at its end, and take is_auxiliary off"
+        )
+
+
+def _check_shapes(model_trace: Trace, guide_trace: Trace, sites: tuple[Site, ...]) -> None:
+    for role, trace in (("model", model_trace), ("guide", guide_trace)):
+        try:
+            trace.compute_log_prob()
+            for site in sample_sites(trace):
+                pyro.util.check_site_shape(site, math.inf)  # type: ignore[arg-type]
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().replace("\n", "\n  ")
+            raise ProgramError(f"the {role}'s shapes do not fit:\n  {reason}\n{site_table(sites)}") from error
+
+
+def _check_scale(structure: Structure, batch: Batch) -> None:
+    """A minibatch must weigh N/B against the global latents, and its plate must exist."""
+    num_rows, batch_rows, plate = batch.total_rows, len(batch.indices), structure.data_plate
+    if batch_rows == num_rows:
+        return
+    if plate is None:
+        raise ProgramError(
+            f"batch_size={batch_rows} takes rows, but no plate of the model runs over the rows of the data: "
+            "put the observed site inside `with pyrolvm.data_plate(x):`, or leave batch_size out"
+        )
+    shared = [s.name for s in structure.global_latents]
+    if shared and plate.full_size == batch_rows:
+        raise ProgramError(
+            f"'{shared[0]}' is shared by all data, but the plate '{plate.name}' says that there are only the "
+            f"{batch_rows} rows of the batch, not {num_rows}, so its posterior would be too wide: write "
+            f"`with pyrolvm.data_plate(x):` instead of pyro.plate('{plate.name}', len(x))"
+        )
+
+
+def _check_other_size(program: Program, batch: Batch) -> None:
+    """One row more: a dimension that only happens to equal the batch size shows itself."""
+    size = len(batch.indices)
+    larger = batch.take(torch.arange(size + 1, device=batch.indices.device) % size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
+        try:
+            for trace in trial_traces(program, larger)[:2]:
+                trace.compute_log_prob()
+        except (ProgramError, ValueError, RuntimeError) as error:
+            raise ProgramError(
+                f"the program runs on a batch of {size} rows but not on {size + 1}: some shape in it "
+                f"only happens to equal the batch size ({error})"
+            ) from error

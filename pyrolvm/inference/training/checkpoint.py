@@ -1,0 +1,110 @@
+"""The checkpoint of a run: its state and history in one file, and what must agree to go on with it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyrolvm.errors import RunFolderError, SettingError, warn_user
+from pyrolvm.files import read_tensors, write_tensors
+from pyrolvm.inference.engine import TrainingState
+from pyrolvm.inference.posterior.history import History
+from pyrolvm.inference.training.plateau import Plateau
+
+CHECKPOINT_FILE = "state.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """Where a run keeps its state, and when.
+
+    Parameters
+    ----------
+    folder : Path or None
+        None keeps nothing.
+    seconds : float
+        Between two writings.
+    settings : dict
+        JSON-able settings that must agree for a run to be gone on with.
+    engine : str
+        The engine that runs, recorded so that a resumed run uses the same one.
+    """
+
+    folder: Path | None
+    seconds: float = 30.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    engine: str = ""
+    _saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last writing is longer ago than `seconds`."""
+        return time.monotonic() - self._saved > self.seconds
+
+    def keep(self, state: TrainingState, history: History, plateau: Plateau | None) -> bool:
+        """Try to write; a full disk is a warning, not an error. Whether it was written."""
+        self._saved = time.monotonic()
+        if self.folder is None:
+            return False
+        tensors = state.flatten() | {"history": history.tensor()} | (plateau.flatten() if plateau else {})
+        try:
+            write_tensors(
+                self.folder / CHECKPOINT_FILE, tensors, {"settings": self.settings, "engine": self.engine}
+            )
+        except OSError as error:
+            warn_user(
+                f"the checkpoint could not be written to {self.folder} ({error.strerror or error}): the run goes "
+                "on, and an earlier checkpoint there is as it was"
+            )
+            return False
+        return True
+
+    def load(self, history: History, plateau: Plateau | None, device: torch.device) -> TrainingState | None:
+        """Read state, history and plateau back; None if nothing was written yet.
+
+        Raises
+        ------
+        SettingError
+            There is no folder to resume from.
+        RunFolderError
+            The checkpoint is damaged, or of a run with other settings or data.
+        """
+        if self.folder is None:
+            raise SettingError("resume=True needs checkpoint='...', the folder that the run wrote to")
+        if not (self.folder / CHECKPOINT_FILE).exists():
+            return None  # so that one command can be repeated until it is done
+        tensors, record = read_tensors(self.folder / CHECKPOINT_FILE)
+        self._check(record["settings"])
+        history.load(tensors.pop("history"))
+        saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith("plateau/")}
+        if plateau is not None:
+            plateau.unflatten(saved, device)
+        return TrainingState.unflatten(tensors, device)
+
+    def _check(self, there: dict[str, Any]) -> None:
+        for key, here in self.settings.items():
+            if there.get(key) != here:
+                raise RunFolderError(
+                    f"the checkpoint in {self.folder} is of a run with {key}={there.get(key)!r}, this one has "
+                    f"{key}={here!r}: use the same settings and data, or another folder"
+                )
+
+    def how_to_go_on(self, step: int, *, kept: bool) -> str:
+        """One sentence for a run that was interrupted."""
+        if not kept:
+            return f"stopped at step {step}; the model holds the parameters of that step"
+        return (
+            f"stopped at step {step}; to go on, call fit again with the same arguments and "
+            f"checkpoint='{self.folder}', resume=True"
+        )
+
+
+def recorded_engine(folder: Path | None) -> str | None:
+    """The engine that the run in `folder` began with; None if there is no such run."""
+    if folder is None or not (folder / CHECKPOINT_FILE).exists():
+        return None
+    return read_tensors(folder / CHECKPOINT_FILE)[1].get("engine") or None

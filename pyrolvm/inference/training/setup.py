@@ -1,0 +1,259 @@
+"""From what a user passes to `fit` to a checked problem: data, program, start, structure, objective."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from pyrolvm.controls import Schedule, value_of
+from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.plan import BatchPlan, split_rows
+from pyrolvm.errors import DataError, ProgramError, SettingError, count
+from pyrolvm.inference.engine.optimizers import OptimizerSpec
+from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem, schedules_of
+from pyrolvm.inference.objectives import prepare
+from pyrolvm.inference.posterior.suiting import suited
+from pyrolvm.inference.program.checks import inspect_program
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.training.evaluation import HeldOutBound
+from pyrolvm.inference.training.plateau import Plateau
+from pyrolvm.seeds import Purpose, derived_seed
+
+DEFAULT_STEPS = 1000
+START_ROWS = 100_000
+"""The most rows that a model's start is computed from."""
+
+
+@dataclass
+class Setup:
+    """A run before its first step: everything checked, nothing trained."""
+
+    problem: Problem
+    plan: BatchPlan
+    batch: Batch
+    held_out: Batch | None
+    seed: int
+
+    @property
+    def held_out_bound(self) -> HeldOutBound | None:
+        """The bound of the held-out data."""
+        return None if self.held_out is None else HeldOutBound(self.problem, self.held_out, self.seed)
+
+
+def set_up(
+    model: Any,
+    data: Any,
+    guide: Any,
+    objective: Any,
+    optimizer: OptimizerSpec,
+    *,
+    controls: Mapping[str, Schedule] | None,
+    kl_warmup: float,
+    num_steps: int | None,
+    num_epochs: int | None,
+    batch_size: int | None,
+    validation: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    start: bool,
+) -> Setup:
+    """Read the data, start the model, look at the program, and take one step on trial."""
+    program = Program(model, guide, device=device, dtype=dtype)
+    batch = suited(program, as_batch(data, dtype, device))
+    if batch_size is not None or validation is not None:
+        batch.check_rows()
+    batch, held_out = _split(batch, validation, program, seed)
+    plan = BatchPlan(batch.num_rows or 1, batch_size, seed)
+    steps = _num_steps(plan, num_steps, num_epochs)
+    if start:
+        start_from(program, batch, seed)
+    rows = plan.rows(0, 1)[0].to(device)
+    first = batch.take(rows) if batch_size is not None else batch.of(batch.num_rows or 1)
+    brought = program.contract.controls() if program.contract is not None else {}
+    program.controls = {k: value_of(k, v, 1 / steps) for k, v in {**brought, **(controls or {})}.items()}
+    program.initialise(first, derived_seed(seed, Purpose.START))
+    with seeded(derived_seed(seed, Purpose.CHECK), device):
+        structure = inspect_program(program, first)
+    prepared = prepare(objective, structure)
+    schedules = schedules_of(brought, prepared, controls, kl_warmup)
+    problem = Problem(
+        program,
+        structure,
+        prepared,
+        optimizer,
+        batch,
+        minibatch=batch_size is not None,
+        num_rows=batch.num_rows or 1,
+        schedules=schedules,
+        num_steps=steps,
+    )
+    _adopt(problem, rows, seed)
+    _first_step(problem, rows, seed)
+    if held_out is not None and structure.per_datum:
+        raise SettingError(
+            f"the guide has parameters for each training row ('{structure.per_datum[0]}') and none for held-out "
+            "ones: leave validation out, or use an amortised guide"
+        )
+    return Setup(problem, plan, batch, held_out, seed)
+
+
+def start_from(program: Program, batch: Batch, seed: int) -> None:
+    """Start a fresh model from its data, where it knows how to."""
+    model = program.contract
+    if model is None or not model.fresh or not program.knows("initialise_from") or not batch.args:
+        return
+    x = batch.args[0]
+    if x is None:
+        return
+    if len(x) > START_ROWS:  # evenly over the data: not all of a file that is larger than memory
+        x = x[torch.linspace(0, len(x) - 1, START_ROWS).long()]
+    with seeded(derived_seed(seed, Purpose.START, 1), program.device):
+        model.initialise_from(x, seed=seed)
+
+
+def _split(batch: Batch, validation: Any, program: Program, seed: int) -> tuple[Batch, Batch | None]:
+    """(training data, held-out data): a share of the rows, or data of their own."""
+    if validation is None:
+        return batch, None
+    if isinstance(validation, numbers.Real) and not isinstance(validation, bool):
+        train, held_out = split_rows(batch.num_rows, float(validation), seed)
+        parts = batch.take(train), batch.take(held_out)
+        return replace(parts[0], rows=None, total=None), replace(parts[1], rows=None, total=None)
+    held = suited(program, as_batch(validation, program.dtype, program.device))
+    held.check_rows()
+    return batch, held
+
+
+def _num_steps(plan: BatchPlan, num_steps: int | None, num_epochs: int | None) -> int:
+    if num_steps is not None and num_epochs is not None:
+        raise SettingError("give num_steps or num_epochs, not both")
+    if num_epochs is not None:
+        return plan.num_steps(count("num_epochs", num_epochs))
+    return DEFAULT_STEPS if num_steps is None else count("num_steps", num_steps)
+
+
+def cadence(validate_every: int | None, plan: BatchPlan, steps: int) -> int:
+    """Steps between held-out bounds: a pass over the data; with the data whole, a fiftieth of the run."""
+    if validate_every is not None:
+        return min(count("validate_every", validate_every), steps)
+    return min(plan.num_steps(1) if plan.batch_size is not None else max(1, steps // 50), steps)
+
+
+def plateau_of(patience: int | None, held_out: Batch | None, kl_warmup: float, steps: int) -> Plateau | None:
+    """The rule that ends a run when its held-out bound is flat."""
+    if patience is None:
+        return None
+    if held_out is None:
+        raise SettingError("patience watches the held-out bound: give validation=0.1 or held-out data")
+    if not isinstance(patience, numbers.Integral) or isinstance(patience, bool) or patience < 2:
+        raise SettingError(f"patience must be a whole number of at least 2 evaluations, not {patience!r}")
+    return Plateau(int(patience), first_step=round(kl_warmup * steps))
+
+
+def _adopt(problem: Problem, rows: torch.Tensor, seed: int) -> None:
+    """Take the objective's modules in; lazy ones get their shapes from a first estimate."""
+    program, modules = problem.program, problem.objective.modules()
+    for module in modules.values():
+        module.to(device=program.device, dtype=program.dtype)
+    if any(is_lazy(p) for m in modules.values() for p in m.parameters()):
+        with (
+            seeded(derived_seed(seed, Purpose.START, 2), program.device),
+            program.untouched(),
+            program.scope(),
+        ):
+            problem.loss(rows, [1.0] * len(problem.scheduled[1:]))
+    program.adopt("objective.", modules)
+
+
+def _first_step(problem: Problem, rows: torch.Tensor, seed: int) -> None:
+    """One bound and gradient with all of Pyro's validation on, before anything is trained."""
+    program = problem.program
+    values = problem.controls(0, 1)[0].tolist()[1:]
+    noise = seeded(derived_seed(seed, Purpose.CHECK), program.device)
+    with program.untouched(), noise, program.scope(validate=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
+        try:
+            loss = problem.loss(rows, values)
+        except (ValueError, NotImplementedError, KeyError) as error:
+            if isinstance(error, (ProgramError, SettingError, DataError)):
+                raise
+            raise _refusal(problem, error) from error
+    terms = dict(zip(problem.terms, loss.terms.tolist(), strict=True))
+    _check_weighted(problem, terms)
+    program.check_registered(loss.surrogate)
+    if not loss.surrogate.requires_grad:
+        raise ProgramError("the bound depends on no parameter, so there is nothing to fit")
+    if not torch.isfinite(loss.terms[0]):
+        raise ProgramError(
+            f"the bound is {loss.terms[0].item()} before the first step: the data lie outside the model's support, or "
+            f"are too large for its starting values (standardise them)\n{problem.structure.table()}"
+        )
+
+
+def _refusal(problem: Problem, error: Exception) -> Exception:
+    name = problem.objective.settings().get("name", type(problem.objective).__name__)
+    if KL_WEIGHT in problem.schedules and problem.structure.enumerated:
+        return SettingError(
+            _unweighable(f"a latent that is summed out ('{problem.structure.enumerated[0].name}')")
+        )
+    return ProgramError(f"{name} cannot take this program: {error}")
+
+
+def _check_weighted(problem: Problem, terms: Mapping[str, float]) -> None:
+    """A KL that is not known cannot be weighed."""
+    if KL_WEIGHT in problem.schedules and terms.get("kl") != terms.get("kl"):
+        raise SettingError(_unweighable(f"{problem.objective.settings().get('name', 'this objective')}"))
+
+
+def _unweighable(what: str) -> str:
+    return (
+        f"kl_warmup and the control 'kl_weight' weigh the KL of the ELBO apart from the likelihood, which {what} does "
+        "not have: leave them out"
+    )
+
+
+def settings_of(setup: Setup, optimizer: OptimizerSpec) -> dict[str, Any]:
+    """What must agree for a checkpoint to be of the same run: plain values, JSON-able."""
+    problem = setup.problem
+    scheduled = problem.scheduled[1:] or callable(optimizer.learning_rate)
+    return {
+        "objective": problem.objective.settings().get("name", type(problem.objective).__name__),
+        **{k: v for k, v in problem.objective.settings().items() if k not in ("name", "max_plate_nesting")},
+        "optimizer": optimizer.name,
+        "learning_rate": "a function" if callable(optimizer.learning_rate) else optimizer.learning_rate,
+        "optimizer_options": {
+            k: list(v) if isinstance(v, tuple) else v for k, v in optimizer.options.items()
+        },
+        "schedule": _described(optimizer.schedule, optimizer),
+        "clip_norm": optimizer.clip_norm,
+        "controls": problem.constants | {name: _samples(problem, name) for name in problem.scheduled[1:]},
+        "batch_size": setup.plan.batch_size,
+        "num_rows": setup.batch.num_rows,
+        "seed": setup.seed,
+        "dtype": str(problem.program.dtype).removeprefix("torch."),
+        "data": setup.batch.fingerprint(),
+        "validation": setup.held_out.fingerprint() if setup.held_out is not None else None,
+        "length": problem.num_steps if scheduled else None,
+    }
+
+
+def _samples(problem: Problem, name: str) -> list[float]:
+    return [
+        round(value_of(name, problem.schedules[name], share), 12) for share in (0.1, 0.25, 0.5, 0.75, 1.0)
+    ]
+
+
+def _described(schedule: Callable | None, optimizer: OptimizerSpec) -> Any:
+    """A schedule as its name and its first rates: functions cannot be compared."""
+    if schedule is None:
+        return None
+    name = getattr(schedule, "__qualname__", type(schedule).__name__)
+    return [name, *(round(rate, 12) for rate in optimizer.learning_rates(0, 10))]

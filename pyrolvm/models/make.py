@@ -1,0 +1,166 @@
+"""Encoders and decoders by name, and a user's own tried out on a row of zeros before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrolvm.errors import ProgramError, SettingError, one_of
+from pyrolvm.models.networks import MLP, ConvDecoder, ConvEncoder, MLPEncoder
+
+KINDS = ("mlp", "conv", "linear")
+
+
+def square_image(data_dim: int) -> tuple[int, int, int]:
+    """(1, side, side) for a square number of pixels, else `SettingError`."""
+    side = round(data_dim**0.5)
+    if side * side != data_dim:
+        raise SettingError(
+            f"data_dim={data_dim} is not a square: say image_shape=(channels, height, width) of the images"
+        )
+    return 1, side, side
+
+
+def _image_of(data_dim: int, image_shape: Sequence[int] | None) -> Sequence[int]:
+    """`image_shape`, by default one square channel; `SettingError` for another number of pixels than `data_dim`."""
+    image_shape = image_shape or square_image(data_dim)
+    if math.prod(image_shape) != data_dim:
+        raise SettingError(
+            f"image_shape={tuple(image_shape)} has {math.prod(image_shape)} pixels, but data_dim={data_dim}: "
+            "both must describe the same images"
+        )
+    return image_shape
+
+
+def make_encoder(
+    kind: str | nn.Module,
+    data_dim: int,
+    latent_dim: int,
+    hidden: Sequence[int] = (400,),
+    activation: str = "relu",
+    image_shape: Sequence[int] | None = None,
+) -> nn.Module:
+    """The encoder named `kind`, or `kind` itself if it is a module that can be one.
+
+    Parameters
+    ----------
+    kind : {"mlp", "conv", "linear"} or Module
+    data_dim, latent_dim : int
+        Sizes of x and z.
+    hidden, activation
+        As in `MLP`; of no effect on "linear" and modules.
+    image_shape : sequence of int, optional
+        (channels, height, width) for "conv"; by default one square channel.
+
+    Raises
+    ------
+    SettingError
+        For an unknown name, or an `image_shape` of another number of pixels than `data_dim`.
+    ProgramError
+        For a module that does not map x [..., data_dim] to (loc, scale > 0), each [..., latent_dim].
+    """
+    if isinstance(kind, nn.Module):
+        check_encoder(kind, data_dim, latent_dim)
+        return kind
+    one_of("encoder", kind, KINDS)
+    if kind == "conv":
+        image_shape = _image_of(data_dim, image_shape)
+        return ConvEncoder(image_shape, latent_dim, hidden=hidden, activation=activation)
+    return MLPEncoder(data_dim, latent_dim, () if kind == "linear" else hidden, activation)
+
+
+def make_decoder(
+    kind: str | nn.Module,
+    latent_dim: int,
+    data_dim: int,
+    hidden: Sequence[int] = (400,),
+    activation: str = "relu",
+    image_shape: Sequence[int] | None = None,
+) -> nn.Module:
+    """The decoder named `kind`, or `kind` itself if it is a module that can be one.
+
+    Parameters
+    ----------
+    kind, latent_dim, data_dim, activation, image_shape
+        As in `make_encoder`.
+    hidden : sequence of int
+        Sizes of the hidden layers in the encoder's order: the decoder has them reversed.
+
+    Raises
+    ------
+    SettingError
+        For an unknown name, or an `image_shape` of another number of pixels than `data_dim`.
+    ProgramError
+        For a module that does not map z [..., latent_dim] to [..., data_dim].
+    """
+    if isinstance(kind, nn.Module):
+        check_decoder(kind, latent_dim, data_dim)
+        return kind
+    one_of("decoder", kind, KINDS)
+    backwards = tuple(reversed(tuple(hidden)))
+    if kind == "conv":
+        image_shape = _image_of(data_dim, image_shape)
+        return ConvDecoder(latent_dim, image_shape, hidden=backwards, activation=activation)
+    return MLP(latent_dim, data_dim, () if kind == "linear" else backwards, activation)
+
+
+def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int) -> None:
+    """Raise `ProgramError` unless `encoder` maps [1, data_dim] to (loc, scale > 0), each [1, latent_dim]."""
+    out = _try_out(encoder, "encoder", data_dim)
+    parts = out if isinstance(out, tuple) else ()
+    if len(parts) != 2 or any(_shape(part) != [1, latent_dim] for part in parts):
+        raise ProgramError(
+            f"the encoder {type(encoder).__name__} returned {_described(out)} for x [1, {data_dim}]: it must map "
+            f"x [..., {data_dim}] to a tuple (loc, scale), each [..., {latent_dim}]"
+        )
+    if not bool((out[1] > 0).all()):
+        raise ProgramError(
+            f"the encoder {type(encoder).__name__} returned a scale of {out[1].min().item():.4g}: "
+            "make it positive, e.g. return loc, 1e-4 + torch.nn.functional.softplus(raw_scale)"
+        )
+
+
+def check_decoder(decoder: nn.Module, latent_dim: int, data_dim: int) -> None:
+    """Raise `ProgramError` unless `decoder` maps [1, latent_dim] to [1, data_dim].
+
+    Pyro would take a decoder of width 1 without an error, broadcast over all columns.
+    """
+    out = _try_out(decoder, "decoder", latent_dim)
+    if _shape(out) != [1, data_dim]:
+        raise ProgramError(
+            f"the decoder {type(decoder).__name__} returned {_described(out)} for z [1, {latent_dim}]: "
+            f"it must map z [..., {latent_dim}] to one tensor [..., {data_dim}]"
+        )
+
+
+def _try_out(net: nn.Module, role: str, in_dim: int) -> Any:
+    """Run a row of zeros [1, in_dim] through `net` in eval mode, leaving its statistics and modes as they were."""
+    like = next(net.parameters(), torch.empty(()))
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        net.eval()
+        with torch.no_grad():
+            return net(torch.zeros(1, in_dim, device=like.device, dtype=like.dtype))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ProgramError(
+            f"the {role} {type(net).__name__} does not take a row [1, {in_dim}] ({error}): give it layers of "
+            "that size, or wrap a network of images in Rowwise(net, (channels, height, width))"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _shape(out: Any) -> list[int] | None:
+    return list(out.shape) if isinstance(out, Tensor) else None
+
+
+def _described(out: Any) -> str:
+    """What a network returned, with shapes."""
+    if isinstance(out, tuple):
+        return f"({', '.join(map(_described, out))})"
+    return f"a tensor {_shape(out)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
