@@ -432,7 +432,7 @@ def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
     done(*fit, "mapped")
     small, mapped = (load_file(tmp_path / n / "parameters.safetensors") for n in ("small", "mapped"))
     assert all(torch.equal(small[k], mapped[k]) for k in small)
-    monkeypatch.setattr("pyrolvm.shell.fitting.START_ROWS", 10)
+    monkeypatch.setattr("pyrolvm.inference.training.setup.START_ROWS", 10)
     done(*fit, "started")  # from ten of the fifty rows
 
 
@@ -624,7 +624,7 @@ def test_a_full_disk_and_a_stop_leave_nothing_and_say_so(tmp_path, monkeypatch):
         if report.step >= 40:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyrolvm.inference.training.loop.write_tensors", full)
+    monkeypatch.setattr("pyrolvm.inference.training.checkpoint.write_tensors", full)
     monkeypatch.setattr(RunFolder, "__call__", stop_later)
     words = ["fit", "ppca", "iris", "-l", 1, "-n", 5000, "--engine", "eager", "-q", "-o", tmp_path / "run"]
     result = pyrolvm_(*words)

@@ -180,8 +180,11 @@ CASES = {
         "holds other files (thesis.tex)",
     ),
     "resume of nothing": (PPCA.format("iris") + " --resume", "holds no run to resume"),
-    "record of the wrong type": ("sample typed", "config.json is damaged"),
-    "record of an endless size": ("sample endless", "latent_dim=1000000000 does not agree"),
+    "record of the wrong type": (
+        "sample typed",
+        "config.json names arguments that PPCA cannot be built with",
+    ),
+    "record of an endless size": ("sample endless", "would have the shape (3, 1000000000)"),
     "picture shape of a table": ("sample run -o x.csv --image-shape 1,3", "--image-shape is of pictures"),
     "picture shape of other rows": ("report run --image-shape 2,2", "image_shape=(2, 2) does not suit"),
     "run there already": ("fit ppca good.csv -l 1 -n 2 -o run", "--resume continues it, --overwrite"),

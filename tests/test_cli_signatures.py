@@ -20,7 +20,7 @@ PAIRS = {
     "fit": (commands.FIT, pyrolvm.fit, {"model", "data", "callbacks", "checkpoint", "resume", "progress"}),
     "sample": (commands.SAMPLE, pyrolvm.FittedModel.sample, {"self", "given"}),
     "encode": (commands.ENCODE, pyrolvm.FittedModel.encode, {"self", "x"}),
-    "evidence": (commands.EVIDENCE, evidence_table, {"fitted", "x", "progress", "annealing"}),
+    "evidence": (commands.EVIDENCE, evidence_table, {"pair", "progress", "annealing"}),
     "diagnose": (commands.DIAGNOSE, diagnose, {"fitted", "x", "statistics", "progress"}),
     "report": (REPORT, write_report, {"path", "data", "model", "guide", "device"}),
 }

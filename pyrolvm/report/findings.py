@@ -99,4 +99,4 @@ def held_out_evidence(
     if len(rows) > max_rows:
         rows = np.sort(np.random.default_rng(seed).choice(rows, max_rows, replace=False))
     method, draws = ("exact", None) if diagnosis.method == "exact" else ("importance", diagnosis.num_samples)
-    return evidence_table(fitted, data.held_out.take(rows), method, draws, seed=seed)
+    return evidence_table(fitted.pair(data.held_out.take(rows)), method, draws, seed=seed)

@@ -32,7 +32,7 @@ def image_shape(run: SavedRun, given: Any) -> tuple[int, ...] | None:
     Raises `SettingError` if the shape given is not that of a row.
     """
     recipe = run.recipe
-    shape = tuple(recipe.shape or next((t.shape[1:] for _, t in run.fitted.example.tensors()), ()))
+    shape = run.row_shape
     if given is not None:
         if not all(isinstance(n, int) and n > 0 for n in given) or math.prod(given) != math.prod(shape):
             raise SettingError(f"image_shape={tuple(given)} does not suit rows of shape {list(shape)}")

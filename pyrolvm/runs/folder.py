@@ -15,7 +15,8 @@ from typing import Any
 from pyrolvm.errors import RunFolderError, SettingError
 from pyrolvm.files import read_json, read_tensors, write_json
 from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
-from pyrolvm.inference.training.loop import CHECKPOINT_FILE, Report
+from pyrolvm.inference.training.checkpoint import CHECKPOINT_FILE
+from pyrolvm.inference.training.loop import Report
 
 CHECKPOINT, BEGUN, EVIDENCE = "checkpoint", "run.json", "evidence.json"
 DERIVED = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,14 @@ from safetensors import safe_open
 from pyrolvm.errors import PyrolvmError, RunFolderError, warn_user
 from pyrolvm.files import read_json, write_json
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS, load_run
+from pyrolvm.inference.posterior.loading import load_run
+from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
 from pyrolvm.models import REGISTRY
 from pyrolvm.runs.folder import BEGUN, CHECKPOINT, EVIDENCE, states
 from pyrolvm.runs.named import as_pair, find_model, first_line
 from pyrolvm.runs.recipe import Recipe
 
-RECORD: dict[str, Any] = {
-    "model": dict,
-    "settings": dict,
-    "columns": (list, type(None)),
-    "num_rows": int,
-    "dtype": str,
-    "engine": str,
-    "stopped_because": str,
-}
+RECORD: dict[str, Any] = {"model": dict, "settings": dict, "columns": (list, type(None)), "num_rows": int}
 """Entries of config.json and their types."""
 
 
@@ -48,6 +40,13 @@ class SavedRun:
             return Recipe(record)
         arguments = self.config["model"].get("arguments") or {}
         return Recipe({"columns": self.fitted.columns, "vectors": "data_dim" in arguments})
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row: of the data as they were read, else of the fit's first argument."""
+        positional = (self.fitted.arguments or {}).get("positional") or [None]
+        known = positional[0]["shape"][1:] if positional[0] else []
+        return tuple(self.recipe.shape or known)
 
     @property
     def command(self) -> str | None:
@@ -101,7 +100,7 @@ def _rebuild(text: str, config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def read_config(path: Path, named: bool = True) -> dict[str, Any]:
-    """config.json of a finished run, its types and sizes checked before anything is built from it.
+    """config.json of a finished run, its types checked before anything is built from it.
 
     `named`: the caller brings the model. Raises `RunFolderError`.
     """
@@ -115,7 +114,6 @@ def read_config(path: Path, named: bool = True) -> dict[str, Any]:
     for key, kind in RECORD.items():
         if key in config and not isinstance(config[key], kind):
             raise RunFolderError(f"{path / CONFIG} is damaged: {key}={config[key]!r} is of the wrong type")
-    _check_sizes(path, config["model"])
     _warn_of_unfinished(path, config)
     name = config["model"].get("name")
     if not named and name not in REGISTRY:
@@ -153,30 +151,6 @@ def _run_record(config: dict[str, Any]) -> dict[str, Any]:
     """What was recorded of the run beside the fit; empty for a fit saved from Python without it."""
     run = config.get("run")
     return run if isinstance(run, dict) else {}
-
-
-def _check_sizes(path: Path, model: dict[str, Any]) -> None:
-    """Raise `RunFolderError` if the arguments ask for more than the file of parameters can hold.
-
-    A model is built before its parameters are read, and a damaged size would take all the memory there is.
-    """
-    arguments = model.get("arguments")
-    if not isinstance(arguments, dict):
-        if arguments is not None:
-            raise RunFolderError(f"{path / CONFIG} is damaged: the model's arguments are {arguments!r}")
-        return
-    held = count_parameters(path)
-    for name, value in arguments.items():
-        if any(size > held for size in _whole_numbers(value)):
-            raise RunFolderError(
-                f"{path / CONFIG} is damaged: {name}={value} does not agree with the {held:,} numbers in {PARAMETERS}"
-            )
-
-
-def _whole_numbers(value: Any) -> Iterable[int]:
-    if isinstance(value, int):
-        return [value]
-    return [n for part in value for n in _whole_numbers(part)] if isinstance(value, list) else []
 
 
 def count_parameters(path: Path) -> int:

@@ -15,6 +15,7 @@ from pyrolvm.files import write_atomically
 from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, evidence_table, khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.devices import resolve_device
+from pyrolvm.inference.program.handlers import Means
 from pyrolvm.runs import Recipe, Source, add_evidence, open_run
 from pyrolvm.runs.recipe import CHOICES
 from pyrolvm.shell.outputs import ARRAYS, check_image_shape, check_out, write_png, write_values
@@ -87,7 +88,7 @@ class Question:
 
     def evidence(self, method: str = "importance", num_samples: int | None = None, **options: Any) -> None:
         """`pyrolvm evidence`."""
-        table = evidence_table(self.fitted, self.dataset, method, num_samples, **options)
+        table = evidence_table(self.fitted.pair(self.dataset), method, num_samples, **options)
         if self.out is not None:
             known = table.dropna(axis="columns", how="all")
             write_values(known.to_numpy(), self.out, list(known.columns), self._beside())
@@ -149,27 +150,16 @@ def on_device(options: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def deviations(fitted: FittedModel, x: Any) -> dict[str, torch.Tensor]:
     """Standard deviations of q(z | x) at the guide's means, site -> [rows, ...], where there is a closed form."""
-    names = [s.name for s in fitted.structure.local_latents if not s.discrete]
+    names = [s.name for s in fitted.structure.local_latents if not s.discrete and not s.point]
     parts: list[dict[str, torch.Tensor]] = []
-    for trace in _guide_traces(fitted, x):
+    for pair in fitted.pair(x).chunks():
+        trace = pair.guide(None, Means())
         found = {n: trace.nodes[n]["fn"] for n in names if n in trace.nodes}
-        continuous = {
-            n: d for n, d in found.items() if not hasattr(getattr(d, "base_dist", d), "v")
-        }  # a Delta
         try:
-            parts.append({n: d.stddev.expand_as(trace.nodes[n]["value"]) for n, d in continuous.items()})
+            parts.append({n: d.stddev.expand_as(trace.nodes[n]["value"]) for n, d in found.items()})
         except NotImplementedError:
             return {}
-    return {n: torch.cat([p[n] for p in parts]) for n in parts[0]} if parts else {}
-
-
-def _guide_traces(fitted: Any, x: Any) -> Any:
-    """The guide at its means, some rows at a time."""
-    from pyrolvm.inference.program.handlers import Means
-
-    if hasattr(fitted, "pair"):
-        return (pair.guide(None, Means()) for pair in fitted.pair(x).chunks())
-    return (fitted._guide_trace(batch) for batch in fitted._chunks(x))
+    return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
 
 
 def _print_evidence(entry: dict[str, Any], shift: float) -> None:

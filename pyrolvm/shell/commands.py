@@ -88,6 +88,7 @@ FIT = options_of(
         ("objective", f"Literal{list(OBJECTIVES)} | str"),
         ("schedule", f"Literal{list(SCHEDULES)}"),
         ("dtype", "str"),
+        ("learning_rate", "float"),
         ("validation", "float"),
     ),
 )
@@ -97,7 +98,6 @@ ADDED = {
         Option("num_particles", "int", help="Draws per datum of the objective.", panel=TRAINING),
         Option("alpha", "float", help="Of renyi; 0 is the importance-weighted bound.", panel=TRAINING),
         Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
-        Option("initialise", "bool", "True", "Start from the data where the model knows how.", panel=MODEL),
         Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
     )
 }
@@ -119,7 +119,7 @@ SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
 ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
 RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))
 EVIDENCE = options_of(
-    "inference/posterior/evidence/__init__.py", "evidence_table", ("fitted", "x", "progress", "annealing")
+    "inference/posterior/evidence/__init__.py", "evidence_table", ("pair", "progress", "annealing")
 )
 DIAGNOSE = options_of("diagnostics/guide_quality.py", "diagnose", ("fitted", "x", "statistics", "progress"))
 

@@ -7,16 +7,15 @@ import json
 import math
 import typing
 from collections.abc import Callable
-from inspect import Parameter, signature
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro.infer
 import torch
 from torch.optim import lr_scheduler
 
-from pyrolvm.data import BatchPlan, Dataset, as_batch
+from pyrolvm.data import BatchPlan
 from pyrolvm.errors import DivergenceError, SettingError, count, one_of
 from pyrolvm.files import write_atomically
 from pyrolvm.inference.objectives import RenyiELBO
@@ -42,8 +41,6 @@ OBJECTIVES: dict[str, type] = {
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LAST_RATE = 0.01
 """The exponential schedule ends at this share of the learning rate."""
-START_ROWS = 100_000
-"""The most rows that a model's start is computed from."""
 
 
 class Job:
@@ -97,8 +94,6 @@ class Job:
             given["dtype"] = DTYPES[one_of("dtype", o["dtype"].removeprefix("torch."), DTYPES)]
         if "schedule" in o:
             given["schedule"] = _schedule(o["schedule"], self._num_steps())
-        if not o.get("checkpoint_seconds", 1.0) > 0:
-            raise SettingError(f"checkpoint_seconds={o['checkpoint_seconds']} must be positive")
         return given | {"validation": self.data.held_out}
 
     def _num_steps(self) -> int:
@@ -138,20 +133,7 @@ class Job:
     def build(self, seed: int) -> Any:
         """The model, or (model, guide), its starting values drawn from `seed` alone."""
         with seeded(derived_seed(seed, Purpose.START), torch.device("cpu")):
-            built = self.named.build(self.arguments)
-            self._initialise(built[0] if isinstance(built, tuple) else built, seed)
-        return built
-
-    def _initialise(self, model: Any, seed: int) -> None:
-        """Start from the data. To be deleted, with its call, once `fit(initialise=True)` does it."""
-        if "initialise" in FIT or not self.options.get("initialise", True):
-            return
-        if self.named.cls is not None and hasattr(model, "initialise_from"):
-            dtype = self.fit_options.get("dtype", torch.float32)
-            x = as_batch(_some_rows(self.data.train), dtype).args[0]
-            assert x is not None
-            seeds = {"seed": seed} if "seed" in signature(model.initialise_from).parameters else {}
-            model.to(dtype=dtype).initialise_from(x.to(dtype), **seeds)
+            return self.named.build(self.arguments)
 
     @property
     def description(self) -> str:
@@ -167,13 +149,6 @@ class Job:
         kinds = "".join(f", {t.kind}d" for t in self.data.transforms)
         more = f" and {held_out.num_rows:,} held out" if held_out is not None else ""
         return f"{self.text}: {train.num_rows:,} rows{more}{kinds}"
-
-
-def _some_rows(dataset: Dataset) -> Dataset:
-    """Rows enough to start from, evenly over the data: not all of a file that is larger than memory."""
-    if dataset.num_rows <= START_ROWS:
-        return dataset
-    return dataset.take(np.linspace(0, dataset.num_rows - 1, START_ROWS).astype(np.int64))
 
 
 def _named(text: str, own: dict[str, Any], options: dict[str, Any]) -> NamedModel:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyrolvm.errors import SettingError, one_of
 
+DICTS = ("dict", "Mapping")
 LISTS = ("Sequence", "list", "tuple", "Iterable")
 WORDS = {"true": True, "false": False}
 METAVARS = {"int": "INT", "float": "FLOAT", "list": "A,B", "dict": "NAME=VALUE", "str": "TEXT"}
@@ -55,9 +56,11 @@ def kinds_of(annotation: str) -> Kinds:
         if name == "Literal" and isinstance(part, ast.Subscript):
             choices += [str(v) for v in _elements(ast.literal_eval(part.slice))]
             names.append("Literal")
+        elif name in DICTS:
+            names.append("dict")
         elif name in LISTS:
             names.append("list[str]" if ast.unparse(part).endswith("[str]") else "list")
-        elif name in ("int", "float", "str", "bool", "None", "dict", "Any"):
+        elif name in ("int", "float", "str", "bool", "None", "Any"):
             names.append(name)
     return Kinds(tuple(names), tuple(choices))
 
