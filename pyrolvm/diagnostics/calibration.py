@@ -27,22 +27,31 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pyrolvm.diagnostics.measures import Measure, Report, measure_seed
 from pyrolvm.diagnostics.simulated import Arrays, Simulation, simulations
 from pyrolvm.diagnostics.uniformity import chi_square_p, ecdf_band, kolmogorov_p, symmetry_p
-from pyrolvm.errors import ProgramError, SettingError
-from pyrolvm.inference.posterior.fitted import FittedModel, check_count
-from pyrolvm.inference.program.noise import seeded
+from pyrolvm.errors import ProgramError, SettingError, count
+from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.progress import watched
-from pyrolvm.seeds import Purpose, derived_seed
+
+SIMULATIONS, REFITS = 1000, 100
+SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Report):
     """Ranks of true latents among the guide's draws, over R simulations.
 
-    ranks: int [R, quantities], 0 to num_samples. uniforms: (rank + U) / (num_samples + 1), U uniform, which is
-    uniform on [0, 1] if the guide is exact. probabilities: p_j of VSBC, rank / num_samples.
-    alpha: the level of `table`'s verdicts, all quantities together (Bonferroni).
+    Attributes
+    ----------
+    ranks : DataFrame
+        Whole numbers [R, quantities], 0 to num_samples.
+    uniforms : DataFrame
+        (rank + U) / (num_samples + 1), U uniform: uniform on [0, 1] if the guide is exact.
+    num_samples : int
+        Draws of the guide per simulation.
+    alpha : float
+        The level of `table`'s verdicts, all quantities and tests together (Bonferroni).
     """
 
     ranks: pd.DataFrame
@@ -67,12 +76,13 @@ class Calibration:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def _row(self, u: np.ndarray) -> dict[str, Any]:
-        level = self.alpha / max(self.ranks.shape[1], 1)
+        # half of a quantity's level for uniformity, shared by two tests, and half for symmetry
+        symmetry = self.alpha / max(self.ranks.shape[1], 1) / 2
         p = {"kolmogorov_p": kolmogorov_p(u), "chi_square_p": chi_square_p(u), "symmetry_p": symmetry_p(u)}
         spread = float(u.std() * np.sqrt(12))
-        uniform = min(p["kolmogorov_p"], p["chi_square_p"]) >= level / 2
-        verdict = "calibrated" if uniform and p["symmetry_p"] >= level else "not uniform"
-        if p["symmetry_p"] < level:
+        uniform = min(p["kolmogorov_p"], p["chi_square_p"]) >= symmetry / 2
+        verdict = "calibrated" if uniform else "not uniform"
+        if p["symmetry_p"] < symmetry:
             verdict = "shifted"
         elif not uniform and abs(spread - 1) > 2 / np.sqrt(len(u)):
             verdict = "too narrow" if spread > 1 else "too wide"
@@ -106,19 +116,20 @@ class Calibration:
         return pd.DataFrame(columns, index=pd.Index(z, name="uniform"))
 
     @property
-    def sentence(self) -> str:
+    def sentences(self) -> list[str]:
         """The findings in plain words."""
         wrong = self.table[self.table["verdict"] != "calibrated"]
         about = f"{len(self.ranks)} simulations, {self.num_samples} draws each"
         if not len(wrong):
-            return f"The guide is calibrated on data of the model itself ({about})."
-        found = ", ".join(f"{name} {verdict}" for name, verdict in wrong["verdict"].head(8).items())
-        return f"The guide is wrong on data of the model itself ({about}): {found}" + (
-            f" and {len(wrong) - 8} more." if len(wrong) > 8 else "."
-        )
+            return [f"The guide is calibrated on data of the model itself ({about})."]
+        found = ", ".join(f"{name} {verdict}" for name, verdict in wrong["verdict"].head(SHOWN).items())
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        return [f"The guide is wrong on data of the model itself ({about}): {found}{more}."]
 
-    def __str__(self) -> str:
-        return f"{self.sentence}\n{self.table.to_string(float_format='%.3f')}"
+    @property
+    def shown(self) -> str:
+        """The quantities."""
+        return self.table.to_string(float_format="%.3f")
 
 
 def calibration_of(truth: Arrays, draws: Arrays, *, seed: int = 0, alpha: float = 0.05) -> Calibration:
@@ -166,39 +177,49 @@ def calibrate(
 
     Parameters
     ----------
-    x: data whose rows (and covariates) the simulations are shaped by; the fit's own example if None.
-    num_samples: draws of the guide per simulation; ranks run from 0 to it.
-    map: how refits are run; `ProcessPoolExecutor(...).map` runs them in parallel if `refit` can be pickled.
+    x : data as `fit` takes them, optional
+        Data whose rows (and covariates) the simulations are shaped by; the fit's own example by default.
+    num_samples : int
+        Draws of the guide per simulation; ranks run from 0 to it.
+    map : callable
+        How refits are run; `ProcessPoolExecutor(...).map` runs them in parallel if `refit` can be pickled.
         Threads cannot: Pyro's parameter store is one per process.
-    sites: latents to rank; all (of the kind) by default.
-    rebuild: (arguments of `x`, simulated observed sites) -> arguments, for a program whose observed values
-        are not themselves arguments.
-    alpha: level of the verdicts, all quantities together.
+    sites : list of str, optional
+        Latents to rank; all (of the kind) by default.
+    rebuild : callable, optional
+        (arguments of `x`, simulated observed sites) -> arguments, for a program whose observed values are not
+        themselves arguments.
+    alpha : float
+        Level of the verdicts, all quantities together.
 
-    Raises `ProgramError` if the guide is not amortised or no latent is left to rank, `SettingError` if the
-    simulated values cannot be put where the data were.
+    Raises
+    ------
+    ProgramError
+        The guide is not amortised or a point estimate, or no latent is left to rank.
+    SettingError
+        The simulated values cannot be put where the data were.
     """
-    count = (100 if refit is not None else 1000) if num_simulations is None else num_simulations
-    check_count("num_simulations", count)
-    check_count("num_samples", num_samples)
+    count("num_samples", num_samples)
+    default = SIMULATIONS if refit is None else REFITS
+    number = count("num_simulations", default if num_simulations is None else num_simulations)
     names = sites or _ranked(fitted, refit is not None)
     if refit is not None and x is None and fitted.structure.takes_any_rows:
         raise SettingError("refits need data sets of the real size: pass the training data as x")
-    data = fitted.batch(x) if x is not None else fitted.example
-    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
-        simulated = simulations(fitted, data, count, rebuild, rows=refit is None)
-        if refit is None:
-            truth, draws = _amortised(fitted, simulated, names, num_samples, seed)
-        else:
-            truth, draws = _refitted(simulated, names, num_samples, refit, map, seed, progress)
+    pair = fitted.pair(x if x is not None else fitted.example)
+    start = measure_seed(seed, Measure.CALIBRATION, 0)
+    simulated = simulations(pair, number, rebuild, rows=refit is None, seed=start)
+    if refit is None:
+        truth, draws = _amortised(fitted, simulated, names, num_samples, seed)
+    else:
+        truth, draws = _refitted(simulated, names, num_samples, refit, map, seed, progress)
     return calibration_of(truth, draws, seed=seed, alpha=alpha)
 
 
 def _ranked(fitted: FittedModel, shared: bool) -> list[str]:
     structure = fitted.structure
-    names = [
-        s.name for s in (structure.global_latents if shared else structure.local_latents) if not s.enumerated
-    ]
+    kind = structure.global_latents if shared else structure.local_latents
+    names = [s.name for s in kind if not s.enumerated or s.in_guide]
+    points = [s.name for s in kind if s.point]
     if not shared and structure.global_latents:
         raise ProgramError(
             f"'{structure.global_latents[0].name}' is shared by all data, so that its posterior is another one for "
@@ -209,9 +230,13 @@ def _ranked(fitted: FittedModel, shared: bool) -> list[str]:
             f"the guide has parameters for each training row ('{structure.per_datum[0]}') and none for simulated "
             "ones: pass refit=..., or use an amortised guide"
         )
+    if points:
+        raise ProgramError(
+            f"the guide is a point estimate: it holds '{points[0]}' at one value, whose rank has no distribution"
+        )
     if not names:
-        kind = "shared by all data" if shared else "of each datum"
-        raise ProgramError(f"the program has no sampled latents {kind} to calibrate")
+        where = "shared by all data" if shared else "of each datum"
+        raise ProgramError(f"the program has no sampled latents {where} to calibrate")
     return names
 
 
@@ -219,7 +244,7 @@ def _amortised(
     fitted: FittedModel, simulated: Iterable[Simulation], names: list[str], num_samples: int, seed: int
 ) -> tuple[Arrays, Arrays]:
     [simulation] = simulated
-    found = fitted.draws(simulation.data, num_samples, seed=derived_seed(seed, Purpose.GUIDE)).values
+    found = fitted.draws(simulation.data, num_samples, seed=measure_seed(seed, Measure.CALIBRATION, 1)).values
     return {n: simulation.truth[n] for n in names}, {n: found[n].cpu().double().numpy() for n in names}
 
 
@@ -234,7 +259,7 @@ def _refitted(
 ) -> tuple[Arrays, Arrays]:
     every = list(simulated)
     # noise of its own for each: common noise would make the ranks depend on each other
-    seeds = [derived_seed(seed, Purpose.RESTART, i) for i in range(len(every))]
+    seeds = [measure_seed(seed, Measure.CALIBRATION, 2, i) for i in range(len(every))]
     results = run(partial(_posterior_after, refit, names, num_samples), [s.data for s in every], seeds)
     found = list(watched(results, "calibration", len(every), enabled=progress, unit="fits"))
     truth = {n: np.stack([s.truth[n] for s in every]) for n in names}

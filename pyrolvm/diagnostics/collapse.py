@@ -1,4 +1,4 @@
-"""Posterior collapse: which dimensions of z say something of x, and whether the decoder listens.
+"""Posterior collapse: which dimensions of z carry information about x, and whether the decoder uses them.
 
 The average KL of the bound splits in two (Hoffman and Johnson 2016, "ELBO surgery", equation 4): with the
 aggregated posterior q(z) = (1/N) sum_n q(z | x_n),
@@ -25,35 +25,40 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise
 from pyrolvm.diagnostics.mixture import MixtureDraws, log_mixture
-from pyrolvm.diagnostics.pair import Pair, Values, local_sites, row_chunks
-from pyrolvm.diagnostics.sites import latent_fn, latent_mean, site_kl
+from pyrolvm.diagnostics.sites import latent_mean, latent_node, site_kl
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair, Values
 from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.progress import watched
-from pyrolvm.seeds import Purpose, derived_seed
 
 FIRST_ROWS = 500
 """The rows that the IWAE paper's code takes the variance of means over."""
 MIXTURE_DRAWS = 2000
 
 
-@dataclass(frozen=True)
-class CollapseReport:
+@dataclass(frozen=True, repr=False)
+class CollapseReport(Report):
     """What the latents carry, in nats.
 
-    dimensions: one row per (site, dimension): `kl` (mean over data), `kl_kind` ("exact" given the latents above
-        it, "marginal" of a guide with correlations, "monte carlo"), `mean_variance` (A_d over all rows),
-        `active`, `mean_variance_first` and `active_first` (over the first 500 rows, as the IWAE paper's code
-        has it), `collapsed`.
-    average_kl = mutual_information + marginal_kl, exactly, of the same draws of all latents together;
-        `standard_error` of each, by name.
-    num_rows: N; the estimate of the information cannot exceed log N.
-    shuffle_loss: mean fall of log p(x | z), nats per datum, when every datum gets the z of another one;
-        `standard_error["shuffle_loss"]` goes with it.
+    Attributes
+    ----------
+    dimensions : DataFrame
+        One row per (site, dimension): `kl` (mean over data), `kl_kind` ("exact" given the latents above it, "marginal"
+        of a guide with correlations, "monte carlo"), `mean_variance` (A_d over all rows), `active`,
+        `mean_variance_first` and `active_first` (over the first 500 rows, as in the IWAE paper's code), `collapsed`.
+    average_kl, mutual_information, marginal_kl : float
+        The first is the sum of the others, exactly, of the same draws of all latents together.
+    shuffle_loss : float
+        Mean fall of log p(x | z), nats per datum, when every datum gets the z of another one.
+    standard_error : dict
+        Of each of the four, by name.
+    num_rows : int
+        N; the estimate of the information cannot exceed log N.
+    threshold : float
+        Of the active dimensions' variance, and of the collapsed dimensions' KL in nats.
     """
 
     dimensions: pd.DataFrame
@@ -86,7 +91,7 @@ class CollapseReport:
         return self.shuffle_loss > max(self.threshold, 3 * self.standard_error["shuffle_loss"])
 
     @property
-    def sentence(self) -> str:
+    def sentences(self) -> list[str]:
         """The findings in plain words."""
         total, names = len(self.dimensions), list(self.dimensions.index[self.dimensions["collapsed"]])
         words = [
@@ -105,10 +110,12 @@ class CollapseReport:
                 "The decoder does not use the latents: giving every datum the latents of another one lowers "
                 f"log p(x | z) by {self.shuffle_loss:.3f} ± {self.standard_error['shuffle_loss']:.3f} nats."
             )
-        return " ".join(words)
+        return words
 
-    def __str__(self) -> str:
-        return f"{self.sentence}\n{self.dimensions.to_string(float_format='%.3f')}"
+    @property
+    def shown(self) -> str:
+        """The dimensions, forty lines of them at most."""
+        return self.dimensions.to_string(float_format="%.3f", max_rows=40)
 
 
 @torch.no_grad()
@@ -123,100 +130,116 @@ def collapse_report(
 ) -> CollapseReport:
     """Measure what the local latents carry about `x` (any number of rows, in chunks).
 
-    num_samples: draws of z per datum, at least 2. threshold: of the active units' variance and of the collapsed
-    dimensions' KL in nats. Time for the information is O(N max(N, 2000)).
+    Parameters
+    ----------
+    num_samples : int
+        Draws of z per datum, at least 2. Global latents stay at the guide's means.
+    threshold : float
+        Of the active units' variance and of the collapsed dimensions' KL in nats.
 
-    Global latents stay at the guide's means. Raises `ProgramError` for a program without local latents, with
-    enumerated ones, or with a guide that draws those of all data at once; `SettingError` for fewer than two
-    samples or rows.
+    Returns
+    -------
+    CollapseReport
+        Its information takes a time of O(N max(N, 2000)).
+
+    Raises
+    ------
+    ProgramError
+        The program has no local latents, or some are enumerated or held at points, or the guide draws those of all
+        data at once.
+    SettingError
+        Fewer than two samples or rows.
     """
-    local_sites(fitted, "a collapse report")
-    data = fitted.batch(x)
-    if num_samples < 2 or data.num_rows < 2:
+    local_sites(fitted.structure, "a collapse report")
+    pair = fitted.pair(x)
+    if num_samples < 2 or pair.num_rows < 2:
         raise SettingError(
-            f"a collapse report of {data.num_rows} rows with num_samples={num_samples} has no variances: "
+            f"a collapse report of {pair.num_rows} rows with num_samples={num_samples} has no variances: "
             "give at least 2 of each"
         )
-    whole = bool(fitted.structure.per_datum) or not fitted.structure.takes_any_rows
-    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
-        given = Pair(fitted, data).global_means()
-        kept = max(1, min(num_samples // 2, round(MIXTURE_DRAWS / data.num_rows)))
-        chunks = list(row_chunks(data, num_samples, fitted.program.device, whole))
+    given = pair.held_means()
+    kept = max(1, min(num_samples // 2, round(MIXTURE_DRAWS / pair.num_rows)))
+    with noise(pair, seed, Measure.COLLAPSE):
+        chunks, others = list(pair.chunks(num_samples)), list(_others(pair).chunks(num_samples))
         parts = [
-            _Part(Pair(fitted, rows), given, num_samples // 2, kept)
-            for rows in watched(chunks, "collapse", len(chunks), enabled=progress)
+            _Part(chunk, other, given, num_samples // 2, kept)
+            for chunk, other in zip(watched(chunks, "collapse", len(chunks), enabled=progress), others, strict=True)
         ]
-        surgery = _surgery(fitted, data, parts, given, whole, progress)
-    shuffle = torch.cat([p.shuffle_loss for p in parts])
-    terms = {**surgery, "shuffle_loss": _mean_and_error(shuffle)}
+        drawn = [d for p in parts for d in p.drawn]
+        log_q = log_mixture(list(pair.chunks()), drawn, given, progress=progress)
+    terms = {**_surgery(drawn, log_q), "shuffle_loss": _mean_and_error(torch.cat([p.shuffle_loss for p in parts]))}
     return CollapseReport(
         dimensions=_dimensions(parts, threshold),
         **{name: mean for name, (mean, _) in terms.items()},
         standard_error={name: error for name, (_, error) in terms.items()},
-        num_rows=data.num_rows,
+        num_rows=pair.num_rows,
         threshold=threshold,
     )
 
 
+def _others(pair: Pair) -> Pair:
+    """Every row replaced by another one, at random; the pair itself if rows cannot be taken apart."""
+    if not pair.structure.chunkable:
+        return pair
+    return pair.take(_another(pair.num_rows).to(pair.device))
+
+
+def _another(rows: int) -> Tensor:
+    """A row for each row, never its own: [rows]."""
+    order = torch.randperm(rows)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
 class _Part:
-    """What one chunk of rows has to say.
+    """The sums of one chunk of rows.
 
     kl, means: site -> [rows, D]; means twice, of independent halves of the draws, so that the covariance of the
     halves over x has no Monte Carlo variance in it. firsts: means at one draw of what a site depends on.
     """
 
-    def __init__(self, pair: Pair, given: Values, half: int, kept: int) -> None:
-        self.pair, self.kept = pair, kept
+    def __init__(self, pair: Pair, other: Pair, given: Values, half: int, kept: int) -> None:
+        self.pair, self.other, self.given, self.kept = pair, other, given, kept
         self.kl: dict[str, Tensor] = {}
         self.kind: dict[str, str] = {}
         self.means: list[dict[str, Tensor]] = [{}, {}]
         self.firsts: dict[str, Tensor] = {}
         self.drawn: list[MixtureDraws] = []
-        losses: list[Tensor] = []
+        self.shuffle_loss: Any = 0.0  # [rows]
         for means in self.means:
-            for model, guide in pair.draws(half, given):
-                count = self._add(model, guide, means, half)
-                losses.append(self._shuffled(model, guide) * count / (2 * half))
-        self.shuffle_loss = torch.stack(losses).sum(0)  # [rows]
+            for model, guide, count in joint_draws(pair, half, given):
+                self._add(model, guide, means, count / half)
+                self.shuffle_loss = self.shuffle_loss + self._shuffled(model, guide, count) * count / (2 * half)
 
-    def _add(self, model: Trace, guide: Trace, means: dict[str, Tensor], half: int) -> int:
-        count = 1
+    def _add(self, model: Trace, guide: Trace, means: dict[str, Tensor], share: float) -> None:
         for site in self.pair.structure.local_latents:
-            q = latent_fn(guide, site.name)
             kl, self.kind[site.name] = site_kl(self.pair, model, guide, site.name)
-            mean = latent_mean(self.pair, q)
-            count = self.pair.values(guide, site.name).shape[0]
-            _accumulate(self.kl, site.name, kl.mean(0) * count / (2 * half))
-            _accumulate(means, site.name, mean.mean(0) * count / half)
+            mean = latent_mean(self.pair, latent_node(guide, site.name))
+            self.kl[site.name] = self.kl.get(site.name, 0.0) + kl.mean(0) * share / 2
+            means[site.name] = means.get(site.name, 0.0) + mean.mean(0) * share
             self.firsts.setdefault(site.name, mean[0])
-        missing = self.kept - sum(len(d) for d in self.drawn) // self.pair.batch.num_rows
+        missing = self.kept - sum(len(d) for d in self.drawn) // self.pair.num_rows
         if missing > 0:
             self.drawn.append(MixtureDraws.of(self.pair, model, guide, missing))
-        return count
 
-    def _shuffled(self, model: Trace, guide: Trace) -> Tensor:
-        """Fall of log p(x | z) when z goes to another row: [rows], a mean over the draws."""
-        rows, plate = self.pair.batch.num_rows, self.pair.structure.data_plate
-        assert plate is not None
-        order = torch.randperm(rows)
-        other = torch.empty_like(order).scatter_(0, order, order.roll(1))
-        values = {s["name"]: s["value"] for s in sample_sites(guide)}
-        for s in sample_sites(guide):
-            if self.pair.is_local(s):
-                dim = plate.dim - len(s["fn"].event_shape)
-                value = s["value"]
-                values[s["name"]] = value.index_select(dim, other.to(value.device))
-        count = self.pair.values(guide, self.pair.structure.local_latents[0].name).shape[0]
-        swapped = self.pair.model_at(values, count)
-        fall = self._log_likelihood(model) - self._log_likelihood(swapped)
-        return fall.mean(0)
+    def _shuffled(self, model: Trace, guide: Trace, count: int) -> Tensor:
+        """Fall of log p(x | z) when z is that of another row: [rows], a mean over the draws."""
+        values = self._values_of_others(guide, count)
+        swapped = self.pair.model(count if self.pair.vectorized else None, given={**self.given, **values})
+        return (self._log_likelihood(model) - self._log_likelihood(swapped)).mean(0)
+
+    def _values_of_others(self, guide: Trace, count: int) -> Values:
+        """The local latents of other rows: drawn for them, or exchanged where rows cannot be taken apart."""
+        if self.other is not self.pair and self.pair.structure.chunkable:
+            guide = self.other.guide(count if self.pair.vectorized else None, given=self.given)
+            return {s["name"]: s["value"] for s in sample_sites(guide) if self.pair.is_local(s)}
+        plate, order = self.pair.structure.data_plate, _another(self.pair.num_rows).to(self.pair.device)
+        local = [s for s in sample_sites(guide) if self.pair.is_local(s)]
+        return {
+            s["name"]: s["value"].index_select(plate.dim - len(s["fn"].event_shape), order) for s in local if plate
+        }
 
     def _log_likelihood(self, trace: Trace) -> Tensor:
         return self.pair.log_prob(trace, lambda s: s["is_observed"])
-
-
-def _accumulate(into: dict[str, Tensor], name: str, value: Tensor) -> None:
-    into[name] = into[name] + value if name in into else value
 
 
 def _dimensions(parts: list[_Part], threshold: float) -> pd.DataFrame:
@@ -241,13 +264,11 @@ def _dimensions(parts: list[_Part], threshold: float) -> pd.DataFrame:
     return pd.concat(tables)
 
 
-def _surgery(
-    fitted: FittedModel, data: Batch, parts: list[_Part], given: Values, whole: bool, progress: bool
-) -> dict[str, tuple[float, float]]:
-    """The average KL, the information and the marginal KL of the same draws, each with its standard error."""
-    drawn = [d for p in parts for d in p.drawn]
-    pairs = [Pair(fitted, rows) for rows in row_chunks(data, 1, fitted.program.device, whole)]
-    log_q = log_mixture(pairs, drawn, given, progress=progress)  # [draws]
+def _surgery(drawn: list[MixtureDraws], log_q: Tensor) -> dict[str, tuple[float, float]]:
+    """The average KL, the information and the marginal KL of the same draws, each with its standard error.
+
+    log_q: of the aggregated posterior at every draw, [draws].
+    """
     own, prior = torch.cat([d.log_guide for d in drawn]), torch.cat([d.log_prior for d in drawn])
     terms = {"mutual_information": own - log_q, "marginal_kl": log_q - prior}
     found = {name: _mean_and_error(term) for name, term in terms.items()}

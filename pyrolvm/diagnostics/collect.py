@@ -1,4 +1,4 @@
-"""From a fitted pair to plain arrays on the host, a chunk of rows at a time: what `to_inference_data` names."""
+"""From a fitted pair to named arrays on the host, a chunk of rows at a time: what `to_inference_data` hands to ArviZ."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
-from pyrolvm.diagnostics.tables import Arrays, Layout
-from pyrolvm.errors import SettingError
-from pyrolvm.inference.posterior.fitted import FittedModel, check_count
+from pyrolvm.errors import SettingError, count
+from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import model_record, versions
 from pyrolvm.inference.program.draws import Draws, tidy
 from pyrolvm.inference.program.enumerated import TOGETHER, enumerated_sites
-from pyrolvm.inference.program.handlers import Fixed
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import Structure, sample_sites
 from pyrolvm.progress import watched
 
@@ -31,38 +28,58 @@ PRIOR = {"prior", "prior_predictive"}
 JOINT = ("log_p", "log_q")
 ROWS = ("log_p_row", "log_q_row")
 GLOBAL = ("log_p_global", "log_q_global")
+FEATURE = "feature"
+
+Arrays = dict[str, dict[str, np.ndarray]]
+Dims = dict[str, dict[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
 class Collected:
-    """group -> variable -> array, and what is needed to name their dimensions."""
+    """Named arrays.
+
+    Attributes
+    ----------
+    arrays : dict
+        Group -> variable -> [draws, plates..., event...], without draws in "observed_data".
+    dims : dict
+        Group -> variable -> the names of its dimensions after the draws.
+    coords : dict
+        Dimension -> labels, where there are any but positions.
+    attrs : dict
+        What a netCDF file can keep: text and numbers.
+    """
 
     arrays: Arrays
-    layouts: dict[str, Layout]
-    row_dim: str | None
-    row_names: Sequence[Any] | None
-    columns: list[str] | None
+    dims: Dims
+    coords: dict[str, Any]
     attrs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The dimensions of a site: the names of its plates, the data plate first, and its event shape."""
+
+    plates: tuple[str, ...]
+    event_shape: tuple[int, ...]
+    data: bool
 
 
 @dataclass
 class _Parts:
-    """Arrays of row chunks; those of sites in the data plate are joined along `axis`."""
+    """Arrays of row chunks; those of sites in the data plate are joined along their rows."""
 
     local: set[str]
+    wanted: Sequence[str]
     groups: dict[str, dict[str, list[np.ndarray]]] = field(default_factory=dict)
 
-    def add(self, group: str, values: dict[str, Tensor], wanted: Sequence[str]) -> None:
-        if group not in wanted:
+    def add(self, group: str, values: Mapping[str, Tensor]) -> None:
+        if group not in self.wanted:
             return
         parts = self.groups.setdefault(group, {})
         for name, value in values.items():
             if name in self.local or name not in parts:  # what all rows share is kept once
                 parts.setdefault(name, []).append(value.detach().cpu().numpy())
-
-    def add_draws(self, draws: Draws, latents: str, predictions: str, wanted: Sequence[str]) -> None:
-        self.add(latents, draws.values, wanted)
-        self.add(predictions, draws.predictive, wanted)
 
     def whole(self, group: str) -> dict[str, np.ndarray]:
         axis = 0 if group == "observed_data" else 1
@@ -71,32 +88,48 @@ class _Parts:
 
 
 def collect(
-    fitted: FittedModel, x: Any, num_samples: int, groups: Sequence[str], seed: int, *, progress: bool = True
+    fitted: FittedModel,
+    x: Any,
+    num_samples: int,
+    groups: Sequence[str],
+    dims: Mapping[str, Sequence[str]],
+    seed: int,
+    *,
+    progress: bool = True,
 ) -> Collected:
     """The wanted groups for the rows of `x`; draws that are not wanted are dropped chunk by chunk."""
-    check_count("num_samples", num_samples)
-    batch = fitted.batch(x)
-    _check_memory(fitted, batch.num_rows, num_samples, groups)
-    chunks = len(fitted._chunks(batch, per_row=num_samples))
-    parts = _Parts({s.name for s in fitted.structure.sites if s.local} | {TOGETHER, *ROWS})
-    layouts = _observe(fitted, batch, parts)
+    count("num_samples", num_samples)
+    pair = fitted.pair(x)
+    _check_memory(fitted, pair.num_rows, num_samples, groups)
+    parts = _Parts({s.name for s in fitted.structure.sites if s.local} | {TOGETHER, *ROWS}, groups)
+    layouts = _observe(pair, parts)
+    _check_dims(layouts, dims)
+    options: dict[str, Any] = {"seed": seed, "progress": progress}
     if POSTERIOR & set(groups):
         enumerated_sites(fitted.structure)  # those that cannot be drawn are refused, not left at the prior
-        found = fitted.draw_chunks(batch, num_samples, seed=seed)
-        for draws in watched(found, "draws of the posterior", chunks, enabled=progress):
-            parts.add_draws(draws, "posterior", "posterior_predictive", groups)
-            parts.add("log_likelihood", draws.pointwise, groups)
-            parts.add("sample_stats", _densities(draws), groups)
+        for draws in _draws(fitted, pair, num_samples, **options):
+            parts.add("posterior", draws.values)
+            parts.add("posterior_predictive", draws.predictive)
+            parts.add("log_likelihood", draws.pointwise)
+            parts.add("sample_stats", _densities(draws))
     if PRIOR & set(groups):
-        found = fitted.draw_chunks(batch, num_samples, prior=True, seed=seed)
-        for draws in watched(found, "draws of the prior", chunks, enabled=progress):
-            parts.add_draws(draws, "prior", "prior_predictive", groups)
+        for draws in _draws(fitted, pair, num_samples, prior=True, **options):
+            parts.add("prior", draws.values)
+            parts.add("prior_predictive", draws.predictive)
     arrays = {g: v for g in groups if (v := parts.whole(g))}
+    attrs = _attrs(fitted, seed)
     if "sample_stats" in arrays:
-        arrays["sample_stats"] = _stats(arrays["sample_stats"], fitted.structure, batch.num_rows)
-    plate = fitted.structure.data_plate
-    name = plate.name if plate else None
-    return Collected(arrays, layouts, name, row_names(x), batch.columns, _attrs(fitted, seed))
+        arrays["sample_stats"], note = _stats(arrays["sample_stats"], fitted, pair)
+        attrs |= {"weights": note} if note else {}
+    plate = fitted.structure.data_plate.name if fitted.structure.data_plate else "row"
+    named, coords = name_dims(arrays, layouts, dims, plate, row_names(x), fitted.columns or pair.batch.columns)
+    return Collected(arrays, named, coords, attrs)
+
+
+def _draws(fitted: FittedModel, pair: Pair, num_samples: int, *, progress: bool, **options: Any) -> Any:
+    parts = fitted.draw_chunks(pair.batch, num_samples, **options)
+    what = "draws of the prior" if options.get("prior") else "draws of the posterior"
+    return watched(parts, what, len(list(pair.chunks(num_samples))), enabled=progress)
 
 
 def physical_memory() -> float:
@@ -134,52 +167,136 @@ def numbers_per_draw(structure: Structure, num_rows: int, groups: Sequence[str])
 
 
 @torch.no_grad()
-def _observe(fitted: FittedModel, x: Batch, parts: _Parts) -> dict[str, Layout]:
-    """The layout of every site, from the model run at the guide's means; its observed values go to `parts`."""
-    layouts: dict[str, Layout] = {}
-    for batch in fitted._chunks(x):
-        guide = fitted._guide_trace(batch)
-        with fitted._scope(batch), Fixed({s["name"]: s["value"] for s in sample_sites(guide)}):
-            trace = pyro.poutine.trace(fitted.program.model).get_trace(*batch.args, **batch.kwargs)
-        sites = list(sample_sites(trace))
-        layouts = layouts or {s["name"]: _layout(s, fitted.structure) for s in sites}
-        values = {s["name"]: tidy(fitted.structure, s, s["value"])[0] for s in sites if s["is_observed"]}
-        parts.add("observed_data", values, ("observed_data",))
+def _observe(pair: Pair, parts: _Parts) -> dict[str, _Layout]:
+    """The layout of every site, from the model run at the guide's means; its data go to `parts`."""
+    layouts: dict[str, _Layout] = {}
+    data = {s.name for s in pair.structure.observed}
+    for chunk in pair.chunks():
+        sites = list(sample_sites(chunk.model(given=chunk.means())))
+        layouts = layouts or {s["name"]: _layout(s, pair.structure, s["name"] in data) for s in sites}
+        values = {s["name"]: tidy(pair.structure, s, s["value"])[0] for s in sites if s["name"] in data}
+        parts.add("observed_data", values)
     return layouts
 
 
-def _layout(site: Any, structure: Structure) -> Layout:
+def _layout(site: Any, structure: Structure, data: bool) -> _Layout:
     """Plates in the order in which draws have them: the data plate, then the others from the left."""
     plate = structure.data_plate.name if structure.data_plate else None
     frames = sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
     frames.sort(key=lambda f: f.name != plate)
-    known = next(s for s in structure.sites if s.name == site["name"])
-    categories = None
-    if known.family == "Categorical":
-        categories = len(site["fn"].enumerate_support(expand=False))
-    plates = tuple(f.name for f in frames)
-    return Layout(plates, tuple(site["fn"].event_shape), known.observed, known.local, categories)
+    return _Layout(tuple(f.name for f in frames), tuple(site["fn"].event_shape), data)
+
+
+def name_dims(
+    arrays: Arrays,
+    layouts: Mapping[str, _Layout],
+    given: Mapping[str, Sequence[str]],
+    row_dim: str,
+    rows: Sequence[Any] | None,
+    columns: Sequence[str] | None,
+) -> tuple[Dims, dict[str, Any]]:
+    """Names of all dimensions after the draws, and the labels of rows and features where they fit."""
+    variables = {name for group in arrays.values() for name in group} | {"chain", "draw"}
+    events = _event_names(layouts) | {k: tuple(v) for k, v in given.items()}
+    dims, sizes = {}, dict[str, int]()
+    for group, values in arrays.items():
+        dims[group] = {
+            name: _distinct(_names(group, name, value, layouts, events, row_dim), variables)
+            for name, value in values.items()
+        }
+        for name, value in values.items():
+            _measure(dims[group][name], value.shape[group != "observed_data" :], sizes)
+    labels = {_clear(row_dim, variables): rows, _clear(FEATURE, variables): columns}
+    return dims, {k: list(v) for k, v in labels.items() if v is not None and sizes.get(k) == len(v)}
+
+
+def _event_names(layouts: Mapping[str, _Layout]) -> dict[str, tuple[str, ...]]:
+    """The entries of the first vector of data are features; any other vector's are named after their site."""
+    vectors = [k for k, v in layouts.items() if v.data and len(v.event_shape) == 1]
+    return {
+        k: (FEATURE,) if k in vectors[:1] else (f"{k}_dim",) if n == 1 else tuple(f"{k}_dim_{i}" for i in range(n))
+        for k, n in ((k, len(v.event_shape)) for k, v in layouts.items())
+    }
+
+
+def _names(
+    group: str,
+    name: str,
+    value: np.ndarray,
+    layouts: Mapping[str, _Layout],
+    events: Mapping[str, tuple[str, ...]],
+    row_dim: str,
+) -> tuple[str, ...]:
+    wanted = value.ndim - (group != "observed_data")
+    if group == "sample_stats" or name not in layouts:
+        return (row_dim,)[:wanted]
+    plates = layouts[name].plates
+    names = plates[:wanted] if group == "log_likelihood" else plates + events[name]
+    # dimensions that the program declares neither by a plate nor by to_event have no name of their own
+    return names if len(names) == wanted else tuple(f"{name}_dim_{i}" for i in range(wanted))
+
+
+def _distinct(names: tuple[str, ...], variables: set[str]) -> tuple[str, ...]:
+    return tuple(_clear(name, variables) for name in names)
+
+
+def _clear(name: str, variables: set[str]) -> str:
+    """A dimension may not be called like a variable: a site "data" in a plate "data"."""
+    while name in variables:
+        name += "_dim"
+    return name
+
+
+def _measure(names: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+    for name, size in zip(names, shape, strict=True):
+        if sizes.setdefault(name, size) != size:
+            raise SettingError(
+                f"the dimension '{name}' has {sizes[name]} entries in one site and {size} in another: "
+                "name them apart with dims={'site': [...]}"
+            )
+
+
+def _check_dims(layouts: Mapping[str, _Layout], given: Mapping[str, Sequence[str]]) -> None:
+    for site, names in given.items():
+        if site not in layouts:
+            raise SettingError(f"dims names the site '{site}', which is not one of {', '.join(layouts)}")
+        shape = layouts[site].event_shape
+        if isinstance(names, str) or len(names) != len(shape) or len(set(names)) < len(names):
+            raise SettingError(
+                f"dims gives '{site}' the names {names!r}, but its event dimensions are {list(shape)}: "
+                f"type a list of {len(shape)} different names"
+            )
 
 
 def _densities(draws: Draws) -> dict[str, Tensor]:
     """log p and log q: by row, and what the global latents add."""
-    given = (draws.log_prior, draws.log_likelihood, draws.log_guide)
-    prior, likelihood, guide = (t for t in given if t is not None)
-    shared = (draws.global_log_prior, draws.global_log_guide)
-    return {"log_p_row": prior + likelihood, "log_q_row": guide} | {
-        k: v for k, v in zip(GLOBAL, shared, strict=True) if v is not None
-    }
+    assert draws.log_prior is not None
+    assert draws.log_likelihood is not None
+    assert draws.log_guide is not None
+    shared = zip(GLOBAL, (draws.global_log_prior, draws.global_log_guide), strict=True)
+    rows = {"log_p_row": draws.log_prior + draws.log_likelihood, "log_q_row": draws.log_guide}
+    return rows | {k: v for k, v in shared if v is not None}
 
 
-def _stats(parts: dict[str, np.ndarray], structure: Structure, num_rows: int) -> dict[str, np.ndarray]:
-    """Joint log-densities [draws], and those of each row [draws, rows] where they mean something."""
-    stats = {}
-    for joint, row, shared in zip(JOINT, ROWS, GLOBAL, strict=True):
-        stats[joint] = parts[row].sum(1, dtype=np.float64) + parts[shared]
-    by_row = structure.data_plate is not None and structure.joint_guide is None
-    if by_row and parts[ROWS[0]].shape[1] == num_rows:
-        stats |= {row: parts[row] for row in ROWS}
-    return stats
+def _stats(parts: dict[str, np.ndarray], fitted: FittedModel, pair: Pair) -> tuple[dict[str, np.ndarray], str]:
+    """Log-densities of each row, and of all, where they mean something; and why not, where they do not.
+
+    The joint densities weigh draws of latents that all data share, whose posterior is that of the training data whole:
+    of other rows the weights p(x, g) / q(g) would lead to another posterior.
+    """
+    structure, stats, note = fitted.structure, {}, ""
+    if structure.data_plate is not None and structure.joint_guide is None:
+        stats = {row: parts[row] for row in ROWS if parts[row].shape[1] == pair.num_rows}
+    if structure.global_latents and pair.batch.num_rows != fitted.num_rows:
+        note = (
+            f"no log_p and log_q: '{structure.global_latents[0].name}' is shared by all data, its guide is fitted to "
+            f"{fitted.num_rows} rows, and weights for the {pair.batch.num_rows} rows given would lead to another "
+            "posterior"
+        )
+    else:
+        for joint, row, shared in zip(JOINT, ROWS, GLOBAL, strict=True):
+            stats[joint] = parts[row].sum(1, dtype=np.float64) + parts.get(shared, 0.0)
+    return stats, note
 
 
 def row_names(x: Any) -> Sequence[Any] | None:

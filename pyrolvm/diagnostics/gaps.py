@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.diagnostics.evidence import evidence_name
 from pyrolvm.diagnostics.gaussians import (
     Gaussians,
     LogJoint,
@@ -31,29 +31,37 @@ from pyrolvm.diagnostics.gaussians import (
     num_climbs,
     refine,
 )
-from pyrolvm.diagnostics.pair import Pair, local_sites, row_chunks
-from pyrolvm.errors import ProgramError, SettingError
+from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise
+from pyrolvm.errors import ProgramError, SettingError, one_of
+from pyrolvm.inference.posterior import evidence as estimators
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
-from pyrolvm.seeds import Purpose, derived_seed
 
 FAMILIES = ("auto", "mean_field", "full")
 
 
-@dataclass(frozen=True)
-class Gaps:
+@dataclass(frozen=True, repr=False)
+class Gaps(Report):
     """The gaps of every datum, in nats.
 
-    table: one row per datum: `log_evidence`, `elbo` (the guide's), `elbo_best` (of the family), and the three
-        gaps; `standard_error` is that of `log_evidence`, 0 where it is exact.
-    family: "mean_field" or "full". of_guide: whether it is the guide's own family; if not, the amortisation gap
-        may be negative, the guide being richer than the family it is compared with.
+    Attributes
+    ----------
+    table : DataFrame
+        One row per datum: `log_evidence`, `elbo` (the guide's), `elbo_best` (of the family), and the three gaps;
+        `standard_error` is that of `log_evidence`, 0 where it is exact.
+    family : {"mean_field", "full"}
+    of_guide : bool
+        Whether it is the guide's own family; if not, the amortisation gap may be negative, the guide being richer than
+        the family it is compared with.
+    name : str
+        What `log_evidence` is: see `evidence_name`.
     """
 
     table: pd.DataFrame
     family: str
     of_guide: bool
+    name: str = "log p(x)"
 
     @property
     def means(self) -> pd.Series:
@@ -61,11 +69,11 @@ class Gaps:
         return self.table.mean()
 
     @property
-    def sentence(self) -> str:
+    def sentences(self) -> list[str]:
         """The findings in plain words."""
         m, family = self.means, self.family.replace("_", "-")
         words = (
-            f"The bound is {m['inference_gap']:.2f} nats per datum below log p(x): {m['approximation_gap']:.2f} "
+            f"The bound is {m['inference_gap']:.2f} nats per datum below {self.name}: {m['approximation_gap']:.2f} "
             f"because q is a {family} Gaussian, {m['amortisation_gap']:.2f} because one network serves all data."
         )
         if not self.of_guide:
@@ -74,15 +82,17 @@ class Gaps:
             "approximation_gap" if m["approximation_gap"] >= m["amortisation_gap"] else "amortisation_gap"
         )
         if m["inference_gap"] < 0.05:
-            return words
+            return [words]
         advice = {
             "approximation_gap": "a richer family would help more than a larger encoder",
             "amortisation_gap": "a larger encoder, longer training or refinement per datum would help most",
         }
-        return f"{words[:-1]}; {advice[larger]}."
+        return [f"{words[:-1]}; {advice[larger]}."]
 
-    def __str__(self) -> str:
-        return f"{self.sentence}\n{self.means.to_string(float_format='%.3f')}"
+    @property
+    def shown(self) -> str:
+        """The means."""
+        return self.means.to_string(float_format="%.3f")
 
 
 def evidence_gaps(
@@ -101,37 +111,42 @@ def evidence_gaps(
 
     Parameters
     ----------
-    family: "mean_field", "full", or "auto" for the guide's own.
-    num_samples: draws for every bound, common to the guide and its refinement; and for log p(x).
-    num_steps, learning_rate: of the refinement, in units of the guide's own scales.
-    log_evidence: log p(x) [rows] from elsewhere (annealed importance sampling, say). By default the model's
-        exact one if it has any, else an importance estimate from the best full-covariance Gaussian, which is
-        a lower bound on average, so that gaps are then too small rather than too large.
+    family : {"auto", "mean_field", "full"}
+        "auto" is the guide's own.
+    num_samples : int
+        Draws for every bound, common to the guide and its refinement; and for log p(x).
+    num_steps, learning_rate : int, float
+        Of the refinement, in units of the guide's own scales.
+    log_evidence : tensor [rows], optional
+        log p(x) from elsewhere (annealed importance sampling, say). By default the model's exact one if it has any,
+        else an importance estimate from the best full-covariance Gaussian, which is a lower bound on average, so
+        that gaps are then too small rather than too large.
 
-    Raises `ProgramError` for latents that are not real, not of each datum, enumerated or shared by all data;
-    `SettingError` for an unknown family.
+    Raises
+    ------
+    ProgramError
+        Latents are not real, not of each datum, enumerated, held at points, or shared by all data.
+    SettingError
+        The family is unknown.
     """
-    if family not in FAMILIES:
-        raise SettingError(f"family='{family}' is not known: choose from {', '.join(FAMILIES)}")
+    one_of("family", family, FAMILIES)
     _check(fitted)
-    data = fitted.batch(x)
-    whole = bool(fitted.structure.per_datum) or not fitted.structure.takes_any_rows
-    known = _known_evidence(fitted, x, data, log_evidence)
+    pair = fitted.pair(x)
+    known = _known_evidence(pair, log_evidence)
     parts, first = [], 0
-    bars = progress_bar("evidence gaps", data.num_rows, enabled=progress, unit="rows", after=PATIENCE)
-    noise = seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device)
-    with bars as bar, noise, torch.enable_grad():
-        for rows in row_chunks(data, num_samples, fitted.program.device, whole):
-            part = _Refinement(Pair(fitted, rows), family, num_samples, num_steps, learning_rate)
-            given = None if known is None else known[first : first + rows.num_rows]
+    bars = progress_bar("evidence gaps", pair.num_rows, enabled=progress, unit="rows", after=PATIENCE)
+    with bars as bar, noise(pair, seed, Measure.GAPS), torch.enable_grad():
+        for chunk in pair.chunks(num_samples):
+            part = _Refinement(chunk, family, num_samples, num_steps, learning_rate)
+            given = None if known is None else known[first : first + chunk.num_rows]
             parts.append(part.table(given, bar))
-            first += rows.num_rows
+            first += chunk.num_rows
     table = pd.concat(parts, ignore_index=True).rename_axis("row")
-    return Gaps(table, part.family, part.of_guide)
+    return Gaps(table, part.family, part.of_guide, evidence_name(fitted))
 
 
 def _check(fitted: FittedModel) -> None:
-    sites = local_sites(fitted, "an evidence gap")
+    sites = local_sites(fitted.structure, "an evidence gap")
     shared = fitted.structure.global_latents
     if shared:
         raise ProgramError(
@@ -142,14 +157,15 @@ def _check(fitted: FittedModel) -> None:
         raise ProgramError("gaps are for real latents, and this program has discrete ones")
 
 
-def _known_evidence(fitted: FittedModel, x: Any, data: Batch, given: Tensor | None) -> Tensor | None:
+def _known_evidence(pair: Pair, given: Tensor | None) -> Tensor | None:
     if given is not None:
-        if given.shape != (data.num_rows,):
-            raise SettingError(f"log_evidence is {list(given.shape)}: [{data.num_rows}] wanted, one per row")
+        if given.shape != (pair.num_rows,):
+            raise SettingError(f"log_evidence is {list(given.shape)}: [{pair.num_rows}] wanted, one per row")
         return given.detach().double()
-    if getattr(fitted.program.owner, "log_marginal", None) is None:
+    try:
+        return estimators.log_evidence(pair, "exact").double()
+    except (SettingError, ProgramError):
         return None
-    return fitted.log_evidence(x, "exact").double()
 
 
 class _Refinement:
@@ -169,7 +185,7 @@ class _Refinement:
 
     def table(self, log_evidence: Tensor | None, bar: Bar) -> pd.DataFrame:
         passes = 1 if log_evidence is not None or self.family == "full" else 2
-        watch = partial(bar.advance, self.pair.batch.num_rows / (passes * num_climbs(self.options[0])))
+        watch = partial(bar.advance, self.pair.num_rows / (passes * num_climbs(self.options[0])))
         found = refine(self.log_joint, self.guide, self.family, *self.options, watch)
         with torch.no_grad():
             start = self.guide.mean_field() if self.family == "mean_field" else self.guide
@@ -200,11 +216,8 @@ class _Refinement:
         if self.gaussian:
             return at_start if self.of_guide else self._bound(self.guide)
         total = torch.zeros_like(at_start)
-        for model, guide in self.pair.draws(len(self.noise)):
-            weight = self.pair.log_prob(model, self.pair.is_local) - self.pair.log_prob(
-                guide, self.pair.is_local
-            )
-            total = total + weight.sum(0)
+        for model, guide, _ in joint_draws(self.pair, len(self.noise)):
+            total = total + self.pair.densities(model, guide).log_weight.double().sum(0)
         return total / len(self.noise)
 
     def _importance(self, found: Gaussians, watch: Callable[[], None]) -> tuple[Tensor, Tensor]:

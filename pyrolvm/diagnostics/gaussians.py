@@ -20,10 +20,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from pyrolvm.diagnostics.pair import Pair
-from pyrolvm.diagnostics.sites import NORMALS, latent_fn
+from pyrolvm.diagnostics.measures import joint_draws
+from pyrolvm.diagnostics.sites import NORMALS, latent_node
 from pyrolvm.errors import ProgramError
-from pyrolvm.plates import arange_rows
+from pyrolvm.inference.program.pair import Pair
 
 MOMENT_DRAWS = 500
 RATES = (4.0, 2.0, 1.0)
@@ -74,10 +74,9 @@ class LogJoint:
 
     def __call__(self, z: Tensor) -> Tensor:
         """[draws, rows] in nats, float64."""
-        structure = self.pair.structure
-        if self.pair.fitted.vectorized:
+        if self.pair.vectorized:
             return self._at(self.pair, z)
-        if not structure.takes_any_rows:
+        if not self.pair.structure.chunkable:
             return torch.cat([self._at(self.pair, part) for part in z.split(1)])
         # draws at once for networks that know no further dimension: as rows
         return self._at(self._repeated(len(z)), z.reshape(1, -1, z.shape[-1])).reshape(z.shape[:2])
@@ -86,14 +85,12 @@ class LogJoint:
         values = {}
         for site, part in zip(self.sites, z.split(self.sizes, -1), strict=True):
             value = part.reshape(*part.shape[:2], *site.event_shape)
-            values[site.name] = value if len(z) > 1 else value.squeeze(0)
-        return pair.log_prob(pair.model_at(values, len(z)), pair.is_local)
+            values[site.name] = value if pair.vectorized else value.squeeze(0)
+        return pair.log_prob(pair.model(len(z) if pair.vectorized else None, given=values), pair.is_local)
 
     def _repeated(self, count: int) -> Pair:
         if count not in self._pairs:
-            batch = self.pair.batch
-            rows = arange_rows(batch.num_rows, self.pair.program.device).repeat(count)
-            self._pairs[count] = Pair(self.pair.fitted, batch.take(rows))
+            self._pairs[count] = self.pair.repeated(count)
         return self._pairs[count]
 
 
@@ -104,11 +101,11 @@ def guide_gaussians(pair: Pair) -> tuple[Gaussians, str]:
     Of "other" (several sites, flows) they are the Gaussians of its first two moments.
     """
     sites = pair.structure.local_latents
-    model, guide = pair.run(2)
+    model, guide = pair.draw(2 if pair.vectorized else None)
     for site in sites:
         _check_real(model, site.name)
-    fn = latent_fn(guide, sites[0].name)["fn"] if len(sites) == 1 else None
-    found = _exact(fn, pair.batch.num_rows) if fn is not None else None
+    fn = latent_node(guide, sites[0].name)["fn"] if len(sites) == 1 else None
+    found = _exact(fn, pair.num_rows) if fn is not None else None
     return found if found is not None else (_moments(pair), "other")
 
 
@@ -148,7 +145,7 @@ def _rows_last(value: Tensor, rows: int, event_dims: int) -> Tensor:
 
 def _moments(pair: Pair) -> Gaussians:
     drawn = []
-    for _, guide in pair.draws(MOMENT_DRAWS):
+    for _, guide, _ in joint_draws(pair, MOMENT_DRAWS):
         sites = pair.structure.local_latents
         drawn.append(torch.cat([pair.values(guide, s.name) for s in sites], -1))
     z = torch.cat(drawn)  # [draws, rows, D]

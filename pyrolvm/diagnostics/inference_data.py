@@ -4,7 +4,7 @@ Draws of a guide are independent, so they stand as one chain: r-hat and effectiv
 about them, and `az.summary(idata, kind="stats")` is the summary that means something. How far the guide is from
 the posterior is another question: see `pyrolvm.diagnose`.
 
-`pyrolvm.diagnostics.tables` names the dimensions, `to_arviz` is the one place that knows which ArviZ is installed.
+`pyrolvm.diagnostics.collect` names the dimensions, `to_arviz` is the one place that knows which ArviZ is installed.
 This is the only file that imports arviz, and it does so when called: importing pyrolvm stays quick and quiet.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyrolvm.diagnostics.tables import Tables
     from pyrolvm.inference.posterior.fitted import FittedModel
 
 GROUPS = (
@@ -47,81 +46,110 @@ def to_inference_data(
     The same `seed` gives the same numbers as `fitted.draws(x, num_samples, seed=seed)`. Draws are one chain:
     [1, num_samples, ...]. All log-densities are in nats.
 
-    Groups
-    ------
-    posterior: every latent site, local ones [chain, draw, row, event...], global ones without row. Latents that
-        the model sums out are drawn from p(z | x, other latents).
-    posterior_predictive, prior_predictive: data drawn anew, [chain, draw, row, event...].
-    prior: every latent, from the model alone.
-    log_likelihood: log p(x | z) of each observed site, [chain, draw, row]; where latents are summed out, the sum.
-    observed_data: the observed values, [row, event...].
-    sample_stats: `log_p` and `log_q` [chain, draw], the joint log p(x, z) and log q(z) over the rows of `x`, as
-        `approximate_loo` takes them; `log_p_row` and `log_q_row` [chain, draw, row], the part of
-        each datum given the global latents.
+    The groups are
 
-    Dimensions: a plate gives its name ("data"); the entries of a row are "feature", with the table's column names
-    as coordinates; a latent vector `z` has "z_dim", and the categories of a discrete `z` are "z_category". Other
-    sites take these names for axes of the same length, if only one name has it ("loadings": feature, z_dim).
+    - posterior: every latent site, local ones [chain, draw, row, event...], global ones without row. Latents that
+      the model sums out are drawn from p(z | x, other latents).
+    - posterior_predictive, prior_predictive: data drawn anew, [chain, draw, row, event...].
+    - prior: every latent, from the model alone.
+    - log_likelihood: log p(x | z) of each observed site, [chain, draw, row]; where latents are summed out, the sum.
+      Masked values add 0.
+    - observed_data: the observed values, [row, event...].
+    - sample_stats: `log_p` and `log_q` [chain, draw], the joint log p(x, z) and log q(z) over the rows of `x`, as
+      `approximate_loo` takes them; `log_p_row` and `log_q_row` [chain, draw, row], the part of each datum given the
+      global latents. With global latents, `log_p` and `log_q` are of the training data whole, and left out for other
+      rows (the attribute "weights" gives the reason).
+
+    A plate gives its name to a dimension ("data"). The entries of a vector of data are "feature", with the table's
+    column names as coordinates; those of another vector `z` are "z_dim", of a matrix `W` "W_dim_0" and "W_dim_1".
     A table's own index becomes the coordinate of the rows.
 
     LOO is for latents that the data share. With a latent per datum, 1 / E[1 / p(x_n | z_n)] stands for log p(x_n) and
-    converges badly (k-hat says so): compare such models by `fitted.log_evidence(x)`.
+    converges badly (k-hat is then large): compare such models by `fitted.log_evidence(x)`.
 
     Parameters
     ----------
-    groups: those wanted. What is not is not kept in memory; predictions and likelihoods hold
+    num_samples : int
+        Draws.
+    groups : list of str
+        Those wanted. What is not is not kept in memory; predictions and likelihoods hold
         num_samples x rows (x features) numbers.
-    dims: site -> names of its event dimensions, where the names above do not suit.
+    dims : dict, optional
+        Site -> names of its event dimensions: {"loadings": ["feature", "z_dim"]}.
 
-    Raises `SettingError` for an unknown group, dims that do not fit, or more numbers than the machine's memory
-    holds, `ProgramError` if the model sums out latents that are not inside its data plate, and `DataError` for
-    data that do not fit.
+    Returns
+    -------
+    arviz.InferenceData or xarray.DataTree
+
+    Raises
+    ------
+    SettingError
+        An unknown group, dims that do not fit, or more numbers than the machine's memory holds.
+    ProgramError
+        The model sums out latents that are not inside its data plate.
+    DataError
+        The data do not fit.
     """
     from pyrolvm.diagnostics.collect import collect
-    from pyrolvm.diagnostics.tables import build_tables
 
-    wanted = _known(groups)
-    found = collect(fitted, x, num_samples, wanted, seed, progress=progress)
-    tables = build_tables(
-        found.arrays,
-        found.layouts,
-        row_dim=found.row_dim,
-        row_names=found.row_names,
-        columns=fitted.columns or found.columns,
-        dims=dims,
-        attrs=found.attrs,
-    )
-    return to_arviz(tables)
+    found = collect(fitted, x, num_samples, _known(groups), dims or {}, seed, progress=progress)
+    return to_arviz(found.arrays, found.dims, found.coords, found.attrs)
 
 
 def _known(groups: Sequence[str]) -> tuple[str, ...]:
-    from pyrolvm.errors import SettingError
+    from pyrolvm.errors import SettingError, one_of
 
     groups = (groups,) if isinstance(groups, str) else tuple(groups)
-    unknown = [g for g in groups if g not in GROUPS]
-    if unknown or not groups:
-        what = f"groups has '{unknown[0]}', which is not known" if unknown else "groups is empty"
-        raise SettingError(f"{what}: choose from {', '.join(GROUPS)}")
+    if not groups:
+        raise SettingError(f"groups is empty: choose from {', '.join(GROUPS)}")
+    for group in groups:
+        one_of("groups", group, GROUPS)
     return tuple(g for g in GROUPS if g in groups)
 
 
-def to_arviz(tables: Tables) -> Any:
-    """An `arviz.InferenceData` with ArviZ 0.23, an `xarray.DataTree` with ArviZ 1.x."""
-    import xarray
+def to_arviz(
+    arrays: Mapping[str, Mapping[str, Any]],
+    dims: Mapping[str, Mapping[str, Sequence[str]]],
+    coords: Mapping[str, Any],
+    attrs: Mapping[str, Any],
+) -> Any:
+    """An `arviz.InferenceData` with ArviZ 0.23, an `xarray.DataTree` with ArviZ 1.x.
 
-    datasets = {}
-    for group, variables in tables.groups.items():
-        nats = group in ("log_likelihood", "sample_stats")
-        data = {k: (dims, value, {"units": "nats"} if nats else {}) for k, (dims, value) in variables.items()}
-        used = {d for dims, _ in variables.values() for d in dims}
-        coords = {k: v for k, v in tables.coords.items() if k in used}
-        datasets[group] = xarray.Dataset(data, coords, tables.attrs)
+    Parameters
+    ----------
+    arrays : dict
+        Group -> variable -> [draws, ...], without draws in "observed_data".
+    dims : dict
+        Group -> variable -> names of the dimensions after the draws.
+    coords : dict
+        Dimension -> labels.
+    attrs : dict
+        Of the whole and of each group.
+    """
+    whole = None
+    for group, values in arrays.items():
+        chain = {k: v if group == "observed_data" else v[None] for k, v in values.items()}
+        named = {k: list(v) for k, v in dims[group].items()}
+        part = _one_group(group, chain, {"dims": named, "coords": dict(coords)}, dict(attrs))
+        for variable in part[group].data_vars.values() if group in ("log_likelihood", "sample_stats") else ():
+            variable.attrs["units"] = "nats"
+        if whole is None:
+            whole = part
+        elif arviz_is_modern():
+            whole[group] = part[group]
+        else:
+            whole.extend(part)
+    return whole
+
+
+def _one_group(group: str, values: dict[str, Any], named: dict[str, Any], attrs: dict[str, Any]) -> Any:
     if arviz_is_modern():
-        return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=tables.attrs), **datasets})
+        from arviz_base import from_dict
+
+        return from_dict({group: values}, attrs={"/": attrs, group: attrs}, **named)
     with _quietly():
         import arviz
-    groups: dict[str, Any] = datasets
-    return arviz.InferenceData(attrs=dict(tables.attrs), **groups)
+    return arviz.from_dict(**{group: values}, attrs=attrs, **named)
 
 
 def arviz_is_modern() -> bool:
@@ -173,18 +201,20 @@ def approximate_loo(idata: Any) -> Any:
     `pareto_k` is below 0.7; `az.loo` alone takes the guide for the posterior. ArviZ 1.x has it as
     `loo_approximate_posterior`; for ArviZ 0.23 it is computed here.
 
-    Raises `SettingError` unless `idata` has the groups log_likelihood, of one site, and sample_stats.
+    Raises
+    ------
+    SettingError
+        `idata` lacks log_likelihood of one site, or the weights log_p and log_q: these are of the training data whole
+        where latents are shared by all data.
     """
     with _quietly():
         import arviz
     groups = {g: idata[g] for g in ("log_likelihood", "sample_stats") if g in idata}
-    if len(groups) < 2 or len(groups["log_likelihood"].data_vars) != 1:
+    reason = _no_loo(groups)
+    if reason:
         from pyrolvm.errors import SettingError
 
-        raise SettingError(
-            "approximate_loo needs log_likelihood of one observed site, and sample_stats: pass "
-            "to_inference_data(fitted, x), with these among its groups"
-        )
+        raise SettingError(f"approximate_loo needs {reason}")
     stats = groups["sample_stats"]
     if arviz_is_modern():
         modern: Any = arviz
@@ -193,6 +223,17 @@ def approximate_loo(idata: Any) -> Any:
     return _weighed_loo(
         arviz, log_likelihood.stack(__sample__=("chain", "draw")), stats["log_p"] - stats["log_q"]
     )
+
+
+def _no_loo(groups: Mapping[str, Any]) -> str:
+    """What is missing for `approximate_loo`; empty if nothing is."""
+    if len(groups) < 2 or len(groups["log_likelihood"].data_vars) != 1:
+        return (
+            "log_likelihood of one observed site, and sample_stats: pass to_inference_data(fitted, x), with these "
+            "among its groups"
+        )
+    stats = groups["sample_stats"]
+    return "" if "log_p" in stats else f"weights, and there are {stats.attrs.get('weights', 'none')}: pass the training data"
 
 
 def _weighed_loo(arviz: Any, log_likelihood: Any, log_ratio: Any) -> Any:

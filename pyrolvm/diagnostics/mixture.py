@@ -14,8 +14,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.diagnostics.pair import Pair, Values
-from pyrolvm.inference.program.draws import BUDGET
+from pyrolvm.inference.program.pair import BUDGET, Pair, Values
 from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.progress import watched
 
@@ -24,7 +23,12 @@ from pyrolvm.progress import watched
 class MixtureDraws:
     """Draws of all local latents, one per datum and repetition.
 
-    values: guide site -> [draws, plates with one row..., event...]; log_guide, log_prior: [draws], nats.
+    Attributes
+    ----------
+    values : dict
+        Guide site -> [draws, plates with one row..., event...].
+    log_guide, log_prior : tensor [draws]
+        log q(z | x) of the row that each was drawn for, and log p(z); nats.
     """
 
     values: Values
@@ -49,18 +53,27 @@ class MixtureDraws:
         return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def _as_draws(pair: Pair, site: dict[str, Any], limit: int) -> Tensor:
+def _as_draws(pair: Pair, site: Any, limit: int) -> Tensor:
     """A site's value with the rows moved among the draws: [limit * rows, plates with one row..., event...]."""
-    event_dims, plate = len(site["fn"].event_shape), pair.structure.data_plate
-    assert plate is not None
-    depth = pair.nesting + 1 + event_dims
+    depth = pair.structure.max_plate_nesting + 1 + len(site["fn"].event_shape)
     value = site["value"].reshape((1,) * (depth - site["value"].dim()) + tuple(site["value"].shape))
-    position = pair.nesting + 1 + plate.dim
-    rows = pair.batch.num_rows
-    if value.shape[position] != rows:
-        value = value.expand(*value.shape[:position], rows, *value.shape[position + 1 :])
-    value = value[:limit].movedim(position, 1).flatten(0, 1)
-    return value.unsqueeze(position)
+    position = _row_dim(pair)
+    if value.shape[position] != pair.num_rows:
+        value = _for_all_rows(pair, value)
+    return value[:limit].movedim(position, 1).flatten(0, 1).unsqueeze(position)
+
+
+def _row_dim(pair: Pair) -> int:
+    """The dimension of the rows, counted from that of the draws."""
+    plate = pair.structure.data_plate
+    assert plate is not None  # see `local_sites`
+    return pair.structure.max_plate_nesting + 1 + plate.dim
+
+
+def _for_all_rows(pair: Pair, value: Tensor) -> Tensor:
+    """A value of one row, given to all rows of `pair`."""
+    position = _row_dim(pair)
+    return value.expand(*value.shape[:position], pair.num_rows, *value.shape[position + 1 :])
 
 
 def log_mixture(
@@ -68,14 +81,10 @@ def log_mixture(
 ) -> Tensor:
     """log (1/N) sum_n q(z | x_n) at every draw: [draws], float64, in nats; `pairs` hold the N rows."""
     found = [d.log_guide.new_full((len(d.log_guide),), -math.inf) for d in drawn]
-    pieces = ((pair, index) for pair in pairs for index in range(len(drawn)))
-    last, densities = None, None
-    for pair, index in watched(pieces, "aggregated posterior", len(pairs) * len(drawn), enabled=progress):
-        if pair is not last:
-            last, densities = pair, _Densities(pair, given)
-        assert densities is not None
-        found[index] = torch.logaddexp(found[index], densities(drawn[index]))
-    return torch.cat(found) - math.log(sum(p.batch.num_rows for p in pairs))
+    for pair in watched(pairs, "aggregated posterior", len(pairs), enabled=progress):
+        densities = _Densities(pair, given)
+        found = [torch.logaddexp(f, densities(d)) for f, d in zip(found, drawn, strict=True)]
+    return torch.cat(found) - math.log(sum(p.num_rows for p in pairs))
 
 
 class _Densities:
@@ -83,15 +92,12 @@ class _Densities:
 
     def __init__(self, pair: Pair, given: Values) -> None:
         self.pair, self.given = pair, given
-        guide = pair.guide_at(given, 1)
-        local = [s for s in sample_sites(guide) if pair.is_local(s)]
+        local = [s for s in sample_sites(pair.guide(given=given)) if pair.is_local(s)]
         # one site in one plate: its distribution does not depend on other draws, and the guide runs once
-        self.fn: Any = local[0]["fn"] if len(local) == 1 and pair.nesting == 1 else None
-        self.name = local[0]["name"]
-        width = max(sum(max(1, math.prod(s["fn"].event_shape)) for s in local), 1)
-        self.size = max(1, BUDGET // (pair.batch.num_rows * width))
-        if self.fn is None and not pair.fitted.vectorized:
-            self.size = 1
+        alone = len(local) == 1 and pair.structure.max_plate_nesting == 1
+        self.fn: Any = local[0]["fn"] if alone else None
+        width = max(sum(math.prod(s["fn"].event_shape) for s in local), 1)
+        self.size = max(1, BUDGET // (pair.num_rows * width)) if alone or pair.vectorized else 1
 
     def __call__(self, draws: MixtureDraws) -> Tensor:
         return torch.cat([self._log_prob(v).logsumexp(1) for v in draws.split(self.size)])
@@ -99,15 +105,10 @@ class _Densities:
     def _log_prob(self, values: Values) -> Tensor:
         """log q(z | x_m): [draws, rows]."""
         if self.fn is not None:
-            return self.fn.log_prob(values[self.name]).double()
-        count = next(iter(values.values())).shape[0]
-        rows = {name: self._for_all_rows(value) for name, value in values.items()}
-        if count == 1:
+            return self.fn.log_prob(next(iter(values.values()))).double()
+        rows = {name: _for_all_rows(self.pair, value) for name, value in values.items()}
+        count = len(next(iter(rows.values())))
+        if not self.pair.vectorized:
             rows = {name: value.squeeze(0) for name, value in rows.items()}
-        return self.pair.log_prob(self.pair.guide_at({**self.given, **rows}, count), self.pair.is_local)
-
-    def _for_all_rows(self, value: Tensor) -> Tensor:
-        plate = self.pair.structure.data_plate
-        assert plate is not None
-        position = self.pair.nesting + 1 + plate.dim
-        return value.expand(*value.shape[:position], self.pair.batch.num_rows, *value.shape[position + 1 :])
+        guide = self.pair.guide(count if self.pair.vectorized else None, given={**self.given, **rows})
+        return self.pair.log_prob(guide, self.pair.is_local)

@@ -19,16 +19,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.diagnostics.pair import Pair, Values
-from pyrolvm.errors import SettingError
+from pyrolvm.diagnostics.measures import Measure, Report, measure_seed, noise
+from pyrolvm.errors import SettingError, count, one_of
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.draws import BUDGET
-from pyrolvm.inference.program.noise import seeded
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.draws import tidy
+from pyrolvm.inference.program.pair import BUDGET, Pair, Values
 from pyrolvm.progress import watched
-from pyrolvm.seeds import Purpose, derived_seed
 
 Statistic = Callable[[Tensor], Any]
 EXTREME = 0.05
@@ -41,14 +40,20 @@ STATISTICS: dict[str, Statistic] = {
     "share of zeros": lambda x: (x == 0).double().mean(),
     "sd of the rows' means": lambda x: x.double().reshape(len(x), -1).mean(1).std(),
 }
-"""What is looked at if nothing is said: tensor [rows, ...] -> number."""
+"""What is looked at by default: tensor [rows, ...] -> number."""
 
 
-@dataclass(frozen=True)
-class PredictiveCheck:
-    """table: one row per statistic: `observed`, `mean` and `sd` of the replicates, `z`, `p_value`, `extreme`.
+@dataclass(frozen=True, repr=False)
+class PredictiveCheck(Report):
+    """Statistics of the data among those of data sets that the model makes.
 
-    replicates: [num_samples, statistics]. `extreme` is a two-sided p-value below 0.05.
+    Attributes
+    ----------
+    table : DataFrame
+        One row per statistic: `observed`, `mean` and `sd` of the replicates, `z`, `p_value`, and `extreme`, a two-sided
+        p-value below 0.05. Where several sites are observed, rows are called "site: statistic".
+    replicates : DataFrame
+        [num_samples, statistics].
     """
 
     table: pd.DataFrame
@@ -60,20 +65,22 @@ class PredictiveCheck:
         return not bool(self.table["extreme"].any())
 
     @property
-    def sentence(self) -> str:
+    def sentences(self) -> list[str]:
         """The findings in plain words."""
         wrong = self.table[self.table["extreme"]]
         if not len(wrong):
-            return f"The model makes data like these in all {len(self.table)} statistics looked at."
+            return [f"The model makes data like these in all {len(self.table)} statistics looked at."]
         found = ", ".join(
             f"{name} {'smaller' if row['p_value'] > 0.5 else 'larger'} than the model's "
             f"({row['observed']:.3g} against {row['mean']:.3g} ± {row['sd']:.2g})"
             for name, row in wrong.iterrows()
         )
-        return f"The model does not make data like these: {found}."
+        return [f"The model does not make data like these: {found}."]
 
-    def __str__(self) -> str:
-        return f"{self.sentence}\n{self.table.to_string(float_format='%.3f')}"
+    @property
+    def shown(self) -> str:
+        """The statistics."""
+        return self.table.to_string(float_format="%.3f")
 
 
 @torch.no_grad()
@@ -90,39 +97,92 @@ def predictive_check(
 ) -> PredictiveCheck:
     """Compare statistics of `x` with those of `num_samples` data sets that the fitted model makes.
 
-    statistics: name -> function of a tensor [rows, ...] (the observed site's values) to a number; those of
-        `STATISTICS` by default.
-    latents: "same" draws the replicates' latents of each datum from q(z | x), "new" from the model, given the
-        global latents. Global latents come from the guide in both.
-    site: the observed site to look at; needed if there are several.
+    Parameters
+    ----------
+    statistics : dict, optional
+        Name -> function of a tensor [rows, ...] (the values of an observed site) to a number; `STATISTICS` by default.
+    latents : {"same", "new"}
+        "same" draws the replicates' latents of each datum from q(z | x), "new" from the model, given the global
+        latents. Global latents come from the guide in both.
+    site : str, optional
+        The observed site to look at; all of them by default.
 
-    Raises `SettingError` for an unknown choice, or a statistic that is not one finite number.
+    Raises
+    ------
+    SettingError
+        An unknown choice, or a statistic that is not one finite number.
+
+    Notes
+    -----
+    Rows that `poutine.mask` leaves out altogether are left out of the data and of the replicates. A single masked entry
+    has the data's median in both, so that it moves no comparison.
     """
-    if latents not in ("same", "new"):
-        raise SettingError(f"latents='{latents}' is not known: choose same or new")
-    name = _site(fitted, site)
+    one_of("latents", latents, ("same", "new"))
+    count("num_samples", num_samples)
     chosen = STATISTICS if statistics is None else dict(statistics)
     if not chosen:
         raise SettingError("statistics is empty: pass a dict of name -> function of a tensor [rows, ...]")
-    data = fitted.batch(x)
-    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
-        model, _ = Pair(fitted, data).run(1)
-        nodes: Any = model.nodes
-        observed = _evaluate(chosen, nodes[name]["value"])
+    pair = fitted.pair(x)
+    with noise(pair, seed, Measure.PREDICTIVE):
+        model, _ = pair.draw()
+    sites = [_Observed(pair, model, name, chosen) for name in _names(fitted, site)]
     make = _same if latents == "same" else _new
-    made = make(fitted, x, name, num_samples, seed)
+    made = make(fitted, pair, num_samples, seed)
     made = watched(made, "predictive check", num_samples, enabled=progress, unit="data sets")
-    replicates = pd.DataFrame([_evaluate(chosen, v) for v in made])
+    observed = _of_all(sites, {s.name: s.value for s in sites})
+    replicates = pd.DataFrame([_of_all(sites, values) for values in made])
     return PredictiveCheck(_table(observed, replicates), replicates)
 
 
-def _site(fitted: FittedModel, site: str | None) -> str:
+def _of_all(sites: list[_Observed], values: Values) -> dict[str, float]:
+    """The statistics of every site: by name, or by "site: name" if there are several sites."""
+    alone = len(sites) == 1
+    each = [(s.name, s.of(values[s.name])) for s in sites]
+    return {k if alone else f"{name}: {k}": v for name, found in each for k, v in found.items()}
+
+
+def _names(fitted: FittedModel, site: str | None) -> list[str]:
     names = [s.name for s in fitted.structure.observed]
-    if site is None and len(names) == 1:
-        return names[0]
-    if site not in names:
-        raise SettingError(f"site={site!r} is no observed site: choose one of {', '.join(names)}")
-    return site
+    if not names:
+        raise SettingError("the program observes no data that its model could make anew")
+    return names if site is None else [one_of("site", site, names)]
+
+
+class _Observed:
+    """The statistics of one observed site, its masked values left out."""
+
+    def __init__(self, pair: Pair, model: Trace, name: str, statistics: Mapping[str, Statistic]) -> None:
+        self.name, self.statistics = name, statistics
+        node: Any = model.nodes[name]
+        self.value = tidy(pair.structure, node, node["value"])[0]
+        self.rows, self.holes = None, None
+        if (kept := observed_mask(pair, node)) is not None:
+            self.rows = kept.reshape(len(kept), -1).any(1)
+            self.holes = _event_wide(~kept[self.rows], self.value[self.rows])
+            self.median = self.value[self.rows][~self.holes].double().median()
+
+    def of(self, value: Tensor) -> dict[str, float]:
+        """The statistics of values [rows, ...] of this site."""
+        if self.rows is not None and self.holes is not None:
+            value = value[self.rows].masked_fill(self.holes, self.median.to(value.dtype).item())
+        return _evaluate(self.statistics, value)
+
+
+def observed_mask(pair: Pair, node: Any) -> Tensor | None:
+    """Which values of an observed site count: bool [rows, plates...]; None if all do."""
+    mask = node["mask"]
+    own = getattr(node["fn"], "_mask", None)  # of `dist.mask(...)`
+    both = [torch.as_tensor(m, device=pair.device) for m in (mask, own) if m is not None]
+    if not both:
+        return None
+    kept = both[0] if len(both) == 1 else both[0] & both[1]
+    kept = tidy(pair.structure, node, kept, event=False)[0]
+    return None if bool(kept.all()) else kept
+
+
+def _event_wide(mask: Tensor, value: Tensor) -> Tensor:
+    """A mask [rows, plates...] for every entry of values [rows, plates..., event...]."""
+    return mask.reshape(*mask.shape, *(1,) * (value.dim() - mask.dim())).expand(value.shape)
 
 
 def _evaluate(statistics: Mapping[str, Statistic], value: Tensor) -> dict[str, float]:
@@ -132,37 +192,30 @@ def _evaluate(statistics: Mapping[str, Statistic], value: Tensor) -> dict[str, f
         number = float(result.reshape(())) if result.size == 1 else float("nan")
         if not np.isfinite(number):
             raise SettingError(
-                f"the statistic '{name}' gave {result} of data {list(value.shape)}: it must be one "
-                "finite number"
+                f"the statistic '{name}' gave {result} of data {list(value.shape)}: it must be one finite number"
             )
         found[name] = number
     return found
 
 
-def _same(fitted: FittedModel, x: Any, name: str, num_samples: int, seed: int) -> Iterator[Tensor]:
+def _same(fitted: FittedModel, pair: Pair, num_samples: int, seed: int) -> Iterator[Values]:
     """Replicates given each datum's own latents, some at a time."""
-    data = fitted.batch(x)
-    width = max(1, sum(t.numel() for _, t in data.tensors()))
-    size = max(1, BUDGET // width)
+    size = max(1, BUDGET // (pair.width * max(1, pair.batch.num_rows)))
     for first in range(0, num_samples, size):
-        count = min(size, num_samples - first)
-        yield from fitted.draws(x, count, seed=derived_seed(seed, Purpose.DIAGNOSE, first)).predictive[name]
+        part = min(size, num_samples - first)
+        draws = fitted.draws(pair.batch, part, seed=measure_seed(seed, Measure.PREDICTIVE, first))
+        for index in range(part):
+            yield {name: value[index] for name, value in draws.predictive.items()}
 
 
-def _new(fitted: FittedModel, x: Any, name: str, num_samples: int, seed: int) -> Iterator[Tensor]:
+def _new(fitted: FittedModel, pair: Pair, num_samples: int, seed: int) -> Iterator[Values]:
     """Replicates with latents of each datum from the model, one data set at a time."""
-    pair = Pair(fitted, fitted.batch(x))
+    names = [s.name for s in fitted.structure.observed]
     for index in range(num_samples):
-        with seeded(derived_seed(seed, Purpose.DIAGNOSE, index), fitted.program.device):
-            nodes: Any = pair.simulate(_shared(pair)).nodes
-            yield nodes[name]["value"]
-
-
-def _shared(pair: Pair) -> Values:
-    if not pair.structure.global_latents:
-        return {}
-    guide = pair.guide_at({}, 1)
-    return {s["name"]: s["value"] for s in sample_sites(guide) if not pair.is_local(s)}
+        with noise(pair, seed, Measure.PREDICTIVE, index):
+            nodes: Any = pair.simulate(given=pair.held_draw()).nodes
+            values = {n: tidy(pair.structure, nodes[n], nodes[n]["value"])[0] for n in names}
+        yield values
 
 
 def _table(observed: dict[str, float], replicates: pd.DataFrame) -> pd.DataFrame:

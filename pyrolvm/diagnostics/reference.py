@@ -1,7 +1,7 @@
 """The guide against a Markov chain: NUTS on the same model, its learned parameters frozen.
 
 No-U-turn sampling (Hoffman and Gelman 2014) draws from the posterior itself, if it has converged: R-hat and
-the effective sample size of the reference stand in the table, and a bad reference says so. Differences
+the effective sample size of the reference stand in the table, and a bad one is reported as such. Differences
 are in units of the reference's standard deviation.
 """
 
@@ -14,33 +14,40 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
-from pyrolvm.diagnostics.pair import Pair
-from pyrolvm.errors import ProgramError, SettingError
+from pyrolvm.diagnostics.measures import Measure, Report, measure_seed, noise
+from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
-from pyrolvm.seeds import Purpose, derived_seed
 
 QUANTILES = (0.05, 0.95)
 R_HAT_LIMIT = 1.05
 LEAST_SAMPLES = 100
+LEAST_DRAWS = 10
 
 
-@dataclass(frozen=True)
-class ReferenceComparison:
+@dataclass(frozen=True, repr=False)
+class ReferenceComparison(Report):
     """The guide's posterior beside the reference's.
 
-    table: one row per (site, element): `mean`, `sd` of the guide, `reference_mean`, `reference_sd`; in units of
-        the reference's sd `mean_difference`, `q5_difference`, `q95_difference`, `wasserstein`; `sd_ratio`
-        (below 1: the guide is too narrow); `r_hat` and `effective_sample_size` of the reference;
-        `noise`, the standard error that the mean difference has of the two sets of draws.
-    draws: site -> [chains * draws, ...] of the reference.
+    Attributes
+    ----------
+    table : DataFrame
+        One row per (site, element): `mean`, `sd` of the guide, `reference_mean`, `reference_sd`; in units of the
+        reference's sd `mean_difference`, `q5_difference`, `q95_difference`, `wasserstein`; `sd_ratio` (below 1: the
+        guide is too narrow); `r_hat` and `effective_sample_size` of the reference; `noise`, the standard error that
+        the mean difference has of the two sets of draws.
+    draws : dict
+        Site -> [chains * draws, ...] of the reference.
+    num_divergent : int
+        Divergent transitions.
     """
 
     table: pd.DataFrame
@@ -61,24 +68,26 @@ class ReferenceComparison:
         return table.groupby(level="site", sort=False).mean()
 
     @property
-    def sentence(self) -> str:
+    def sentences(self) -> list[str]:
         """The findings in plain words."""
         if not self.trustworthy:
-            return (
+            return [
                 f"The reference itself is not to be trusted: largest R-hat {self.table['r_hat'].max():.2f}, smallest "
                 f"effective sample size {self.table['effective_sample_size'].min():.0f}, {self.num_divergent} "
                 "divergent transitions; give it more warm-up and draws before judging the guide by it."
-            )
+            ]
         site, element = list(self.table.index)[int(self.table["wasserstein"].argmax())]
         parts = [
             f"{name}: means off by {row['mean_difference']:.2f} sd on average, sd {row['sd_ratio']:.2f} times right"
             for name, row in self.sites.iterrows()
         ]
         distance = self.table["wasserstein"].max()
-        return f"Against NUTS, {'; '.join(parts)}; farthest is {site}[{element}] (Wasserstein {distance:.2f} sd)."
+        return [f"Against NUTS, {'; '.join(parts)}; farthest is {site}[{element}] (Wasserstein {distance:.2f} sd)."]
 
-    def __str__(self) -> str:
-        return f"{self.sentence}\n{self.table.to_string(float_format='%.3f', max_rows=40)}"
+    @property
+    def shown(self) -> str:
+        """The elements, forty lines of them at most."""
+        return self.table.to_string(float_format="%.3f", max_rows=40)
 
 
 def compare_with_nuts(
@@ -94,37 +103,47 @@ def compare_with_nuts(
 ) -> ReferenceComparison:
     """Draw from p(z | x) of the fitted model by NUTS, and compare the guide's draws with it.
 
-    x: a few rows where all latents are of each datum; the training data whole where some are shared by all.
-    num_samples, warmup_steps: of each of `num_chains` chains, run one after the other.
-
     Learned parameters stay as they are; enumerated latents are summed out. Generators and Pyro's global
-    state are left as found. Raises `ProgramError` for latents that NUTS cannot draw, `SettingError` for too
-    few draws or, with shared latents, for other rows than the training data's.
+    state are left as found.
+
+    Parameters
+    ----------
+    x : data as `fit` takes them
+        A few rows where all latents are of each datum; the training data whole where some are shared by all.
+    num_samples, warmup_steps : int
+        Of each of `num_chains` chains, run one after the other; ten draws at least.
+    num_guide_samples : int
+        Draws of the guide.
+
+    Raises
+    ------
+    ProgramError
+        There are latents that NUTS cannot draw.
+    SettingError
+        Too few draws or, with shared latents, other rows than the training data's.
     """
-    data = fitted.batch(x)
-    names = _check(fitted, data, num_samples, num_chains)
+    pair = fitted.pair(x)
+    names = _check(fitted, pair, num_samples, num_chains)
     total = num_chains * (num_samples + warmup_steps)
     with progress_bar("NUTS", total, enabled=progress, unit="draws", after=PATIENCE) as bar:
         lengths = (num_samples, warmup_steps, num_chains)
-        chains, divergent = _chains(Pair(fitted, data), names, lengths, seed, bar)
-    guide = fitted.draws(x, num_guide_samples, seed=seed).values
+        chains, divergent = _chains(pair, names, lengths, seed, bar)
+    guide = fitted.draws(pair.batch, num_guide_samples, seed=measure_seed(seed, Measure.REFERENCE, 1)).values
     table = pd.concat([_compare(name, guide[name], chains[name]) for name in names])
     return ReferenceComparison(table, {n: v.flatten(0, 1) for n, v in chains.items()}, divergent)
 
 
-def _check(fitted: FittedModel, data: Batch, num_samples: int, num_chains: int) -> list[str]:
+def _check(fitted: FittedModel, pair: Pair, num_samples: int, num_chains: int) -> list[str]:
     structure = fitted.structure
-    if num_samples < 10 or num_chains < 1:
-        raise SettingError(
-            f"num_samples={num_samples} of num_chains={num_chains} chains are no reference: give 10 or more"
-        )
-    if structure.global_latents and data.num_rows != fitted.num_rows:
+    count("num_samples", num_samples, LEAST_DRAWS)
+    count("num_chains", num_chains)
+    if structure.global_latents and pair.batch.num_rows != fitted.num_rows:
         raise SettingError(
             f"'{structure.global_latents[0].name}' is shared by all data, so that the guide's posterior is that of "
-            f"all {fitted.num_rows} training rows: pass these, not {data.num_rows} others"
+            f"all {fitted.num_rows} training rows: pass these, not {pair.batch.num_rows} others"
         )
-    latents = [s for s in structure.sites if not s.observed and not s.enumerated]
-    discrete = [s.name for s in latents if s.discrete]
+    latents = [s for s in structure.latents if not s.enumerated]
+    discrete = [s.name for s in structure.latents if s.discrete and (not s.enumerated or s.in_guide)]
     if discrete or not latents:
         what = f"'{discrete[0]}' is discrete" if discrete else "there are no latents"
         raise ProgramError(
@@ -139,13 +158,13 @@ def _chains(
     """site -> [chains, draws, ...], and the number of divergent transitions; lengths: draws, warm-up, chains."""
     num_samples, warmup_steps, num_chains = lengths
     found, divergent = [], 0
-    # these rows are all the data: scaled to more, the likelihood of each would count several times
-    rows = (pair.batch.num_rows, pair.rows[1])
+    with noise(pair, seed, Measure.REFERENCE, 0):
+        model = _unscaled(pair)
     for chain in range(num_chains):
-        noise = seeded(derived_seed(seed, Purpose.DIAGNOSE, 1 + chain), pair.program.device)
-        with pair.program.scope(rows), noise, warnings.catch_warnings():
+        scope = pair.program.scope(pair.batch, pair.mode)
+        with scope, noise(pair, seed, Measure.REFERENCE, 2 + chain), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kernel = NUTS(pair.program.model, max_plate_nesting=pair.nesting)
+            kernel = NUTS(model, max_plate_nesting=pair.structure.max_plate_nesting)
             mcmc = MCMC(
                 kernel, num_samples, warmup_steps, disable_progbar=True, hook_fn=lambda *_: bar.advance()
             )
@@ -153,6 +172,16 @@ def _chains(
             found.append({n: v.detach() for n, v in mcmc.get_samples().items()})
             divergent += sum(len(v) for v in mcmc.diagnostics().get("divergences", {}).values())
     return {n: torch.stack([f[n] for f in found]) for n in names}, divergent
+
+
+def _unscaled(pair: Pair) -> Any:
+    """The model of these rows alone: scaled to N rows, the likelihood of each would count several times."""
+    plate = pair.structure.data_plate
+    frames = (f for s in sample_sites(pair.model()) for f in s["cond_indep_stack"] if plate and f.name == plate.name)
+    frame = next(frames, None)
+    if frame is None or frame.size == frame.full_size:
+        return pair.program.model
+    return poutine.scale(pair.program.model, scale=frame.size / frame.full_size)
 
 
 def _compare(name: str, guide: Tensor, chains: Tensor) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Do several fits of one model say the same?
+"""Do several fits of one model agree?
 
 Their bounds may differ (local optima), and so may their posteriors where the bounds agree: by names of components
 or by rotations, which `align` takes out, or truly. For draws of S each from F guides, with W the mean of their
@@ -15,34 +15,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.diagnostics.pair import Pair
-from pyrolvm.errors import SettingError
+from pyrolvm.diagnostics.measures import Measure, Report, measure_seed
+from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.noise import seeded
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.enumerated import enumerated_sites
 from pyrolvm.progress import watched
-from pyrolvm.seeds import Purpose, derived_seed
 
 Draws = dict[str, Tensor]
 Align = Callable[[Draws, Draws], Draws]
 AGREEMENT = 1.1
 
 
-@dataclass(frozen=True)
-class RestartComparison:
+@dataclass(frozen=True, repr=False)
+class RestartComparison(Report):
     """Several fits beside each other.
 
-    bounds: one row per fit: `bound` on the data, `standard_error` of its Monte Carlo noise, and how far it is
+    Attributes
+    ----------
+    bounds : DataFrame
+        One row per fit: `bound` on the data, `standard_error` of its Monte Carlo noise, and how far it is
         `below_best`, nats per datum; `near_best`: within `tolerance` and the noise of the best.
-    table: one row per (site, element) of those near the best: `r_hat`, `between_sd`, `within_sd`.
-    reconstruction_r_hat: of new data drawn given the latents, which names and rotations do not change; nan
-        where latents are enumerated.
+    table : DataFrame
+        One row per (site, element) of those near the best: `r_hat`, `between_sd`, `within_sd`.
+    reconstruction_r_hat : float
+        Of new data drawn given the latents, which names and rotations do not change; NaN where latents are enumerated.
+    aligned : bool
+        Whether `align` was given.
+    tolerance : float
+        Nats per datum.
     """
 
     bounds: pd.DataFrame
@@ -57,30 +63,30 @@ class RestartComparison:
         return bool(self.bounds["near_best"].sum() > 1 and (self.table["r_hat"] < AGREEMENT).all())
 
     @property
-    def sentence(self) -> str:
+    def sentences(self) -> list[str]:
         """The findings in plain words."""
         near, total = int(self.bounds["near_best"].sum()), len(self.bounds)
         words = f"{near} of {total} fits are within {self.tolerance:g} nats per datum of the best bound"
         if near < total:
             words += f" (the worst is {self.bounds['below_best'].max():.2f} below)"
         if near < 2:
-            return (
-                f"{words}: the others found worse optima, so that more restarts may find a better one still."
-            )
+            return [f"{words}: the others found worse optima, so that more restarts may find a better one still."]
         differ = float((self.table["r_hat"] >= AGREEMENT).mean()) if len(self.table) else 0.0
         if not len(self.table):
-            return f"{words}, and there are no sampled latents to compare."
+            return [f"{words}, and there are no sampled latents to compare."]
         if differ == 0:
-            return f"{words}, and their posteriors agree."
+            return [f"{words}, and their posteriors agree."]
         words += f"; their posteriors differ in {100 * differ:.0f} % of the latents"
         if self.reconstruction_r_hat < AGREEMENT:
-            words += ", though not in what they say of the data"
+            words += ", though not in the data they predict"
             if not self.aligned:
                 words += ": names or rotations of the latents may be all that differs (align= takes them out)"
-        return words + "."
+        return [f"{words}."]
 
-    def __str__(self) -> str:
-        return f"{self.sentence}\n{self.bounds.to_string(float_format='%.3f')}"
+    @property
+    def shown(self) -> str:
+        """The bounds."""
+        return self.bounds.to_string(float_format="%.3f")
 
 
 @torch.no_grad()
@@ -96,33 +102,55 @@ def compare_restarts(
 ) -> RestartComparison:
     """Compare the bounds and the posteriors of several fits of one model on `x`.
 
-    align: (draws, draws of the best fit) -> draws with the best fit's names, order and rotation; both are
+    Parameters
+    ----------
+    fits : list of FittedModel
+        Two or more.
+    x : data as `fit` takes them
+        The training data, or some others: then the KL of latents that all data share is weighed as it was in
+        training, by their number of rows over N. Where `x` was used to choose between fits, or when to stop
+        (`validation` of `fit`), these are validation bounds, optimistic for the fit that is chosen.
+    align : callable, optional
+        (draws, draws of the best fit) -> draws with the best fit's names, order and rotation; both are
         site -> [num_samples, rows, ...] or [num_samples, ...].
-    tolerance: how far from the best bound, in nats per datum, a fit still counts as having found it; the
-        posteriors of the others are not compared.
+    num_samples : int
+        Draws of each fit.
+    tolerance : float
+        How far from the best bound, in nats per datum, a fit still counts as having found it; the posteriors of the
+        others are not compared.
 
-    Raises `SettingError` for fewer than two fits, or fits of different latents.
+    Raises
+    ------
+    SettingError
+        Fewer than two fits, or fits of different latents.
+    ProgramError
+        Latents are summed out that are not in the data plate.
     """
+    count("num_samples", num_samples, 2)
     if len(fits) < 2:
         raise SettingError(f"{len(fits)} fit has nothing to be compared with: pass two or more")
-    names = [s.name for s in fits[0].structure.sites if not s.observed and not s.enumerated]
-    if any([s.name for s in f.structure.sites if not s.observed and not s.enumerated] != names for f in fits):
+    names = _compared(fits[0])
+    if any(_compared(f) != names for f in fits):
         raise SettingError("the fits have different latents: pass fits of one model")
     each = watched(fits, "bounds of restarts", len(fits), enabled=progress, unit="fits")
     bounds = _bounds(each, x, num_samples, tolerance, seed)
     near = [f for f, good in zip(fits, bounds["near_best"], strict=True) if good]
     best = fits[int(bounds["bound"].to_numpy().argmax())]
-    reference = _latents(best, x, names, num_samples, seed)
+    seeds = [measure_seed(seed, Measure.RESTARTS, 1, i) for i in range(len(near) + 1)]
+    reference = _latents(best, x, names, num_samples, seeds[-1])
     each = watched(near, "draws of restarts", len(near), enabled=progress, unit="fits")
-    draws = [
-        _latents(f, x, names, num_samples, derived_seed(seed, Purpose.RESTART, i)) for i, f in enumerate(each)
-    ]
+    draws = [_latents(f, x, names, num_samples, s) for f, s in zip(each, seeds[:-1], strict=True)]
     if align is not None:
         draws = [align(d, reference) for d in draws]
     tables = [_r_hat(name, torch.stack([d[name] for d in draws])) for name in names] if names else []
     table = pd.concat(tables) if tables else pd.DataFrame(columns=["r_hat", "between_sd", "within_sd"])
-    said = _reconstruction_r_hat(near, x, num_samples, seed)
-    return RestartComparison(bounds, table, said, align is not None, tolerance)
+    predicted = _reconstruction_r_hat(near, x, num_samples, seed)
+    return RestartComparison(bounds, table, predicted, align is not None, tolerance)
+
+
+def _compared(fitted: FittedModel) -> list[str]:
+    """The latents that the guide draws."""
+    return [s.name for s in fitted.structure.latents if not s.enumerated or s.in_guide]
 
 
 def _bounds(
@@ -136,32 +164,19 @@ def _bounds(
 
 
 def _bound(fitted: FittedModel, x: Any, num_samples: int, seed: int) -> tuple[float, float]:
-    """The ELBO of all rows of `x`, per datum, from whole draws, and its standard error."""
-    if any(s.enumerated for s in fitted.structure.sites):
-        return _summed_bound(fitted, x, num_samples, seed)
-    pair = Pair(fitted, fitted.batch(x))
-    parts = []
-    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
-        for model, guide in pair.draws(num_samples):
-            shared = [not pair.is_local(s) for s in sample_sites(guide)]
-            local = pair.log_prob(model, pair.is_local) - pair.log_prob(guide, pair.is_local)
-            total = local.sum(1)
-            if any(shared) or pair.structure.data_plate is None:
-                total = total + pair.log_prob(model, lambda s: not pair.is_local(s)).sum(1)
-                total = total - pair.log_prob(guide, lambda s: not pair.is_local(s)).sum(1)
-            parts.append(total)
-    each = torch.cat(parts) / max(pair.batch.num_rows, 1)
-    return float(each.mean()), float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0
+    """The ELBO per datum of the rows of `x`, and its standard error.
 
+        (1/M) sum_i E_q [log p(x_i, z_i | g) - log q(z_i | x_i, g)] - KL(q(g) || p(g)) / N
 
-def _summed_bound(fitted: FittedModel, x: Any, num_samples: int, seed: int) -> tuple[float, float]:
-    """With enumerated latents summed out; that of the fit itself if others are shared by all data."""
-    if fitted.structure.global_latents:
-        return fitted.elbo, float(
-            fitted.history["elbo"].tail(100).std() / min(100, len(fitted.history)) ** 0.5
-        )
-    options: dict[str, Any] = {"num_samples": num_samples, "num_particles": 1, "seed": seed}
-    return float(fitted.log_evidence(x, "iwae", **options).mean()), 0.0
+    with M the rows of `x`, N those of the fit, and enumerated latents summed out. All fits see the same noise.
+    """
+    enumerated_sites(fitted.structure)  # those that cannot be summed out datum by datum are refused
+    pair, local = fitted.pair(x), cast(Any, 0.0)
+    for draws in fitted.draw_chunks(pair.batch, num_samples, seed=measure_seed(seed, Measure.RESTARTS, 0)):
+        local = local + draws.log_weight.double().sum(1)
+    shared = (draws.global_log_prior - draws.global_log_guide).double()
+    each = local / pair.num_rows + shared / max(1, fitted.num_data)
+    return float(each.mean()), float(each.std() / len(each) ** 0.5)
 
 
 def _latents(fitted: FittedModel, x: Any, names: list[str], num_samples: int, seed: int) -> Draws:
@@ -186,8 +201,7 @@ def _reconstruction_r_hat(fits: list[FittedModel], x: Any, num_samples: int, see
     """R-hat of draws of new data given each datum's latents: the 99 % quantile over the elements of the data."""
     if len(fits) < 2 or any(s.enumerated for s in fits[0].structure.sites):
         return math.nan
-    made = [
-        f.predict(x, num_samples, seed=derived_seed(seed, Purpose.RESTART, i)) for i, f in enumerate(fits)
-    ]
+    seeds = [measure_seed(seed, Measure.RESTARTS, 2, i) for i in range(len(fits))]
+    made = [f.predict(x, num_samples, seed=s) for f, s in zip(fits, seeds, strict=True)]
     tables = [_r_hat(name, torch.stack([m[name].double() for m in made])) for name in made[0]]
     return float(pd.concat(tables)["r_hat"].quantile(0.99))

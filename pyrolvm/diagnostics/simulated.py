@@ -12,11 +12,11 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
-from pyrolvm.diagnostics.pair import Pair
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import sample_sites
-from pyrolvm.plates import arange_rows
+from pyrolvm.seeds import Purpose, derived_seed
 
 Arrays = dict[str, np.ndarray]
 Rebuild = Callable[[Any, dict[str, Tensor]], Any]
@@ -24,33 +24,44 @@ Rebuild = Callable[[Any, dict[str, Tensor]], Any]
 
 @dataclass(frozen=True)
 class Simulation:
-    """data: as `fit` takes them. truth: latent site -> [rows, ...] (local) or [...] (global), float64."""
+    """One simulated data set.
+
+    Attributes
+    ----------
+    data
+        As `fit` takes them.
+    truth : dict
+        Latent site -> [rows, ...] (local) or [...] (global), float64.
+    """
 
     data: Any
     truth: Arrays
 
 
 def simulations(
-    fitted: FittedModel, like: Batch, count: int, rebuild: Rebuild | None = None, *, rows: bool
+    like: Pair, count: int, rebuild: Rebuild | None = None, *, rows: bool, seed: int = 0
 ) -> Iterator[Simulation]:
-    """(z, x) ~ p(z, x): one data set of `count` rows if `rows`, else `count` data sets shaped as `like`.
+    """(z, x) ~ p(z, x): one data set of `count` rows if `rows`, else `count` data sets shaped as the data of `like`.
 
-    Raises `SettingError` if it is not clear where in the arguments the simulated values belong.
+    Raises
+    ------
+    SettingError
+        It is not clear where in the arguments the simulated values belong.
     """
-    if rows:
-        like = like.take(arange_rows(count, fitted.program.device) % like.num_rows)
-    pair = Pair(fitted, like)
-    places = _places(pair) if rebuild is None else {}
-    for _ in range(1 if rows else count):
-        trace = pair.simulate()
+    pair = like.take(torch.arange(count, device=like.device) % like.num_rows) if rows else like
+    places = _places(pair, seed) if rebuild is None else {}
+    for index in range(1 if rows else count):
+        with seeded(derived_seed(seed, Purpose.SIMULATE, index), pair.device):
+            trace = pair.simulate()
         nodes: Any = trace.nodes
-        observed = {s.name: nodes[s.name]["value"].detach() for s in fitted.structure.observed}
-        data = rebuild(like.args, observed) if rebuild else _as_data(_replaced(like, observed, places))
+        observed = {s.name: nodes[s.name]["value"].detach() for s in pair.structure.observed}
+        batch = pair.batch
+        data = rebuild(batch.args, observed) if rebuild else _as_data(_replaced(batch, observed, places))
         yield Simulation(data, _truth(pair, trace))
 
 
 def _truth(pair: Pair, trace: Trace) -> Arrays:
-    latents = {s.name for s in pair.structure.sites if not s.observed}
+    latents = {s.name for s in pair.structure.latents}
     return {
         s["name"]: s["value"].detach().cpu().double().numpy()
         for s in sample_sites(trace)
@@ -58,11 +69,12 @@ def _truth(pair: Pair, trace: Trace) -> Arrays:
     }
 
 
-def _places(pair: Pair) -> dict[str, str]:
+def _places(pair: Pair, seed: int) -> dict[str, str]:
     """Observed site -> the argument that holds its values."""
-    model, _ = pair.run(1)
-    found: dict[str, str] = {}
-    for site in (s for s in sample_sites(model) if s["is_observed"]):
+    with seeded(seed, pair.device):
+        model, _ = pair.draw()
+    names, found = {s.name for s in pair.structure.observed}, dict[str, str]()
+    for site in (s for s in sample_sites(model) if s["name"] in names):
         holders = [n for n, t in pair.batch.tensors() if _same_numbers(t, site["value"])]
         if not holders:
             raise SettingError(

@@ -17,25 +17,31 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from pyrolvm.diagnostics.pair import Pair
+from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.structure import sample_sites
 
 NORMALS = (MultivariateNormal, LowRankMultivariateNormal)
 
 
-def latent_fn(guide: Trace, name: str) -> dict[str, Any]:
+def latent_node(guide: Trace, name: str) -> Any:
     """The guide's node that `name` is drawn at.
 
-    AutoGuides draw an unconstrained auxiliary and set the site to it: where the support is the real line
-    the auxiliary is the latent itself.
+    AutoGuides draw an auxiliary and set the site to a function of it: where the support is the real line, the
+    auxiliary is the latent itself.
     """
     nodes: Any = guide.nodes
-    node, auxiliary = nodes[name], nodes.get(f"{name}_unconstrained")
-    if auxiliary is None or not isinstance(_base(node["fn"]), Delta):
+    node = nodes[name]
+    if not isinstance(_base(node["fn"]), Delta):
         return node
-    return auxiliary if torch.equal(auxiliary["value"], node["value"]) else node
+    drawn = (s for s in sample_sites(guide) if s["infer"].get("is_auxiliary") and s["name"] != name)
+    return next((s for s in drawn if _is_same(s["value"], node["value"])), node)
 
 
-def latent_mean(pair: Pair, node: dict[str, Any]) -> Tensor:
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def latent_mean(pair: Pair, node: Any) -> Tensor:
     """The mean of a guide's site given what it depends on, else its draw: [draws, rows, D]."""
     fn, event_dims = node["fn"], len(node["fn"].event_shape)
     try:
@@ -48,19 +54,26 @@ def latent_mean(pair: Pair, node: dict[str, Any]) -> Tensor:
 
 
 def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, str]:
-    """KL(q || p) of each dimension of a site given the latents above it: [draws, rows, D] in nats, and its kind.
+    """KL(q || p) of each dimension of a site given the latents above it, and how it was computed.
 
-    "exact": closed form. "marginal": closed form of each dimension's marginal, which do not add up to the
-    KL where q has correlations. "monte carlo": log q - log p at the draws, of the site as one where it does
-    not fall into dimensions (D = 1).
+    Returns
+    -------
+    tensor [draws, rows, D]
+        Nats.
+    str
+        "exact": closed form. "marginal": closed form of each dimension's marginal, which do not add up to the KL where
+        q has correlations. "monte carlo": log q - log p at the draws, of the site as one where it does not fall into
+        dimensions (D = 1).
     """
     nodes: Any = model.nodes
-    q_node, p_node = latent_fn(guide, name), nodes[name]
+    q_node, p_node = latent_node(guide, name), nodes[name]
     q, kind = _marginals(q_node["fn"])
     p, p_kind = _marginals(p_node["fn"])
     event_dims = len(q_node["fn"].event_shape)
-    if q.event_shape or p.event_shape or "marginal" in p_kind:
-        log_q = pair.log_prob(guide, lambda s: s["name"] in (name, f"{name}_unconstrained"))
+    if q.event_shape or p.event_shape or "marginal" in p_kind or isinstance(q, Delta):
+        # of a function of an auxiliary: the Delta has the Jacobian, the auxiliary the rest
+        sources = {name, f"{name}_unconstrained", f"{name}_aux"}
+        log_q = pair.log_prob(guide, lambda s: s["name"] in sources)
         log_p = pair.log_prob(model, lambda s: s["name"] == name)
         return (log_q - log_p).unsqueeze(-1), "monte carlo"
     try:

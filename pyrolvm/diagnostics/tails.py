@@ -2,8 +2,8 @@
 
 Importance weights w = p(x, z) / q(z | x) have a heavy tail where the guide is too narrow or looks in the
 wrong place (Yao et al. 2018, "Yes, but did it work?"; Vehtari et al. 2024, JMLR 25(72)). The weight of the
-latents of a whole data set is a product over the data: its k-hat grows with their number, whatever the guide,
-and is not computed here.
+latents of a whole data set is a product over the data: its k-hat grows with their number, whatever the guide.
+It is computed only where the guide draws all latents jointly, so that no other weight is defined.
 """
 
 from __future__ import annotations
@@ -14,74 +14,203 @@ from typing import Any
 
 import pandas as pd
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
-from pyrolvm.diagnostics.pair import Pair, Values, local_sites, row_chunks
-from pyrolvm.errors import SettingError
-from pyrolvm.inference.posterior.evidence import pareto_khat
+from pyrolvm.diagnostics.measures import (
+    Measure,
+    Report,
+    compared,
+    joint_draws,
+    local_sites,
+    measure_seed,
+    noise,
+)
+from pyrolvm.errors import count
+from pyrolvm.inference.posterior.evidence import StreamingLogMeanExp, khat_threshold, pareto_khat
+from pyrolvm.inference.posterior.evidence.importance import streams_of_weights
+from pyrolvm.inference.posterior.evidence.psis import tail_length
+from pyrolvm.inference.posterior.evidence.streams import LargestWeights, StreamingBound
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.noise import seeded
-from pyrolvm.inference.program.structure import sample_sites
-from pyrolvm.progress import PATIENCE, Bar, progress_bar, watched
-from pyrolvm.seeds import Purpose, derived_seed
+from pyrolvm.inference.program.pair import Pair, Values
+from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.progress import PATIENCE, Bar, progress_bar
 
+LEAST_DRAWS = 25
+WORST = 5
 NOISE_LIMIT = 0.5
 """Largest standard error, in nats, of a global latent's log-weight whose tail still is its own."""
 
 
-@dataclass(frozen=True)
-class GlobalTail:
-    """k-hat of the latents shared by all data; None with the `reason` why there is none."""
+@dataclass(frozen=True, repr=False)
+class LocalTails(Report):
+    """k-hat of every datum.
+
+    Attributes
+    ----------
+    table : DataFrame
+        As `local_khat` returns it.
+    num_samples : int
+        Draws per datum.
+    """
+
+    table: pd.DataFrame
+    num_samples: int
+
+    @property
+    def threshold(self) -> float:
+        """min(1 - 1 / log10 num_samples, 0.7): k-hat should be at most this."""
+        return khat_threshold(self.num_samples)
+
+    @property
+    def num_above(self) -> int:
+        """Data whose k-hat is above the threshold, or undefined."""
+        return int((~(self.table["k_hat"] <= self.threshold)).sum())
+
+    @property
+    def worst(self) -> pd.DataFrame:
+        """The data of largest k-hat, largest first."""
+        return self.table.sort_values("k_hat", ascending=False).head(WORST)
+
+    @property
+    def sentences(self) -> list[str]:
+        """The findings in plain words."""
+        k, worst = self.table["k_hat"], self.worst["k_hat"]
+        if bool((k == -math.inf).all()):
+            return ["The importance weights of every datum are all the same: the guide is the posterior."]
+        values, limit = compared(list(worst), self.threshold)
+        about = f"the limit for {self.num_samples} draws"
+        if not self.num_above:
+            return [
+                f"k-hat is at most {limit}, {about}, for every datum (largest {values[0]}): the guide is close to "
+                "each posterior."
+            ]
+        shown = list(zip(worst.index, values, strict=True))[: self.num_above]
+        rows = ", ".join(f"{row} ({value})" for row, value in shown)
+        return [
+            f"k-hat is above {limit}, {about}, for {self.num_above} of {len(k)} data, most for rows {rows}: there the "
+            "approximation is poor or the model is wrong for these data, and k-hat alone cannot tell which; "
+            "estimates of their log p(x) by importance sampling are not to be trusted."
+        ]
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalTail(Report):
+    """One k-hat for latents that all data share.
+
+    Attributes
+    ----------
+    k_hat : float or None
+        None with the `reason` why there is none.
+    names : tuple of str
+        The latents: those shared by all data, or all latents where the guide draws them jointly.
+    num_samples : int
+        Draws of the guide.
+    joint : bool
+        Whether the latents of each datum are among them.
+    """
 
     k_hat: float | None
     names: tuple[str, ...] = ()
     reason: str = ""
+    num_samples: int = 1000
+    joint: bool = False
+
+    @property
+    def threshold(self) -> float:
+        """min(1 - 1 / log10 num_samples, 0.7): k-hat should be at most this."""
+        return khat_threshold(self.num_samples)
+
+    @property
+    def sentences(self) -> list[str]:
+        """The findings in plain words; none without such latents."""
+        if not self.names:
+            return []
+        names = f"the latents {'of all data together' if self.joint else 'shared by all data'} ({', '.join(self.names)})"
+        if self.k_hat is None:
+            return [f"There is no k-hat for {names}: {self.reason}."]
+        if self.k_hat == -math.inf:
+            return [f"For {names} the guide is the posterior."]
+        [value], limit = compared([self.k_hat], self.threshold)
+        if self.k_hat <= self.threshold:
+            return [f"For {names} k-hat is {value}, at most {limit}: the guide is close to their posterior."]
+        words = f"For {names} k-hat is {value}, above {limit}: the approximation is poor or the model is wrong"
+        if self.joint:
+            words += ", or there are many data (k-hat of a product of weights grows with their number)"
+        return [
+            f"{words}; a guide with correlations (AutoMultivariateNormal) or a comparison with NUTS tells which."
+        ]
 
 
 @torch.no_grad()
 def local_khat(
     fitted: FittedModel, x: Any, num_samples: int = 1000, *, seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
-    """One row per datum: `k_hat`, `effective_sample_size`, `log_evidence`, `standard_error` and `elbo`, of its weights.
+    """k-hat of the latents of each datum, and what else their importance weights show.
 
-    k-hat is -inf where all weights are the same. Global latents stay at the guide's means. `log_evidence` is the
-    importance estimate, a lower bound on average, with its `standard_error`; `elbo` the mean log-weight; in nats.
+    Parameters
+    ----------
+    fitted : FittedModel
+    x : data as `fit` takes them
+    num_samples : int
+        Draws of the guide per datum, at least 25. Global latents stay at the guide's means.
 
-    Raises `ProgramError` for a program without latents of each datum, with enumerated ones, or with a guide that
-    draws those of all data at once.
+    Returns
+    -------
+    DataFrame
+        One row per datum: `k_hat` (-inf where all weights are the same), `effective_sample_size`, `log_evidence`
+        (the importance estimate, a lower bound on average) with its `standard_error`, and `elbo` (the mean
+        log-weight), in nats.
+
+    Raises
+    ------
+    ProgramError
+        The program has no latents of each datum, or some are enumerated or held at a point, or the guide draws those
+        of all data at once.
     """
-    local_sites(fitted, "k-hat")
-    if num_samples < 25:
-        raise SettingError(f"num_samples={num_samples} draws have no tail: k-hat needs at least 25")
-    data = fitted.batch(x)
-    whole = bool(fitted.structure.per_datum) or not fitted.structure.takes_any_rows
-    tables = []
-    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
-        given = Pair(fitted, data).global_means()
-        chunks = list(row_chunks(data, num_samples, fitted.program.device, whole))
-        for rows in watched(chunks, "k-hat", len(chunks), enabled=progress):
-            log_weight = _local_log_weight(Pair(fitted, rows), given, num_samples)
-            log_sum = log_weight.logsumexp(0)
-            ess = (2 * log_sum - (2 * log_weight).logsumexp(0)).exp()
-            columns = {
-                "k_hat": pareto_khat(log_weight),
-                "effective_sample_size": ess,
-                "log_evidence": log_sum - math.log(num_samples),
-                "standard_error": ((num_samples / ess - 1).clamp_min(0) / (num_samples - 1)).sqrt(),
-                "elbo": log_weight.mean(0),
-            }
-            tables.append(pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()}))
-    table = pd.concat(tables, ignore_index=True)
-    return table.rename_axis("row")
+    local_sites(fitted.structure, "k-hat", summed_out=True)
+    count("num_samples", num_samples, LEAST_DRAWS)
+    pair, tables = _Held.at_means(fitted.pair(x)), []
+    stream = measure_seed(seed, Measure.LOCAL_KHAT)
+    for like, parts in streams_of_weights(pair, "importance", num_samples, stream, progress=progress):
+        weights, bound = StreamingLogMeanExp.empty(like), StreamingBound.empty(like, 1)
+        tail = LargestWeights(tail_length(num_samples) + 1)
+        for log_weight in parts:
+            for total in (weights, bound, tail):
+                total.add(log_weight)
+        columns = {
+            "k_hat": tail.k_hat(num_samples),
+            "effective_sample_size": weights.effective_sample_size,
+            "log_evidence": weights.value,
+            "standard_error": weights.standard_error,
+            "elbo": bound.value,
+        }
+        tables.append(pd.DataFrame({k: v.double().cpu().numpy() for k, v in columns.items()}))
+    return pd.concat(tables, ignore_index=True).rename_axis("row")
 
 
-def _local_log_weight(pair: Pair, given: Values, num_samples: int) -> Tensor:
-    """log p(x_n, z_n) - log q(z_n | x_n), [num_samples, rows], of draws given the global latents."""
-    parts = []
-    for model, guide in pair.draws(num_samples, given):
-        parts.append(pair.log_prob(model, pair.is_local) - pair.log_prob(guide, pair.is_local))
-    return torch.cat(parts)
+class _Held(Pair):
+    """A pair whose global latents are given."""
+
+    values: Values
+
+    @classmethod
+    def at_means(cls, pair: Pair) -> _Held:
+        """The global latents at the guide's means."""
+        return cls._of(pair, pair.held_means())
+
+    @classmethod
+    def _of(cls, pair: Pair, values: Values) -> _Held:
+        held = cls(pair.program, pair.structure, pair.batch, pair.mode)
+        held.values = values
+        return held
+
+    def guide(self, num_draws: int | None = None, *handlers: Any, given: Values | None = None) -> Trace:
+        return super().guide(num_draws, *handlers, given={**self.values, **(given or {})})
+
+    def on(self, batch: Batch) -> _Held:
+        return self._of(super().on(batch), self.values)
 
 
 @torch.no_grad()
@@ -99,77 +228,93 @@ def global_khat(
     The latents of each datum are integrated out of the weight, p(x, g) / q(g), by `num_inner` importance
     draws for each datum and g. Where these leave the weight uncertain by more than half a nat there is no
     k-hat, for its tail would be that of the noise.
+
+    Of a guide that draws the latents of all data and the shared ones jointly (AutoMultivariateNormal), it is the
+    k-hat of all of them together, p(x, z, g) / q(z, g).
+
+    Returns
+    -------
+    GlobalTail
+        With the `reason` where there is no k-hat.
     """
-    structure = fitted.structure
-    names = tuple(s.name for s in structure.global_latents)
-    data = fitted.batch(x)
-    reason = _why_not(fitted, data, names)
+    structure, pair = fitted.structure, fitted.pair(x)
+    joint = bool(structure.joint_guide and structure.local_latents)
+    names = judged_together(structure)
+    reason = _why_not(fitted, pair, names)
     if reason:
-        return GlobalTail(None, names, reason)
-    whole = bool(structure.per_datum) or not structure.takes_any_rows
-    with seeded(derived_seed(seed, Purpose.DIAGNOSE), fitted.program.device):
-        chunks = list(row_chunks(data, num_samples, fitted.program.device, whole))
-        first, totals, noise = Pair(fitted, chunks[0]), [], []
-        with progress_bar(
-            "k-hat, shared latents", num_samples, enabled=progress, unit="draws", after=PATIENCE
-        ) as bar:
-            for model, guide in first.draws(num_samples):
-                log_weight, variance = _global_log_weight(fitted, first, model, guide, chunks, num_inner, bar)
-                totals.append(log_weight)
-                noise.append(variance)
-    error = float(torch.cat(noise).mean().sqrt())
+        return GlobalTail(None, names, reason, num_samples, joint)
+    chunks = [pair] if joint else list(pair.chunks(num_samples))
+    inner = num_inner if structure.local_latents and not joint else 1
+    totals, variances = [], []
+    bars = progress_bar("k-hat, shared latents", num_samples, enabled=progress, unit="draws", after=PATIENCE)
+    with bars as bar, noise(pair, seed, Measure.SHARED_KHAT):
+        for model, guide, draws in joint_draws(chunks[0], num_samples):
+            total = _outside(pair, model) - _outside(pair, guide)
+            if joint:
+                parts = [(_inside(pair, model) - _inside(pair, guide)).sum(1), torch.zeros_like(total)]
+                bar.advance(draws)
+            else:
+                parts = _integrated(chunks, _held(pair, guide), draws, inner, bar)
+            totals.append(total + parts[0])
+            variances.append(parts[1])
+    error = float(torch.cat(variances).mean().sqrt())
     if error > NOISE_LIMIT:
         found = f"integrating out the latents of each datum leaves {error:.1f} nats of noise in the weights"
-        return GlobalTail(None, names, f"{found}: raise num_inner, or improve the guide of each datum")
-    return GlobalTail(float(pareto_khat(torch.cat(totals).unsqueeze(1))), names)
+        reason = f"{found}: raise num_inner, or improve the guide of each datum"
+        return GlobalTail(None, names, reason, num_samples)
+    return GlobalTail(float(pareto_khat(torch.cat(totals).unsqueeze(1))), names, "", num_samples, joint)
 
 
-def _why_not(fitted: FittedModel, data: Batch, names: tuple[str, ...]) -> str:
+def judged_together(structure: Structure) -> tuple[str, ...]:
+    """The latents that one weight is of: those shared by all data, or all of a joint guide."""
+    latents = structure.latents if structure.joint_guide else structure.global_latents
+    return tuple(s.name for s in latents)
+
+
+def _why_not(fitted: FittedModel, pair: Pair, names: tuple[str, ...]) -> str:
     structure = fitted.structure
     if not names:
         return "no latents are shared by all data"
-    if structure.joint_guide:
-        return f"the guide draws the latents of all data at once ('{structure.joint_guide}')"
-    if any(s.enumerated for s in structure.sites):
+    if any(s.enumerated and not s.in_guide for s in structure.sites):
         return "some latents are summed out"
-    if data.num_rows != fitted.num_rows:
-        return (
-            f"their posterior is that of all {fitted.num_rows} training rows, and {data.num_rows} were given"
-        )
-    guide = Pair(fitted, data).run(1)[1]
-    shared = [s for s in sample_sites(guide) if s["name"] in names]
-    drawn = [s for s in shared if getattr(s["fn"], "variance", None) is None or _varies(guide, s)]
-    return "" if drawn else "the guide holds them at points"
+    if pair.batch.num_rows != fitted.num_rows:
+        given = f"{pair.batch.num_rows} were given"
+        return f"their posterior is that of all {fitted.num_rows} training rows, and {given}"
+    if all(s.point for s in structure.latents if s.name in names):
+        return "the guide holds them at points, which makes it a point estimate"
+    points = [s.name for s in structure.local_latents if s.point]
+    return f"the guide holds '{points[0]}' of each datum at a point" if points else ""
 
 
-def _varies(guide: Any, site: dict[str, Any]) -> bool:
-    auxiliary = f"{site['name']}_unconstrained" in guide.nodes or "_AutoGuide_latent" in " ".join(guide.nodes)
-    return auxiliary or bool((site["fn"].variance > 0).any())
+def _outside(pair: Pair, trace: Trace) -> Tensor:
+    """Log-density of what stands outside the data plate: [draws]."""
+    return pair.log_prob(trace, lambda s: not pair.is_local(s))[:, 0]
 
 
-def _global_log_weight(
-    fitted: FittedModel, pair: Pair, model: Any, guide: Any, chunks: list[Batch], num_inner: int, bar: Bar
-) -> tuple[Tensor, Tensor]:
-    """log p(x, g) - log q(g) [draws], and the variance [draws] that integrating out has left in it."""
-    values = {s["name"]: s["value"] for s in sample_sites(guide) if not pair.is_local(s)}
-    total = pair.log_prob(model, lambda s: not pair.is_local(s) and not s["is_observed"])[:, 0]
-    total = total - pair.log_prob(guide, lambda s: not pair.is_local(s))[:, 0]
-    variance = torch.zeros_like(total)
-    repeats = num_inner if fitted.structure.local_latents else 1
-    for rows in chunks:
-        part, found = Pair(fitted, rows), []
-        for _ in range(repeats):
-            found.append(_inner(part, values, len(total)))
-            bar.advance(len(total) / (repeats * len(chunks)))
-        inner = torch.stack(found)
-        total = total + (inner.logsumexp(0) - math.log(len(inner))).sum(1)
-        weight = (inner - inner.logsumexp(0)).exp()  # [inner, draws, rows], summing to one
-        variance = variance + (weight.square().sum(0) - 1 / len(inner)).clamp_min(0).sum(1)
-    return total, variance
+def _inside(pair: Pair, trace: Trace) -> Tensor:
+    """Log-density of what stands inside the data plate: [draws, rows]."""
+    return pair.log_prob(trace, pair.is_local)
 
 
-def _inner(pair: Pair, values: Values, count: int) -> Tensor:
-    """log p(x_n, z_n | g) - log q(z_n | x_n) of one draw of z_n for each draw of g: [draws, rows]."""
-    model, guide = pair.run(count, values)
-    log_weight = pair.log_prob(model, pair.is_local) - pair.log_prob(guide, pair.is_local)
-    return log_weight.expand(count, pair.batch.num_rows)
+def _held(pair: Pair, guide: Trace) -> Values:
+    return {s["name"]: s["value"] for s in sample_sites(guide) if not pair.is_local(s)}
+
+
+def _integrated(chunks: list[Pair], held: Values, draws: int, num_inner: int, bar: Bar) -> list[Tensor]:
+    """log p(x | g) of each draw of g, [draws], and the variance [draws] of its estimate.
+
+    The latents of each datum are integrated out by `num_inner` draws of the guide for each datum and g.
+    """
+    total: Any = 0.0
+    variance: Any = 0.0
+    for chunk in chunks:
+        found = []
+        for _ in range(num_inner):
+            model, guide = chunk.draw(draws if chunk.vectorized else None, held)
+            found.append((_inside(chunk, model) - _inside(chunk, guide)).expand(draws, -1))
+            bar.advance(draws / (num_inner * len(chunks)))
+        inner = torch.stack(found)  # [inner, draws, rows]
+        total = total + (inner.logsumexp(0) - math.log(num_inner)).sum(1)
+        weight = (inner - inner.logsumexp(0)).exp()  # summing to one
+        variance = variance + (weight.square().sum(0) - 1 / num_inner).clamp_min(0).sum(1)
+    return [total, variance]

@@ -5,6 +5,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -14,11 +15,11 @@ from scipy.stats import norm
 
 import pyrolvm
 from pyrolvm import PPCA, ProgramError, SettingError, data_plate
-from pyrolvm.diagnostics.calibration import calibrate, calibration_of
+from pyrolvm.diagnostics.calibration import Calibration, calibrate, calibration_of
 from pyrolvm.diagnostics.simulated import simulations
 from pyrolvm.diagnostics.uniformity import chi_square_p, ecdf_band, kolmogorov_p, symmetry_p
 
-FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 
 
 EXACT = math.sqrt(0.5)
@@ -71,7 +72,7 @@ def test_a_narrow_but_centred_guide_passes_the_symmetry_test_and_a_shifted_one_f
 
 def test_vsbc_probabilities_are_the_gaussian_distribution_function():
     fitted = local(shift=0.3, scale=0.6)
-    [simulation] = simulations(fitted, fitted.example, 400, rows=True)
+    [simulation] = simulations(fitted.pair(fitted.example), 400, rows=True)
     draws = fitted.draws(simulation.data, 2000).values
     z, x = simulation.truth["z"], simulation.data.double().numpy()
     exact = norm.cdf((z - (x / 2 + 0.3)) / 0.6)
@@ -161,6 +162,17 @@ def test_the_tests_of_uniformity_keep_their_level():
         ]
     )
     assert inside == pytest.approx(0.95, abs=4 * math.sqrt(0.05 * 0.95 / 1000) + 0.01)
+
+
+def test_the_verdict_keeps_the_stated_level():
+    """Uniform ranks fail in at most alpha of all tables: three tests share the level of each quantity."""
+    rng, repeats = np.random.default_rng(2), 1500
+    failed = 0
+    for _ in range(repeats):
+        ranks = pd.DataFrame({"z": rng.integers(0, 101, 400)})
+        uniforms = (ranks + rng.random(ranks.shape)) / 101
+        failed += not Calibration(ranks, uniforms, 100).passed
+    assert failed / repeats < 0.05 + 2 * math.sqrt(0.05 * 0.95 / repeats)
 
 
 def test_the_symmetry_test_keeps_its_level_where_numbers_are_symmetric_but_not_uniform():

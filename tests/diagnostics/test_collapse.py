@@ -15,8 +15,9 @@ from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, ProgramError, SettingErro
 from pyrolvm.data.simulators import simulate_ppca
 from pyrolvm.diagnostics import collapse as module
 from pyrolvm.diagnostics.collapse import collapse_report
+from pyrolvm.inference.program.pair import Pair
 
-FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 X = torch.as_tensor(simulate_ppca(1500, 6, 2, noise_scale=1.0, seed=1).values).float()
 
 
@@ -140,13 +141,14 @@ def test_information_cannot_exceed_the_logarithm_of_the_data_and_says_so():
 
 
 def test_chunks_and_loops_change_nothing_but_the_draws(ppca, report, monkeypatch):
-    monkeypatch.setattr("pyrolvm.diagnostics.pair.BUDGET", 6 * 20 * 64)
+    whole = Pair.chunks
+    monkeypatch.setattr(Pair, "chunks", lambda self, per_row=1: whole(self, per_row, 6 * 20 * 64))
     monkeypatch.setattr("pyrolvm.diagnostics.mixture.BUDGET", 5000)
     chunked = collapse_report(ppca, X[:500])
     monkeypatch.undo()
-    ppca._vectorized = False
+    ppca.program.vectorized = False
     looped = collapse_report(ppca, X[:500])
-    ppca._vectorized = True
+    ppca.program.vectorized = True
     whole = collapse_report(ppca, X[:500])
     for other in (chunked, looped):
         for name in ("average_kl", "mutual_information", "marginal_kl"):
@@ -203,6 +205,41 @@ def test_what_cannot_be_reported_is_refused_in_one_line(ppca):
     with pytest.raises(ProgramError, match="enumerated"):
         collapse_report(pyrolvm.fit(pyrolvm.GaussianMixture(6, 2), X, **FREEZE), X)
     assert module.FIRST_ROWS == 500
+
+
+def test_the_last_row_of_a_chunk_is_exchanged_with_another_one(monkeypatch):
+    """z exact and x = z: given the z of another row, log p(x | z) falls by (x - x')^2 / 2 on average, for every row."""
+    x = torch.tensor([3.0, -3.0, 3.0])
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x, 1e-3))
+
+    fitted = pyrolvm.fit(LocalNormal().model, x, guide=guide, **FREEZE)
+    split = Pair.split
+    monkeypatch.setattr(Pair, "split", lambda self, size: split(self, 1))
+    lost = [collapse_report(fitted, x, seed=s).shuffle_loss for s in range(10)]
+    # three rows exchanged in a circle: two of them get one of the other sign, with 6^2 / 2 = 18 nats each
+    assert lost == pytest.approx([12.0] * 10, abs=0.05)
+
+
+def test_kl_of_a_positive_latent_with_an_autoguide_counts_the_jacobian():
+    # z ~ LogNormal(0, 1), x | z ~ N(0, 1): q is the LogNormal(m, s) that AutoNormal holds
+    def model(x):
+        with data_plate(x):
+            pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(pyro.param("b", torch.tensor(0.0)), 1.0), obs=x)
+
+    x = torch.zeros(400)
+    fitted = pyrolvm.fit(model, x, guide=AutoNormal, **FREEZE)
+    with torch.no_grad():
+        for name, value in fitted.program.parameters.items():
+            if name.endswith("locs.z"):
+                value.fill_(0.5)
+    report = collapse_report(fitted, x, 200)
+    scale = 0.1  # AutoNormal's own start
+    expected = 0.5 * (scale**2 + 0.25 - 1) - math.log(scale)
+    assert report.dimensions["kl"].iloc[0] == pytest.approx(expected, abs=0.02)
 
 
 def test_the_generators_are_left_as_found(ppca):

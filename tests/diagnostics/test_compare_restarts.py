@@ -12,7 +12,7 @@ from pyrolvm import PPCA, GaussianMixture, SettingError
 from pyrolvm.diagnostics.restarts import compare_restarts
 from pyrolvm.models.alignment import procrustes
 
-FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) @ torch.randn(
     5, 5, generator=torch.Generator().manual_seed(1)
 )
@@ -110,6 +110,33 @@ def test_mixtures_are_compared_by_their_exact_bound():
     assert "more restarts" in found.sentence
     twice = compare_restarts(fits(models[0], copy.deepcopy(models[0])), X)
     assert "no sampled latents" in twice.sentence
+
+
+def test_other_rows_carry_their_share_of_the_shared_latents_kl():
+    """Of 10 of 60 rows, the KL of a shared mean counts by 1/60 per datum, as in training."""
+    x = X[:, 0] / X[:, 0].std()
+    fitted = pyrolvm.fit(GlobalMean().model, x, guide=GlobalMean().guide, **FREEZE)
+    with torch.no_grad():
+        fitted.program.parameters["loc"].fill_(0.5)
+        fitted.program.parameters["scale"].fill_(math.log(0.3))
+    found = compare_restarts([fitted, fitted], x[:10], num_samples=4000).bounds
+    kl = 0.5 * (0.3**2 + 0.25 - 1) - math.log(0.3)
+    likelihood = -0.5 * (math.log(2 * math.pi) + (x[:10] - 0.5).square().mean().item() + 0.3**2)
+    assert found["standard_error"][0] > 0
+    assert found["bound"][0] == pytest.approx(likelihood - kl / 60, abs=4 * found["standard_error"][0])
+
+
+def test_bounds_with_summed_out_and_shared_latents_are_of_the_given_rows():
+    """A Bayesian mixture: the bound of its rows with the KL by N, and its noise, not the record of the training."""
+    fitted = pyrolvm.fit(GaussianMixture(5, 2, prior="conjugate"), X, **FREEZE)
+    found = compare_restarts([fitted, fitted], X, num_samples=50).bounds
+    draws = fitted.draws(X, 400)
+    each = draws.log_weight.double().mean(1) + (draws.global_log_prior - draws.global_log_guide).double() / 60
+    error = math.hypot(found["standard_error"][0], (each.std() / 20).item())
+    assert found["standard_error"][0] > 0
+    assert found["bound"][0] == pytest.approx(each.mean().item(), abs=4 * error)
+    part = compare_restarts([fitted, fitted], X[:10], num_samples=50).bounds
+    assert part["bound"][0] != found["bound"][0]
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(ppca):

@@ -13,8 +13,9 @@ from torch import nn
 import pyrolvm
 from pyrolvm import PPCA, VAE, ProgramError, SettingError, data_plate
 from pyrolvm.diagnostics.gaps import evidence_gaps
+from pyrolvm.inference.program.pair import Pair
 
-FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 X = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
 
 
@@ -112,8 +113,9 @@ def test_where_no_exact_evidence_is_known_it_is_estimated():
 def test_chunks_and_loops_change_nothing(ppca, monkeypatch):
     fitted = pyrolvm.fit(ppca, X, **FREEZE)
     whole = evidence_gaps(fitted, X, num_samples=40, num_steps=30).table
-    monkeypatch.setattr("pyrolvm.diagnostics.pair.BUDGET", 40 * 5 * 11)
-    fitted._vectorized = False
+    chunks = Pair.chunks
+    monkeypatch.setattr(Pair, "chunks", lambda self, per_row=1: chunks(self, per_row, 40 * 5 * 11))
+    fitted.program.vectorized = False
     other = evidence_gaps(fitted, X, num_samples=40, num_steps=30).table
     assert (whole - other).abs().max().max() < 2e-3
 

@@ -16,7 +16,7 @@ from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, GaussianMixture, PowerVAE
 from pyrolvm.diagnostics.guide_quality import diagnose
 from pyrolvm.diagnostics.reference import compare_with_nuts
 
-FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) @ torch.randn(
     4, 4, generator=torch.Generator().manual_seed(1)
 )

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     import arviz as az
 
 QUIET = {"progress": False, "engine": "eager"}
-STILL = QUIET | {"num_steps": 1, "learning_rate": 1e-12}
+STILL = QUIET | {"num_steps": 1, "learning_rate": 1e-12, "initialise": False}
 X = torch.randn(30, 5, generator=torch.Generator().manual_seed(1))
 TABLE = pd.DataFrame(X.numpy(), columns=list("abcde"), index=[f"row {i}" for i in range(30)])
 

@@ -14,7 +14,7 @@ import pyrolvm
 from pyrolvm import PPCA, SettingError, data_plate
 from pyrolvm.diagnostics.predictive import predictive_check
 
-FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 X = torch.randn(80, 4, generator=torch.Generator().manual_seed(0)) @ torch.randn(
     4, 4, generator=torch.Generator().manual_seed(1)
 )
@@ -74,9 +74,9 @@ def test_statistics_may_be_numpy_and_must_be_numbers(ppca):
     assert found.table.loc["median", "observed"] == pytest.approx(np.median(X.numpy()))
     with pytest.raises(SettingError, match="one finite number"):
         predictive_check(ppca, X, {"means": lambda x: x.mean(0)}, 5)
-    with pytest.raises(SettingError, match="choose same or new"):
+    with pytest.raises(SettingError, match="latents='prior' is not known: choose from same, new"):
         predictive_check(ppca, X, latents="prior")
-    with pytest.raises(SettingError, match="no observed site"):
+    with pytest.raises(SettingError, match="site='z' is not known: choose from x"):
         predictive_check(ppca, X, site="z")
     with pytest.raises(SettingError, match="empty"):
         predictive_check(ppca, X, {})

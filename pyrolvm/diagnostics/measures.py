@@ -1,0 +1,120 @@
+"""What the measures have in common: streams of noise, draws in parts, and the sentences that they answer in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from enum import IntEnum
+
+from pyro.poutine.trace_struct import Trace
+
+from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair, Values
+from pyrolvm.inference.program.structure import Site, Structure
+from pyrolvm.seeds import Purpose, derived_seed
+
+
+class Measure(IntEnum):
+    """The streams of noise of the measures, so that no two share a draw. New ones go to the end."""
+
+    LOCAL_KHAT = 0
+    SHARED_KHAT = 1
+    EVIDENCE = 2
+    COLLAPSE = 3
+    GAPS = 4
+    PREDICTIVE = 5
+    REFERENCE = 6
+    CALIBRATION = 7
+    RESTARTS = 8
+    ROWS = 9
+
+
+def measure_seed(seed: int, measure: Measure, *index: int) -> int:
+    """The seed of one measure, or of one part of it (a chunk, a chain, a data set)."""
+    return derived_seed(seed, Purpose.DIAGNOSE, measure, *index)
+
+
+def noise(pair: Pair, seed: int, measure: Measure, *index: int) -> AbstractContextManager[None]:
+    """Generators of one part of a measure within the block; the caller's are left as found."""
+    return seeded(measure_seed(seed, measure, *index), pair.device)
+
+
+class Report:
+    """The result of a measure: findings in sentences, and tables.
+
+    A subclass gives `sentences`, and `shown`, the table that `str` adds to them.
+    """
+
+    @property
+    def sentences(self) -> list[str]:
+        """The findings in plain words."""
+        raise NotImplementedError
+
+    @property
+    def sentence(self) -> str:
+        """The findings in plain words, as one text."""
+        return " ".join(self.sentences)
+
+    @property
+    def shown(self) -> str:
+        """The table below the sentences; empty if there is none."""
+        return ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.sentence}"
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (self.sentence, self.shown) if part)
+
+
+def joint_draws(
+    pair: Pair, num_draws: int, given: Values | None = None
+) -> Iterator[tuple[Trace, Trace, int]]:
+    """(model trace, guide trace, number of draws) in parts that add up to `num_draws`, within the memory budget."""
+    size = pair.at_once(num_draws)
+    for first in range(0, num_draws, size):
+        count = min(size, num_draws - first)
+        yield *pair.draw(count if pair.vectorized else None, given), count
+
+
+def local_sites(structure: Structure, what: str, *, summed_out: bool = False) -> list[Site]:
+    """The local latents that the guide draws.
+
+    Raises
+    ------
+    ProgramError
+        There are none, or one is held at a point, or the guide draws those of all data at once; or one is summed out,
+        unless `what` can be computed beside such latents.
+    """
+    sites = [s for s in structure.local_latents if s.in_guide or not s.enumerated]
+    summed = [s.name for s in structure.latents if s.enumerated and not s.in_guide]
+    points = [s.name for s in sites if s.point]
+    if summed and not (sites and summed_out):
+        raise ProgramError(
+            f"{what} needs draws of every latent, but '{summed[0]}' is enumerated: give the guide a site for it"
+        )
+    if structure.joint_guide:
+        raise ProgramError(
+            f"the guide draws the latents of all data at once ('{structure.joint_guide}'), so {what} per "
+            "datum has no meaning: use a guide that is independent over data, such as AutoNormal"
+        )
+    if not sites:
+        raise ProgramError(
+            f"{what} is about latents of each datum and this program has none in its data plate"
+        )
+    if points:
+        raise ProgramError(
+            f"{what} needs a distribution, but the guide is a point estimate: it holds '{points[0]}' at one value per "
+            "datum"
+        )
+    return sites
+
+
+def compared(values: list[float], limit: float) -> tuple[list[str], str]:
+    """Numbers and the limit they are compared with, to as many decimals as tell each from it: two at least."""
+    decimals = 2
+    while decimals < 6 and any(f"{v:.{decimals}f}" == f"{limit:.{decimals}f}" != v for v in values):
+        decimals += 1
+    return [f"{v:.{decimals}f}" for v in values], f"{limit:.{decimals}f}"
+
