@@ -6,70 +6,53 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyrolvm import errors
 from pyrolvm._version import __version__ as __version__
+from pyrolvm.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from pyrolvm import data, diagnostics, inference, models, plots
-    from pyrolvm.diagnostics import diagnose, to_inference_data
-    from pyrolvm.errors import (
-        DataError,
-        DivergenceError,
-        ProgramError,
-        PyrolvmError,
-        RunFolderError,
-        SettingError,
-    )
-    from pyrolvm.inference import FittedModel, RenyiELBO, fit_restarts
-    from pyrolvm.inference.training.fit import fit
-    from pyrolvm.models import (
-        PPCA,
-        REGISTRY,
-        VAE,
-        BayesianFactorAnalysis,
-        GaussianMixture,
-        LatentVariableModel,
-        PowerVAE,
-    )
-    from pyrolvm.plates import data_plate
+    from pyrolvm import data as data
+    from pyrolvm import diagnostics as diagnostics
+    from pyrolvm import inference as inference
+    from pyrolvm import models as models
+    from pyrolvm import plots as plots
+    from pyrolvm.diagnostics import diagnose as diagnose
+    from pyrolvm.diagnostics import to_inference_data as to_inference_data
+    from pyrolvm.inference import FittedModel as FittedModel
+    from pyrolvm.inference import RenyiELBO as RenyiELBO
+    from pyrolvm.inference import fit as fit
+    from pyrolvm.inference import fit_restarts as fit_restarts
+    from pyrolvm.models import *  # noqa: F403
+    from pyrolvm.plates import data_plate as data_plate
 
-
+# Imported when first used: torch and Pyro take seconds that `pyrolvm --help` need not wait for
+_ROOMS = ("data", "diagnostics", "inference", "models", "plots")
 _HOMES = {
-    "pyrolvm.diagnostics": ("diagnose", "to_inference_data"),
-    "pyrolvm.errors": (
-        "DataError",
-        "DivergenceError",
-        "ProgramError",
-        "PyrolvmError",
-        "RunFolderError",
-        "SettingError",
-    ),
-    "pyrolvm.inference": ("FittedModel", "RenyiELBO", "fit", "fit_restarts"),
-    "pyrolvm.models": (
-        "PPCA",
-        "REGISTRY",
-        "VAE",
-        "BayesianFactorAnalysis",
-        "GaussianMixture",
-        "LatentVariableModel",
-        "PowerVAE",
-    ),
-    "pyrolvm.plates": ("data_plate",),
+    "FittedModel": "inference",
+    "RenyiELBO": "inference",
+    "data_plate": "plates",
+    "diagnose": "diagnostics",
+    "fit": "inference",
+    "fit_restarts": "inference",
+    "to_inference_data": "diagnostics",
 }
-_MODULES = ("data", "diagnostics", "inference", "models", "plots")
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: torch and Pyro take seconds that `pyrolvm --help` need not wait for."""
-    if name in _MODULES:
+    if name == "__all__":
+        return sorted([*errors.__all__, *_ROOMS, *_HOMES, "load", *__getattr__("models").__all__])
+    if name in _ROOMS:
         return importlib.import_module(f"pyrolvm.{name}")
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(home), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"pyrolvm.{_HOMES[name]}"), name)
+    # What else has a capital is a model or not there; other names are tried by imports of files
+    if name[0].isupper() and name in (found := __getattr__("models")).__all__:
+        return getattr(found, name)
     raise AttributeError(f"module 'pyrolvm' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__getattr__("__all__")])
 
 
 def load(
@@ -77,41 +60,24 @@ def load(
 ) -> FittedModel:
     """Read a run folder back. Nothing in it is executed.
 
-    The suite's models are built from their recorded arguments; pass `model` (and `guide`) for your own, or
-    for a model that was given networks as objects: built as they were when the run was saved.
-    Raises `RunFolderError` if the folder is missing, damaged, or of another program or version.
+    Parameters
+    ----------
+    path : str or Path
+        The run folder.
+    model, guide : optional
+        Your own pair, or a model that was given networks as objects: built as they were when the run was
+        saved. Registered models are built from their recorded arguments.
+    device : str
+        Where the parameters go.
+    example : optional
+        Some rows of the data, as `fit` took them, for programs that cannot be rebuilt without.
+
+    Raises
+    ------
+    RunFolderError
+        The folder is missing, damaged, or of another program or version.
     """
     from pyrolvm.inference.posterior.loading import load_run
     from pyrolvm.models import REGISTRY
 
     return load_run(Path(path), REGISTRY, model, guide, device, example)
-
-
-__all__ = [
-    "PPCA",
-    "REGISTRY",
-    "VAE",
-    "BayesianFactorAnalysis",
-    "DataError",
-    "DivergenceError",
-    "FittedModel",
-    "GaussianMixture",
-    "LatentVariableModel",
-    "PowerVAE",
-    "ProgramError",
-    "PyrolvmError",
-    "RenyiELBO",
-    "RunFolderError",
-    "SettingError",
-    "data",
-    "data_plate",
-    "diagnose",
-    "diagnostics",
-    "fit",
-    "fit_restarts",
-    "inference",
-    "load",
-    "models",
-    "plots",
-    "to_inference_data",
-]

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+__all__ = ["DataError", "DivergenceError", "ProgramError", "PyrolvmError", "RunFolderError", "SettingError"]
+
 T = TypeVar("T")
 
 

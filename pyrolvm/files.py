@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import safetensors
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -21,6 +22,11 @@ FORMAT = 2
 
 
 Writer = Callable[[Path], Any]
+
+
+def cache_folder() -> Path:
+    """`PYROLVM_CACHE`, or `pyrolvm` in the user's cache folder: what can be made or fetched again."""
+    return Path(os.environ.get("PYROLVM_CACHE") or platformdirs.user_cache_path("pyrolvm", appauthor=False))
 
 
 def write_atomically(path: Path, write: Writer) -> None:

@@ -1,92 +1,50 @@
-"""Progress bars: how far, how fast, time left; silent where nobody watches, and within one another."""
+"""Progress bars: how far, how fast, time left. Silent unless a terminal shows them; nested bars vanish when done."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 T = TypeVar("T")
 
 PATIENCE = 1.0
-"""Seconds before what may be over at once shows a bar."""
+"""Delay in seconds before the bar of something that may end at once appears."""
 
-_open: list[Progress] = []
-"""What is on the terminal now: a second bar is a line of the same display."""
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread beside the ones that compute
 
 
 class Bar:
-    """What a loop tells its watcher; this one says nothing."""
+    """The position of a loop, shown by `tqdm`."""
 
-    done = 0.0
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self.bar, self.done = bar, 0.0
 
-    def begin(self, done: int) -> None:
-        """Steps start now, after `done` that a run before this one took."""
+    def begin(self, done: float) -> None:
+        """Start the clock, after `done` steps that an earlier run took."""
+        self.bar.reset()
+        self.bar.initial = self.done = done
+        self.update(done)
 
-    def update(self, done: float, **fields: Any) -> None:
-        """`done` steps are finished."""
+    def update(self, done: float, **fields: float) -> None:
+        """Show that `done` steps are finished, with numbers to print beside."""
+        self.done = done
+        self.bar.set_postfix_str("  ".join(f"{k} {v:.3f}" for k, v in fields.items()), refresh=False)
+        self.bar.update(min(done, self.bar.total) - self.bar.n)
 
     def note(self, text: str) -> None:
-        """Say what is going on."""
+        """Show a text until the next update: what takes long now."""
+        due = not self.bar.disable and time.time() >= self.bar.start_t + self.bar.delay
+        self.bar.set_postfix_str(text, refresh=due)
 
     def advance(self, steps: float = 1) -> None:
-        """So many more steps are finished."""
-        self.done += steps
-        self.update(self.done)
-
-
-class _RichBar(Bar):
-    def __init__(self, console: Console, title: str, total: int, unit: str, after: float) -> None:
-        self.console, self.title, self.total, self.unit = console, title, total, unit
-        self.stack = ExitStack()
-        self.progress: Any = None
-        self.task: Any = None
-        self.shows_at = time.perf_counter() + after
-
-    def begin(self, done: int) -> None:
-        self.first, self.start = done, time.perf_counter()
-        self._show("", completed=done)
-
-    def update(self, done: float, **fields: Any) -> None:
-        speed = (done - self.first) / max(time.perf_counter() - self.start, 1e-9)
-        rate = [f"{speed:,.0f} {self.unit}/s"] if self.unit else []
-        self._show("  ".join([f"{k} {v:.3f}" for k, v in fields.items()] + rate), completed=done)
-
-    def note(self, text: str) -> None:
-        self._show(text)
-
-    def _show(self, text: str, **fields: Any) -> None:
-        if time.perf_counter() < self.shows_at:
-            return
-        if self.task is None:
-            self._appear()
-        self.progress.update(self.task, text=text, **fields)
-
-    def _appear(self) -> None:
-        if _open:
-            self.progress = _open[-1]
-            self.stack.callback(lambda: self.progress.remove_task(self.task))
-        else:
-            self.progress = self.stack.enter_context(_display(self.console))
-            _open.append(self.progress)
-            self.stack.callback(_open.clear)
-        self.task = self.progress.add_task(self.title, total=self.total, text="")
-
-
-def _display(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=False,
-    )
+        """Show that so many more steps are finished."""
+        self.update(self.done + steps)
 
 
 @contextmanager
@@ -95,23 +53,37 @@ def progress_bar(
 ) -> Iterator[Bar]:
     """A bar on standard error if that is a terminal and `enabled`; else a silent one.
 
-    unit: what the speed is in; no speed if empty. after: seconds before it shows. Inside another one it is a
-    further line, which goes when it is done.
+    Parameters
+    ----------
+    title : str
+        What stands before the bar.
+    total : int
+        Number of steps.
+    enabled : bool
+        Whether to show it at all.
+    unit : str
+        What the speed is counted in; an empty one shows no speed.
+    after : float
+        Delay in seconds before it appears.
+
+    Notes
+    -----
+    A bar inside another is a further line, which vanishes when it is done.
     """
-    console = Console(stderr=True)
-    if not (enabled and console.is_terminal):
-        yield Bar()
-        return
-    bar = _RichBar(console, title, total, unit, after)
-    bar.begin(0)
-    with bar.stack:
-        yield bar
+    rate = ", {rate_fmt}" if unit else ""
+    layout = f"{{desc}} |{{bar:24}}| {{n:,.0f}}/{{total:,.0f}} [{{elapsed}}<{{remaining}}{rate}{{postfix}}]"
+    # smoothing=0 is the mean speed of the whole run, miniters=0 looks at the clock at each update
+    with _Bar(
+        desc=title, total=total, disable=None if enabled else True, unit=f" {unit}", delay=after, leave=None,
+        bar_format=layout, smoothing=0, miniters=0, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        yield Bar(bar)
 
 
 def watched(
     steps: Iterable[T], title: str, total: int, *, enabled: bool = True, unit: str = ""
 ) -> Iterator[T]:
-    """`steps` one by one, under a patient bar."""
+    """`steps` one by one, under a bar that appears after `PATIENCE` seconds."""
     with progress_bar(title, total, enabled=enabled, unit=unit, after=PATIENCE) as bar:
         for step in steps:
             yield step

@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.numeric import as_array
-from pyrolvm.data.table import Dataset
 from pyrolvm.errors import DataError
 
 

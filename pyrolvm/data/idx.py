@@ -23,15 +23,22 @@ _MOST_DEFLATE = 1032  # deflate cannot shrink by more: a header that claims more
 def read_idx(path: Path, mmap: bool = False) -> np.ndarray:
     """The array of an idx file, or of one compressed with gzip (by its first bytes, not its name).
 
-    Args:
-        path: of the file.
-        mmap: map an uncompressed file into memory, copy-on-write, instead of reading it.
+    Parameters
+    ----------
+    path : Path
+        Of the file.
+    mmap : bool
+        Map an uncompressed file into memory, copy-on-write, instead of reading it.
 
-    Returns:
-        the array in the machine's byte order; if mapped, in the file's.
+    Returns
+    -------
+    ndarray
+        In the machine's byte order; if mapped, in the file's.
 
-    Raises:
-        DataError: the file is not idx, is truncated or too long, or is compressed and `mmap` is asked.
+    Raises
+    ------
+    DataError
+        The file is not idx, is truncated or too long, or is compressed and to be mapped.
     """
     with path.open("rb") as stream:
         compressed = stream.read(2) == b"\x1f\x8b"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pyrolvm.data.columns import check_names
 from pyrolvm.errors import DataError
 
 _KINDS = {"c": "complex numbers", "U": "text", "S": "text", "T": "text", "M": "dates", "m": "durations"}
@@ -17,12 +18,17 @@ _CHUNK = 2**22
 def as_array(value: Any, name: str = "data") -> np.ndarray:
     """A numeric or boolean numpy array of `value`; tables and lists are converted, arrays not copied.
 
-    Args:
-        value: an array, DataFrame, Series or nested list of numbers.
-        name: what the messages call it.
+    Parameters
+    ----------
+    value : array, DataFrame, Series or nested list of numbers
+        The data.
+    name : str
+        Its name in messages.
 
-    Raises:
-        DataError: text, dates, objects, complex, masked or sparse values, or ragged lists.
+    Raises
+    ------
+    DataError
+        Text, dates, objects, complex, masked or sparse values, ragged lists, or two columns of one name.
     """
     if isinstance(value, pd.DataFrame):
         return frame_to_numpy(value, name)
@@ -54,10 +60,13 @@ def check_numeric(array: np.ndarray, name: str) -> None:
 def frame_to_numpy(frame: pd.DataFrame, name: str = "data") -> np.ndarray:
     """The columns of a table as one array [rows, columns] of their common numeric type; NA becomes NaN.
 
-    Raises:
-        DataError: a column is not numeric; the message names it, its first entry that is no number, and
-            the columns that are numeric.
+    Raises
+    ------
+    DataError
+        A column is not numeric (the message has its first entry that is not a number, and the numeric
+        columns), or two columns have one name.
     """
+    check_names([str(c) for c in frame.columns], name)
     if not len(frame):  # columns without entries have no type that means anything
         return np.empty(frame.shape)
     numeric = numeric_columns(frame)
@@ -76,7 +85,7 @@ def numeric_columns(frame: pd.DataFrame) -> list[str]:
 
 
 def choose(columns: list[str]) -> str:
-    """The part of a message that says how to choose among `columns`."""
+    """The part of a message that shows how to choose among `columns`."""
     if not columns:
         return "it has no numeric column"
     shown, more = columns[:12], f" and {len(columns) - 12} more" if len(columns) > 12 else ""
@@ -89,8 +98,8 @@ def check_finite(
 ) -> None:
     """Raise `DataError` naming the first row and column of `array` [rows, ...] that is not finite.
 
-    Works through the rows in chunks, so that a memory-mapped array is never in memory as a whole. `first_row`
-    is the number of the first one, where the array is a part.
+    Rows are taken in chunks, so that a memory-mapped array is never in memory as a whole. `first_row` is the
+    number of the first one, where the array is a part.
     """
     if array.dtype.kind != "f":
         return
@@ -115,7 +124,7 @@ def _refuse(value: Any, place: str, name: str) -> None:
     if np.isnan(value):
         raise DataError(
             f"{name}: a value is missing at {place} (rows count from 0): fill or drop such rows first, "
-            "or pass allow_missing=True to a model that can take NaN"
+            "or keep NaN by allow_missing=True for a model that accepts it"
         )
     raise DataError(f"{name}: the value at {place} (rows count from 0) is {value}: replace or drop such rows")
 

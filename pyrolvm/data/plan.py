@@ -11,14 +11,13 @@ Nothing is remembered between calls but a cache: training resumes at any step by
 
 from __future__ import annotations
 
-import numbers
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.errors import DataError, SettingError, count
 from pyrolvm.seeds import Purpose, derived_seed
 
 # Permutations of short data are drawn many epochs at a time: one generator per epoch would cost more
@@ -31,14 +30,21 @@ _CACHED_BLOCKS = 2
 class BatchPlan:
     """The rows of every step: `plan.rows(first_step, num_steps)`.
 
-    Args:
-        num_rows: N, the rows of the whole data.
-        batch_size: B, the rows of each step; `None` takes all rows in their order at every step.
-        seed: a non-negative integer; the same seed gives the same rows, on any device.
+    Parameters
+    ----------
+    num_rows : int
+        N, the rows of the whole data.
+    batch_size : int, optional
+        B, the rows of each step; `None` takes all rows in their order at every step.
+    seed : int
+        Not negative; the same seed gives the same rows, on any device.
 
-    Raises:
-        DataError: `batch_size` is larger than `num_rows`, or there are no rows.
-        SettingError: `batch_size` is not a positive integer, or `seed` not a non-negative one.
+    Raises
+    ------
+    DataError
+        `batch_size` is larger than `num_rows`, or there are no rows.
+    SettingError
+        `batch_size` is not a positive integer, or `seed` is not a non-negative one.
     """
 
     num_rows: int
@@ -49,20 +55,13 @@ class BatchPlan:
     )
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.num_rows) or self.num_rows < 1:
+        if self.num_rows < 1:
             raise DataError(f"a batch plan needs at least one row but num_rows={self.num_rows}")
-        if not _is_integer(self.seed) or self.seed < 0:
-            raise SettingError(f"seed={self.seed!r} is not a non-negative integer: type e.g. seed=0")
-        if self.batch_size is None:
-            return
-        if not _is_integer(self.batch_size) or self.batch_size < 1:
-            raise SettingError(
-                f"batch_size={self.batch_size!r} is not a positive integer: type None for all rows"
-            )
-        if self.batch_size > self.num_rows:
+        count("seed", self.seed, least=0)
+        if self.batch_size is not None and count("batch_size", self.batch_size) > self.num_rows:
             raise DataError(
                 f"batch_size={self.batch_size} is larger than the data's {self.num_rows} rows: "
-                f"type batch_size={self.num_rows} or less, or batch_size=None for all rows"
+                f"give {self.num_rows} or less, or leave batch_size out for all rows"
             )
 
     @property
@@ -115,22 +114,36 @@ class BatchPlan:
         return torch.cat([torch.randperm(self.num_rows, generator=generator) for _ in epochs])
 
 
-def split_rows(num_rows: int, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Which rows are trained on and which are held out: two sorted int64 tensors, the same for the same arguments.
+def split_rows(num_rows: int, share: float, seed: int = 0, name: str = "validation") -> tuple[Tensor, Tensor]:
+    """Which rows are trained on and which are held out: the one splitter of the package.
 
-    The one splitter of the package: `fit(validation=0.1)`, `Dataset.split` and the shell all use it.
-    Raises `SettingError` unless both parts get a row.
+    Parameters
+    ----------
+    num_rows : int
+        N.
+    share : float
+        Share of the rows that is held out, strictly between 0 and 1.
+    seed : int
+        The same arguments give the same rows.
+    name : str
+        The name of `share` in messages.
+
+    Returns
+    -------
+    train, held_out : Tensor
+        Row indices, int64, sorted, disjoint, all rows together.
+
+    Raises
+    ------
+    SettingError
+        One of the parts would have no rows.
     """
-    held_out = round(share * num_rows)
-    if not 0 < held_out < num_rows:
+    num_held_out = round(share * num_rows) if 0 < share < 1 else 0
+    if not 0 < num_held_out < num_rows:
+        left = "to train on" if num_held_out else "to hold out"
         raise SettingError(
-            f"validation={share} of {num_rows} rows leaves {max(held_out, 0)} to hold out: give a share such as 0.1, "
-            "or held-out data"
+            f"{name}={share} of {num_rows} rows leaves 0 {left}: give a share between 0 and 1, such as 0.1"
         )
     generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SPLIT))
     order = torch.randperm(num_rows, generator=generator)
-    return order[held_out:].sort().values, order[:held_out].sort().values
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return order[num_held_out:].sort().values, order[:num_held_out].sort().values

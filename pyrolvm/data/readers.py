@@ -7,16 +7,15 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.embedded import DATASETS, load_dataset, unknown_name
 from pyrolvm.data.idx import read_idx
 from pyrolvm.data.numeric import check_finite, check_numeric
-from pyrolvm.data.table import Dataset
-from pyrolvm.data.tables import read_csv, read_h5ad, read_parquet
+from pyrolvm.data.table_files import read_csv, read_h5ad, read_parquet
 from pyrolvm.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npy", ".npz", ".idx", ".idx.gz", ".h5ad")
@@ -31,19 +30,6 @@ _OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What was asked of one file."""
-
-    path: Path
-    columns: Sequence[str] | None
-    labels: str | None
-    key: str | None
-    header: bool | None
-    mmap: bool
-    allow_missing: bool
-
-
 def read(
     source: str | os.PathLike[str],
     columns: Sequence[str] | None = None,
@@ -56,56 +42,58 @@ def read(
 ) -> Dataset:
     """Read a data set of `DATASETS` by its name, or a file by its suffix (`SUFFIXES`).
 
-    Args:
-        source: a name such as `"digits"`, or the path of a file.
-        columns: names of the columns to take, in this order; positions where the columns have no names.
-        labels: the column to keep apart as labels, e.g. a class: in tables, and `obs` of h5ad.
-        key: the array to take from an npz file that has several, or the layer of an h5ad file in place of X.
-        header: whether a csv's first row is names; by default it is unless it is all numbers.
-        mmap: map an npy or idx file into memory, copy-on-write, instead of reading it; a parquet file is
-            unpacked into a temporary file, which is mapped.
-        allow_missing: keep missing values as NaN, for a model that can take them.
+    Parameters
+    ----------
+    source : str or path
+        A name such as `"digits"`, or the path of a file.
+    columns : sequence of str, optional
+        Names of the columns to take, in this order, each once; positions where the columns have no names.
+    labels : str, optional
+        The column to keep apart as labels, e.g. a class: of a table, or of `obs` of an h5ad file.
+    key : str, optional
+        The array to take from an npz file that has several, or the layer of an h5ad file in place of X.
+    header : bool, optional
+        Whether a csv's first row is names; by default it is unless it is all numbers.
+    mmap : bool
+        Map an npy or idx file into memory, copy-on-write, instead of reading it; a parquet file is unpacked
+        into a temporary file, which is mapped.
+    allow_missing : bool
+        Keep missing values as NaN, for a model that accepts them.
 
-    Returns:
-        a `Dataset` of values [rows, columns], or [rows, ...] from arrays, of the type they were found in.
+    Returns
+    -------
+    Dataset
+        Values [rows, columns], or [rows, ...] from arrays, of the type they were found in.
 
-    Raises:
-        DataError: there is no such name or file, the file is empty, damaged or of another kind, a column
-            is missing or not numeric, a value is missing or infinite, or there are fewer than two rows.
+    Raises
+    ------
+    DataError
+        There is no such name or file, the file is empty, damaged or of another kind, a column is missing,
+        named twice or not numeric, a value is missing or infinite, or there are fewer than two rows.
     """
     path = _existing(source)
     if path is None:
         dataset = load_dataset(str(source))
-        return dataset if columns is None else dataset.select(_listed(columns))
+        return dataset if columns is None else dataset.select(columns)
     kind = _kind(path)
     _check_options(path, kind, labels=labels, key=key, header=header, mmap=mmap or None)
-    dataset = _read(_Request(path, columns, labels, key, header, mmap, allow_missing), kind)
+    if kind in (".csv", ".tsv"):
+        dataset = read_csv(path, columns, labels, header, "," if kind == ".csv" else "\t")
+    elif kind == ".parquet":
+        dataset = read_parquet(path, columns, labels, allow_missing, mmap)
+    elif kind == ".h5ad":
+        dataset = read_h5ad(path, columns, labels, key)
+    else:
+        array = read_idx(path, mmap) if kind == ".idx" else _read_numpy(path, key, mmap)
+        check_numeric(array, str(path))
+        dataset = Dataset(array, None, None, str(path))
+        dataset = dataset if columns is None else dataset.select(columns)
     if dataset.num_rows < 2:
         raise DataError(f"{path} has too few rows of data: {dataset.num_rows}, and at least 2 are needed")
     if dataset.values.size == 0:
         raise DataError(f"{path} has no columns of data: its shape is {list(dataset.values.shape)}")
     check_finite(dataset.values, str(path), dataset.columns, allow_missing)
     return dataset
-
-
-def _read(request: _Request, kind: str) -> Dataset:
-    path, columns, labels = request.path, request.columns, request.labels
-    if kind in (".csv", ".tsv"):
-        return read_csv(path, columns, labels, request.header, "," if kind == ".csv" else "\t")
-    if kind == ".parquet":
-        return read_parquet(path, columns, labels, request.allow_missing, request.mmap)
-    if kind == ".h5ad":
-        return read_h5ad(path, columns, labels, request.key)
-    array = read_idx(path, request.mmap) if kind == ".idx" else _read_numpy(request)
-    check_numeric(array, str(path))
-    dataset = Dataset(array, None, None, str(path))
-    return dataset if columns is None else dataset.select(_listed(columns))
-
-
-def _listed(columns: Sequence[str]) -> Sequence[str]:
-    if isinstance(columns, str):
-        raise DataError(f"columns={columns!r} is one string: type a list, columns=[{columns!r}]")
-    return columns
 
 
 def _existing(source: str | os.PathLike[str]) -> Path | None:
@@ -137,7 +125,7 @@ def _missing(path: Path, may_be_name: bool) -> str:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says what is in a file, without `.gz`."""
+    """The suffix that tells what is in a file, without `.gz`."""
     name = path.name.lower()
     stem = name.removesuffix(".gz")
     if stem.endswith("-ubyte"):
@@ -154,16 +142,15 @@ def _check_options(path: Path, kind: str, **options: object) -> None:
             raise DataError(f"{option}= is for {', '.join(_OPTIONS[option])}, not for {path}: leave it out")
 
 
-def _read_numpy(request: _Request) -> np.ndarray:
+def _read_numpy(path: Path, key: str | None, mmap: bool) -> np.ndarray:
     """The array of an npy file, or of an npz file by its key. Nothing is ever unpickled."""
-    path = request.path
     try:
-        if request.mmap:
+        if mmap:
             return np.load(path, mmap_mode="c", allow_pickle=False)
         # opened here, because numpy leaves its own handle open when an npz file is damaged
         with path.open("rb") as stream:
             loaded = np.load(stream, allow_pickle=False)
-            return loaded if isinstance(loaded, np.ndarray) else loaded[_key(path, loaded.files, request.key)]
+            return loaded if isinstance(loaded, np.ndarray) else loaded[_key(path, loaded.files, key)]
     except DataError:
         raise
     except (ValueError, EOFError, OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:

@@ -1,4 +1,4 @@
-"""Data drawn from models whose parameters are then known: what an estimate can be held against.
+"""Data drawn from models whose parameters are then known: the truth that an estimate is compared with.
 
 Each simulator has its own generator, seeded by `seed`, and returns a `Dataset` with the parameters in
 `truth`, the latent variables in `factors` and the mixture's assignments in `labels`.
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from pyrolvm.data.table import Dataset
-from pyrolvm.errors import SettingError
+from pyrolvm.data.dataset import Dataset
+from pyrolvm.errors import SettingError, count
 
 
 def simulate_ppca(
@@ -20,20 +20,28 @@ def simulate_ppca(
 ) -> Dataset:
     """Probabilistic PCA: `x = W z + mu + noise_scale * e` with standard normal z and e.
 
-    Args:
-        num_rows: N.
-        data_dim: D.
-        latent_dim: K.
-        noise_scale: one standard deviation for all columns, positive.
-        seed: of the generator.
+    Parameters
+    ----------
+    num_rows, data_dim, latent_dim : int
+        N, D and K.
+    noise_scale : float
+        One standard deviation for all columns, positive.
+    seed : int
+        Of the generator.
 
-    Returns:
-        values [N, D]; truth: `loadings` W [D, K], `offset` mu [D], `noise_scale`; factors `z0`, ... [N, K].
+    Returns
+    -------
+    Dataset
+        Values [N, D]; truth: `loadings` W [D, K], `offset` mu [D], `noise_scale`; factors `z0`, ... [N, K].
 
-    Raises:
-        SettingError: a size or a scale is not positive.
+    Raises
+    ------
+    SettingError
+        A size or a scale is not positive.
 
-    Source: M. E. Tipping, C. M. Bishop, "Probabilistic principal component analysis", JRSS B 61 (1999).
+    References
+    ----------
+    M. E. Tipping, C. M. Bishop, "Probabilistic principal component analysis", JRSS B 61 (1999).
     """
     return _linear("simulated_ppca", num_rows, data_dim, latent_dim, noise_scale, seed)
 
@@ -47,23 +55,31 @@ def simulate_factor_analysis(
 ) -> Dataset:
     """Factor analysis: PPCA with a noise scale per column.
 
-    Args:
-        num_rows: N.
-        data_dim: D.
-        latent_dim: K.
-        noise_scale: standard deviations [D]; None draws them uniformly from [0.2, 1.2].
-        seed: of the generator.
+    Parameters
+    ----------
+    num_rows, data_dim, latent_dim : int
+        N, D and K.
+    noise_scale : array [D], optional
+        Standard deviations; None draws them uniformly from [0.2, 1.2].
+    seed : int
+        Of the generator.
 
-    Returns:
-        values [N, D]; truth: `loadings` W [D, K], `offset` mu [D], `noise_scale` [D]; factors `z0`, ...
+    Returns
+    -------
+    Dataset
+        Values [N, D]; truth: `loadings` W [D, K], `offset` mu [D], `noise_scale` [D]; factors `z0`, ... [N, K].
 
-    Raises:
-        SettingError: a size or a scale is not positive, or `noise_scale` has another length.
+    Raises
+    ------
+    SettingError
+        A size or a scale is not positive, or `noise_scale` has another length.
 
-    Source: T. W. Anderson, H. Rubin, "Statistical inference in factor analysis" (1956).
+    References
+    ----------
+    T. W. Anderson, H. Rubin, "Statistical inference in factor analysis" (1956).
     """
     if noise_scale is None:
-        _check_positive(data_dim=data_dim)
+        check_sizes(data_dim=data_dim)
         # a stream of its own: the loadings are the same whether or not the scales are given
         noise_scale = np.random.default_rng([seed, 1]).uniform(0.2, 1.2, data_dim)
     scale = np.asarray(noise_scale, dtype=np.float64)
@@ -78,7 +94,8 @@ def simulate_factor_analysis(
 def _linear(
     name: str, num_rows: int, data_dim: int, latent_dim: int, noise_scale: float | np.ndarray, seed: int
 ) -> Dataset:
-    _check_positive(num_rows=num_rows, data_dim=data_dim, latent_dim=latent_dim, noise_scale=noise_scale)
+    check_sizes(num_rows=num_rows, data_dim=data_dim, latent_dim=latent_dim)
+    _check_positive(noise_scale=noise_scale)
     rng = np.random.default_rng(seed)
     loadings = rng.normal(size=(data_dim, latent_dim))
     offset = rng.normal(scale=2.0, size=data_dim)
@@ -101,24 +118,33 @@ def simulate_mixture(
 ) -> Dataset:
     """A mixture of normals with full covariances.
 
-    Args:
-        num_rows: N.
-        data_dim: D.
-        num_components: K.
-        separation: standard deviation from which the means are drawn; the components' own are near 1.
-        weights: [K], positive, scaled to sum to one; None draws them from Dirichlet(5, ..., 5).
-        means: [K, D]; None draws them.
-        covariances: [K, D, D], positive definite; None draws them.
-        seed: of the generator.
+    Parameters
+    ----------
+    num_rows, data_dim, num_components : int
+        N, D and K.
+    separation : float
+        Standard deviation of the means; the components' own standard deviations are near 1.
+    weights : array [K], optional
+        Positive, scaled to sum to one; None draws them from Dirichlet(5, ..., 5).
+    means : array [K, D], optional
+        None draws them.
+    covariances : array [K, D, D], optional
+        Positive definite; None draws them.
+    seed : int
+        Of the generator.
 
-    Returns:
-        values [N, D]; labels: the components [N]; truth: `weights`, `means`, `covariances`.
+    Returns
+    -------
+    Dataset
+        Values [N, D]; labels: the components [N]; truth: `weights`, `means`, `covariances`.
 
-    Raises:
-        SettingError: a size or weight is not positive, a parameter has another shape, or a covariance is not
-            symmetric and positive definite.
+    Raises
+    ------
+    SettingError
+        A size or weight is not positive, a parameter has another shape, or a covariance is not symmetric and
+        positive definite.
     """
-    _check_positive(num_rows=num_rows, data_dim=data_dim, num_components=num_components)
+    check_sizes(num_rows=num_rows, data_dim=data_dim, num_components=num_components)
     _check_positive(separation=separation)
     rng = np.random.default_rng(seed)
     shape = (num_components, data_dim)
@@ -163,6 +189,12 @@ def _cholesky(covariances: np.ndarray) -> np.ndarray:
 
 def _names(data_dim: int) -> list[str]:
     return [f"x{d}" for d in range(data_dim)]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise `SettingError` unless all are positive whole numbers."""
+    for name, value in sizes.items():
+        count(name, value)
 
 
 def _check_positive(**settings: object) -> None:

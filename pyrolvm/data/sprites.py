@@ -12,8 +12,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from pyrolvm.data.table import Dataset
-from pyrolvm.errors import SettingError
+from pyrolvm.data.dataset import Dataset
+from pyrolvm.data.simulators import check_sizes
 
 SHAPES = ("square", "ellipse", "heart")
 _OVERSAMPLING = 2  # each pixel is the mean of 2 x 2 points
@@ -30,27 +30,38 @@ def simulate_sprites(
 ) -> Dataset:
     """White shapes on black with independent factors: shape, scale, orientation, x and y.
 
-    Args:
-        num_rows: None gives the whole grid once, in the order of its factors (the last one fastest); a
-            number draws so many rows with independent, uniform factors.
-        size: of the images, in pixels.
-        num_scales: sizes of the shapes, evenly from 0.5 to 1.
-        num_orientations: angles, evenly over the full turn. A square looks the same after a quarter of it
-            and an ellipse after half, as in dSprites.
-        num_positions: places along each axis; every shape lies wholly inside the image.
-        seed: of the generator.
+    Parameters
+    ----------
+    num_rows : int, optional
+        None gives the whole grid once, in the order of its factors (the last one fastest); a number draws so
+        many rows with independent, uniform factors.
+    size : int
+        Of the images, in pixels.
+    num_scales : int
+        Sizes of the shapes, evenly from 0.5 to 1.
+    num_orientations : int
+        Angles, evenly over the full turn. A square looks the same after a quarter of it and an ellipse after
+        half, as in dSprites.
+    num_positions : int
+        Places along each axis; every shape lies wholly inside the image.
+    seed : int
+        Of the generator.
 
-    Returns:
-        values: float32 [rows, size * size] in [0, 1], row by row of the image; factors: the five factors as
-        integers from 0; labels: the shape; truth: what those integers stand for.
+    Returns
+    -------
+    Dataset
+        Values float32 [rows, size * size] in [0, 1], row by row of the image; factors: the five factors as
+        integers from 0; labels: the shape; truth: the values of the factors that those integers count.
 
-    Raises:
-        SettingError: a number is not positive.
+    Raises
+    ------
+    SettingError
+        A number is not positive.
     """
-    numbers = [size, num_scales, num_orientations, num_positions, 1 if num_rows is None else num_rows]
-    for name, number in zip(("size", "scales", "orientations", "positions", "rows"), numbers, strict=True):
-        if number < 1:
-            raise SettingError(f"sprites of {number} {name} cannot be drawn: type a positive number")
+    check_sizes(
+        size=size, num_scales=num_scales, num_orientations=num_orientations, num_positions=num_positions
+    )
+    check_sizes(num_rows=1 if num_rows is None else num_rows)
     truth = _factor_values(num_scales, num_orientations, num_positions)
     factors = _factors(num_rows, [len(v) for v in truth.values()], seed)  # [rows, 5]
     columns = [f"pixel_{i}_{j}" for i in range(size) for j in range(size)]

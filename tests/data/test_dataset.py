@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyrolvm.data import Dataset, Transform
-from pyrolvm.errors import DataError
+from pyrolvm.data.plan import split_rows
+from pyrolvm.errors import DataError, SettingError
 
 TABLE = Dataset(
     np.arange(12.0).reshape(4, 3),
@@ -65,14 +66,19 @@ def test_missing_values_are_left_out_of_mean_and_deviation():
 @given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 2**32))
 def test_a_split_is_disjoint_complete_and_repeatable(num_rows, fraction, seed):
     data = Dataset(np.arange(num_rows), labels=np.arange(num_rows))
-    if round(fraction * num_rows) >= num_rows:
+    if not 0 < round(fraction * num_rows) < num_rows:
         return
     train, held_out = data.split(fraction, seed)
     assert sorted([*train.values, *held_out.values]) == list(range(num_rows))
-    assert held_out.num_rows == max(1, round(fraction * num_rows))
+    assert held_out.num_rows == round(fraction * num_rows)
     assert np.array_equal(train.labels, train.values)
     assert np.array_equal(data.split(fraction, seed)[1].values, held_out.values)
     assert (np.diff(train.values) > 0).all()
+
+
+def test_a_split_is_that_of_fit():
+    train, held_out = Dataset(np.arange(50)).split(0.3, 7)
+    assert [train.values.tolist(), held_out.values.tolist()] == [r.tolist() for r in split_rows(50, 0.3, 7)]
 
 
 def test_seeds_split_differently():
@@ -106,10 +112,9 @@ def test_selecting_columns_in_the_order_given():
         (lambda: TABLE.select(["xyz"]), "it has 'length', 'width', 'height'"),
         (lambda: TABLE.select([]), "no columns were chosen"),
         (lambda: Dataset(np.zeros((2, 2, 2))).select([0]), r"no columns to choose: its shape is \[2, 2, 2\]"),
-        (lambda: TABLE.split(0), "fraction=0 of 4 rows"),
-        (lambda: TABLE.split(1.5), "fraction=1.5"),
-        (lambda: TABLE.split(0.99), "does not leave rows in both parts"),
-        (lambda: Dataset(np.zeros(1)).split(0.5), "does not leave rows"),
+        (lambda: TABLE.select(["width", "height", "width"]), "boxes: column 'width' is chosen twice"),
+        (lambda: TABLE.select("width"), r"is one string: type a list, columns=\['width'\]"),
+        (lambda: Dataset(np.zeros((3, 2)), ["a", "a"]), "data has two columns called 'a': rename one"),
         (
             lambda: Dataset(np.full((5, 2), 0.1), ["a", "b"]).standardise(),
             r"column 'a' is constant \(2 such of 2\)",
@@ -133,9 +138,59 @@ def test_refused_in_one_line(act, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: TABLE.split(0), "fraction=0 of 4 rows leaves 0 to hold out"),
+        (lambda: TABLE.split(0.1), "fraction=0.1 of 4 rows leaves 0 to hold out: give a share"),
+        (lambda: TABLE.split(1.5), "fraction=1.5"),
+        (lambda: TABLE.split(float("nan")), "fraction=nan"),
+        (lambda: TABLE.split(0.99), "leaves 0 to train on"),
+        (
+            lambda: TABLE.binarise(float("nan")),
+            "threshold=nan divides no values: choose one from 0 to below 11",
+        ),
+        (lambda: TABLE.binarise(11), "threshold=11 divides no values"),
+    ],
+)
+def test_settings_refused_in_one_line(act, message):
+    with pytest.raises(SettingError, match=message) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+
+
 def test_images_with_constant_pixels_are_standardised_as_a_whole():
     x = np.zeros((3, 4))
     x[:, 1] = [1, 2, 3]
     standard, transform = Dataset(x).standardise(per_column=False)
     assert standard.values.mean() == pytest.approx(0)
     assert transform.offset.shape == ()
+
+
+def test_rows_of_any_shape_as_vectors():
+    assert Dataset(np.zeros(5)).as_vectors().values.shape == (5, 1)
+    assert Dataset(np.zeros((5, 3, 4))).as_vectors().values.shape == (5, 12)
+    assert TABLE.as_vectors() is TABLE
+    with pytest.warns(
+        UserWarning, match=r"data has rows of shape \[2, 3, 4\]: each is flattened.* of 24"
+    ) as caught:
+        assert Dataset(np.zeros((5, 2, 3, 4))).as_vectors().values.shape == (5, 24)
+    assert caught[0].filename == __file__
+
+
+def test_the_repr_is_a_few_lines():
+    assert repr(TABLE) == (
+        "Dataset 'boxes': 4 rows of 3 values, float64\n"
+        "  columns: 'length', 'width', 'height'\n"
+        "  labels: 'a', 'b'\n"
+        "  factors: 'z'\n"
+        "  truth: 'scale'"
+    )
+    images = Dataset(np.zeros((9, 8, 8), np.float32), labels=np.arange(9))
+    assert repr(images) == (
+        "Dataset 'data': 9 rows of 8 x 8 values, float32\n  labels: 0, 1, 2, 3, 4, 5 and 3 more"
+    )
+    wide = Dataset(np.eye(100), [f"x{i}" for i in range(100)])
+    assert "'x5' and 94 more" in repr(wide)
+    assert repr(wide.standardise()[1]) == "Transform(standardise, 100 entries)"
+    assert repr(wide.binarise()[1]) == "Transform(binarise, threshold=0.5)"

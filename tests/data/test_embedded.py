@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pyrolvm.data import DATASETS, load_dataset
+from pyrolvm.data import DATASETS, embedded, load_dataset
 from pyrolvm.errors import DataError, SettingError
 
 HERE = [name for name in DATASETS if name != "mnist"]
@@ -17,6 +17,10 @@ def test_what_is_loaded_is_what_the_list_says(name):
     assert len(data.columns) == info.num_columns
     assert np.isfinite(data.values).all()
     assert "\n" not in info.description + info.source
+
+
+def test_the_list_and_the_loaders_have_the_same_names():
+    assert list(DATASETS) == list(embedded._LOADERS)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -74,7 +78,7 @@ def test_options_reach_the_loader_and_hyphens_count_as_underscores():
         ("qqq", {}, DataError, "no data set 'qqq': the data sets are"),
         ("iris", {"split": "test"}, SettingError, "'iris' has no option 'split': it has none"),
         ("digits", {"rows": 3}, SettingError, "it has scale"),
-        ("simulated_ppca", {"num_rows": 0}, SettingError, "num_rows=0 must be positive"),
+        ("simulated_ppca", {"num_rows": 0}, SettingError, "num_rows must be a positive whole number"),
     ],
 )
 def test_refused(name, options, error, message):

@@ -120,11 +120,11 @@ def test_pickles():
     [
         ((10, 11), DataError, "batch_size=11 is larger than the data's 10 rows"),
         ((0, None), DataError, "at least one row"),
-        ((10, 0), SettingError, "batch_size=0 is not a positive integer"),
-        ((10, 2.5), SettingError, "batch_size=2.5 is not a positive integer"),
-        ((10, True), SettingError, "not a positive integer"),
-        ((10, 2, -1), SettingError, "seed=-1 is not a non-negative integer"),
-        ((10, 2, 0.5), SettingError, "seed=0.5"),
+        ((10, 0), SettingError, "batch_size must be a positive whole number, not 0"),
+        ((10, 2.5), SettingError, "batch_size must be a positive whole number, not 2.5"),
+        ((10, True), SettingError, "must be a positive whole number, not True"),
+        ((10, 2, -1), SettingError, "seed must be a whole number of at least 0, not -1"),
+        ((10, 2, 0.5), SettingError, "seed must be .* not 0.5"),
     ],
 )
 def test_refused(arguments, error, message):

@@ -154,6 +154,7 @@ BAD_TABLES = {
     "tabs": (b"a\tb\n1\t2\n3\t4\n", "separated by tabs"),
     "open quote": (b'a,b\n"1,2\n3,4\n', "damaged or truncated"),
     "not utf-8": (b"a,b\xff\xfe\n1,2\n3,4\n", "not text in UTF-8"),
+    "a name twice": (b"a,b,a\n1,2,3\n4,5,6\n", "has two columns called 'a': rename one of them"),
     "binary": (bytes(range(256)) * 3, "x.csv"),
 }
 
@@ -250,6 +251,8 @@ def test_an_idx_file_with_bytes_to_spare(tmp_path):
         ("kinds.csv", {"columns": ["kind"]}, "column 'kind' holds 'a' at row 0"),
         ("kinds.csv", {"columns": ["widht"]}, "has no column 'widht': did you mean 'width'"),
         ("kinds.csv", {"columns": ["zzz"]}, "it has 'width', 'count', 'kind'"),
+        ("kinds.csv", {"columns": ["width", "width"]}, "column 'width' is chosen twice"),
+        ("x.npy", {"columns": ["1", "1"]}, "column '1' is chosen twice"),
         ("kinds.csv", {"columns": []}, "no columns were chosen"),
         ("kinds.csv", {"columns": "width"}, r"is one string: type a list, columns=\['width'\]"),
         ("kinds.csv", {"labels": "kinds"}, "has no column 'kinds': did you mean 'kind'"),

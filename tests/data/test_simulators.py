@@ -75,7 +75,7 @@ def test_the_seed_decides(simulate):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: simulate_ppca(0), "num_rows=0 must be positive"),
+        (lambda: simulate_ppca(0), "num_rows must be a positive whole number, not 0"),
         (lambda: simulate_ppca(noise_scale=-1), "noise_scale=-1 must be positive"),
         (
             lambda: simulate_factor_analysis(data_dim=3, noise_scale=[1, 2]),
@@ -85,8 +85,8 @@ def test_the_seed_decides(simulate):
         (lambda: simulate_mixture(weights=[1, 1, -1]), "weights=.* must be positive"),
         (lambda: simulate_mixture(10, 1, 1, covariances=[[[-1.0]]]), "positive definite"),
         (lambda: simulate_mixture(10, 2, 1, covariances=[[[1.0, 0.5], [0.0, 1.0]]]), "symmetric"),
-        (lambda: simulate_sprites(0), "sprites of 0 rows"),
-        (lambda: simulate_sprites(size=0), "sprites of 0 size"),
+        (lambda: simulate_sprites(0), "num_rows must be a positive"),
+        (lambda: simulate_sprites(size=0), "size must be a positive"),
     ],
 )
 def test_refused(act, message):

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pyrolvm.data.columns import check_names, find_column, find_columns
+from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.numeric import check_finite, frame_to_numpy
-from pyrolvm.data.table import Dataset, find_column
 from pyrolvm.errors import DataError, warn_user
 
 _DAMAGED = (pd.errors.ParserError, pd.errors.ParserWarning, EOFError, zlib.error, OSError)
@@ -25,22 +26,17 @@ def frame_to_dataset(
 ) -> Dataset:
     """The chosen columns of a table as values, and one more as labels.
 
-    Raises:
-        DataError: a column is missing or not numeric.
+    Raises
+    ------
+    DataError
+        A column is missing, named twice or not numeric.
     """
     names = [str(c) for c in frame.columns]
-    kept = [i for i, c in enumerate(names) if c != labels] if columns is None else _find(columns, names, name)
+    unlabelled = [i for i, c in enumerate(names) if c != labels]
+    kept = unlabelled if columns is None else find_columns(columns, names, name)
     held = None if labels is None else _labels(frame.iloc[:, find_column(labels, names, name)])
     values = frame_to_numpy(frame.iloc[:, kept], name)
     return Dataset(values, [names[i] for i in kept], held, name)
-
-
-def _find(columns: Sequence[str], names: list[str], source: str) -> list[int]:
-    if isinstance(columns, str):
-        raise DataError(f"columns={columns!r} is one string: type a list, columns=[{columns!r}]")
-    if not columns:
-        raise DataError(f"{source}: no columns were chosen: name at least one of {names}")
-    return [find_column(c, names, source) for c in columns]
 
 
 def _labels(column: pd.Series) -> np.ndarray:
@@ -51,11 +47,13 @@ def _labels(column: pd.Series) -> np.ndarray:
 def read_csv(
     path: Path, columns: Sequence[str] | None, labels: str | None, header: bool | None, separator: str
 ) -> Dataset:
-    """A csv or tsv file, also compressed; a first row of numbers is data unless `header` says otherwise.
+    """A csv or tsv file, also compressed; a first row of numbers is data unless `header=True`.
 
-    Raises:
-        DataError: the file is empty, ragged, damaged, not UTF-8 or separated otherwise, or a column is
-            missing or not numeric.
+    Raises
+    ------
+    DataError
+        The file is empty, ragged, damaged, not UTF-8 or separated otherwise, two columns have one name, or a
+        column is missing or not numeric.
     """
     try:
         with warnings.catch_warnings():
@@ -74,14 +72,17 @@ def read_csv(
 
 def _parse(path: Path, header: bool | None, separator: str) -> pd.DataFrame:
     options: dict[str, Any] = {"sep": separator, "index_col": False, "low_memory": False}
+    first = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+    cells = [str(cell) for cell in first.iloc[0]]
     if header is None:
-        first = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
-        header = not _is_data([str(cell) for cell in first.iloc[0]])
+        header = not _is_data(cells)
         if not header:
             warn_user(
                 f"{path} has no header: its first row is numbers, so it is read as data and the columns are "
                 "called column_0, column_1, ...; type header=False to agree or header=True if they are names"
             )
+    if header:  # pandas would rename the second
+        check_names([cell for cell in cells if cell], str(path))
     frame = pd.read_csv(path, header=0 if header else None, **options)
     return frame if header else frame.set_axis([f"column_{i}" for i in range(frame.shape[1])], axis=1)
 
@@ -132,8 +133,11 @@ def read_parquet(
 
     With `mmap` the array is mapped from a temporary file without a name, and never in memory as a whole.
 
-    Raises:
-        DataError: pyarrow is not installed, the file is damaged, or a column is missing or not numeric.
+    Raises
+    ------
+    DataError
+        pyarrow is not installed, the file is damaged, two columns have one name, or a column is missing or
+        not numeric.
     """
     pq = optional("pyarrow.parquet", "parquet", "pip install 'pyrolvm[files]'")
     arrow = optional("pyarrow", "parquet", "pip install 'pyrolvm[files]'")
@@ -157,7 +161,9 @@ def _from_parquet(
     empty = file.schema_arrow.empty_table().to_pandas(ignore_metadata=True)
     index = (file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
     names = [c for c in empty.columns if c not in index]
-    kept = [c for c in names if c != labels] if columns is None else _pick(columns, names, path)
+    check_names(names, str(path))
+    unlabelled = [c for c in names if c != labels]
+    kept = unlabelled if columns is None else [names[i] for i in find_columns(columns, names, str(path))]
     wanted = kept if labels is None else [*kept, names[find_column(labels, names, str(path))]]
     values: np.ndarray | None = None
     held: list[np.ndarray] = []
@@ -177,15 +183,8 @@ def _from_parquet(
     return Dataset(values, kept, np.concatenate(held) if held else None, str(path))
 
 
-def _pick(columns: Sequence[str], names: list[str], path: Path) -> list[str]:
-    return [names[i] for i in _find(columns, names, str(path))]
-
-
 def _room(values: np.ndarray | None, num_rows: int, part: np.ndarray, folder: Path | None) -> np.ndarray:
-    """The array to fill, in a file of `folder` if there is one.
-
-    It is widened when a later row group has missing values among its integers.
-    """
+    """The array to fill, in a file of `folder` if there is one; widened when a later row group needs it."""
     dtype = part.dtype if values is None else np.result_type(values, part)
     if values is not None and values.dtype == dtype:
         return values
@@ -201,8 +200,11 @@ def _room(values: np.ndarray | None, num_rows: int, part: np.ndarray, folder: Pa
 def read_h5ad(path: Path, columns: Sequence[str] | None, labels: str | None, layer: str | None) -> Dataset:
     """The matrix X of an AnnData file, or one of its layers, dense, genes as columns; `labels` is of `obs`.
 
-    Raises:
-        DataError: anndata is not installed, the file is damaged, or a layer, gene or column of obs is missing.
+    Raises
+    ------
+    DataError
+        anndata is not installed, the file is damaged, two genes have one name, or a layer, gene or column of
+        obs is missing.
     """
     anndata = optional("anndata", "h5ad", "pip install 'pyrolvm[files]'")
     try:
@@ -211,15 +213,18 @@ def read_h5ad(path: Path, columns: Sequence[str] | None, labels: str | None, lay
         raise DataError(f"{path} is damaged or not h5ad ({' '.join(str(error).split())})") from None
     matrix = _matrix(table, layer, path)
     names = [str(c) for c in table.var_names]
-    kept = list(range(len(names))) if columns is None else _find(columns, names, str(path))
+    kept = list(range(len(names))) if columns is None else find_columns(columns, names, str(path))
     values = matrix if columns is None else matrix[:, kept]
     values = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
-    held = None if labels is None else _labels(table.obs.iloc[:, _obs(labels, table, path)])
+    of_rows = [str(c) for c in table.obs.columns]
+    held = (
+        None if labels is None else _labels(table.obs.iloc[:, find_column(labels, of_rows, f"{path} (obs)")])
+    )
     return Dataset(values, [names[i] for i in kept], held, str(path))
 
 
 def _matrix(table: Any, layer: str | None, path: Path) -> Any:
-    """X, or the layer that was asked for."""
+    """X, or the layer of that name."""
     layers = [str(name) for name in table.layers]
     if layer in layers:
         return table.layers[layer]
@@ -232,15 +237,13 @@ def _matrix(table: Any, layer: str | None, path: Path) -> Any:
     return table.X
 
 
-def _obs(labels: str, table: Any, path: Path) -> int:
-    return find_column(labels, [str(c) for c in table.obs.columns], f"{path} (obs)")
-
-
 def optional(module: str, kind: str, command: str) -> ModuleType:
     """Import what only this kind of file needs.
 
-    Raises:
-        DataError: it is not installed; the message has the command that installs it.
+    Raises
+    ------
+    DataError
+        It is not installed; the message has the command that installs it.
     """
     try:
         return __import__(module, fromlist=["_"])
