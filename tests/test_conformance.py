@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.structure import inspect_program
 from pyrolvm.plates import data_rows
 
+ROOT = Path(__file__).parents[1]
 IRIS = torch.tensor(load_iris().data, dtype=torch.float32)
 IRIS = (IRIS - IRIS.mean(0)) / IRIS.std(0)
 BINARY = (IRIS > 0).float()
@@ -239,3 +241,65 @@ def test_the_compiled_engine_gives_the_eager_numbers(name):
         # of a whole tensor: Adam makes a full step of a gradient that is nearly 0, whatever sign rounding gives it
         apart = (compiled.program.parameters[parameter] - value).norm()
         assert apart <= 1e-4 * max(1.0, value.norm().item()), parameter
+
+
+# ------------------------------------------------------------------ the contract, the data's type and their rows
+
+
+def test_every_registered_model_is_exported_and_has_a_page():
+    pages = [page.read_text() for page in (ROOT / "docs" / "systems").glob("*.md")]
+    for name, model in REGISTRY.items():
+        assert getattr(pyrolvm, name) is model
+        assert {name} <= set(pyrolvm.__all__) & set(pyrolvm.models.__all__)
+        assert any(name in page for page in pages), f"docs/systems has no page of {name}"
+
+
+def whole(x):
+    """The data as integers: counts, or the zeros and ones they are."""
+    return x.to(torch.int64) if torch.equal(x, x.round()) else (3 * x).round().to(torch.int64)
+
+
+def test_integers_are_fitted_as_the_floats_they_are(case):
+    build, x = case
+    data = whole(x)
+    curves = [
+        pyrolvm.fit(started(build, data.float()), d, num_steps=3, seed=2, **QUIET).history["elbo"]
+        for d in (data, data.float(), data.numpy())
+    ]
+    pd.testing.assert_series_equal(curves[0], curves[1])
+    pd.testing.assert_series_equal(curves[2], curves[1])
+
+
+def test_a_subset_of_rows_is_answered_as_within_the_whole(case):
+    build, x = case
+    fitted = pyrolvm.fit(started(build, x), x, num_steps=3, **QUIET)
+    few = slice(20, 31)
+    if [s for s in fitted.structure.local_latents if not s.discrete]:
+        torch.testing.assert_close(fitted.encode(x[few]), fitted.encode(x)[few])
+        torch.testing.assert_close(fitted.reconstruct(x[few]), fitted.reconstruct(x)[few])
+    if fitted.model.knows("log_marginal"):
+        every, part = (torch.as_tensor(fitted.log_evidence(rows, "exact")) for rows in (x, x[few]))
+        torch.testing.assert_close(part, every[few])
+
+
+def test_what_is_decoded_is_what_is_reconstructed(case):
+    build, x = case
+    fitted = pyrolvm.fit(started(build, x), x, num_steps=3, **QUIET)
+    if fitted.model.knows("decode"):
+        with torch.no_grad():
+            made = fitted.model.decode(fitted.encode(x[:9]))
+        torch.testing.assert_close(made, fitted.reconstruct(x[:9]), rtol=1e-4, atol=1e-4)
+
+
+def test_answers_leave_modes_and_buffers_as_they_were(case):
+    build, x = case
+    fitted = pyrolvm.fit(started(build, x), x, num_steps=3, **QUIET)
+    first = next(iter(fitted.model.children()), fitted.model)
+    first.eval()  # some in one mode, some in the other
+    modes = [module.training for module in fitted.model.modules()]
+    before = copy.deepcopy(fitted.model.state_dict())
+    fitted.sample(3)
+    fitted.posterior(x[:5], 2)
+    fitted.log_evidence(x[:5], "importance", 4)
+    assert [module.training for module in fitted.model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fitted.model.state_dict().items())

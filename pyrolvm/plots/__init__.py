@@ -5,10 +5,11 @@ Every function returns a `matplotlib.figure.Figure`, to be shown by a notebook o
 Arrays may be numpy's or torch's.
 """
 
+from pyrolvm.plots.components import plot_loadings, plot_mixture, plot_scree, plot_weights
 from pyrolvm.plots.images import plot_reconstructions, plot_samples, plot_traversals
-from pyrolvm.plots.latent import plot_active_units, plot_latents, plot_loadings, plot_mixture
+from pyrolvm.plots.latent import plot_active_units, plot_latents
 from pyrolvm.plots.quality import plot_gaps, plot_khat, plot_ranks
-from pyrolvm.plots.training import plot_elbo
+from pyrolvm.plots.training import plot_elbo, plot_terms
 
 __all__ = [
     "plot_active_units",
@@ -21,5 +22,8 @@ __all__ = [
     "plot_ranks",
     "plot_reconstructions",
     "plot_samples",
+    "plot_scree",
+    "plot_terms",
     "plot_traversals",
+    "plot_weights",
 ]

@@ -21,9 +21,21 @@ def plot_samples(
 ) -> Figure:
     """Pictures in rows of `columns`, as square a grid as their number allows by default.
 
-    images: [count, pixels] or [count, *image_shape]. image_shape: [height, width], [1, height, width] or
-    [3, height, width]. One grey scale for all: black is the lowest value of all, white the highest. Raises
-    `DataError` for shapes that do not agree.
+    Parameters
+    ----------
+    images : array_like [count, pixels] or [count, *image_shape]
+        One grey scale for all: black is the lowest value of all, white the highest.
+    image_shape : sequence of int
+        [height, width], [1, height, width] or [3, height, width].
+    columns : int, optional
+        Pictures in a row.
+    ax : Axes, optional
+        Axes to draw into.
+
+    Raises
+    ------
+    DataError
+        For shapes that do not agree.
     """
     pictures = as_pictures(images, image_shape, "images")
     columns = columns or math.ceil(math.sqrt(len(pictures)))
@@ -36,9 +48,23 @@ def plot_samples(
 def plot_reconstructions(
     x: Any, x_hat: Any, image_shape: Sequence[int], *, count: int = 10, ax: Axes | None = None
 ) -> Figure:
-    """The first `count` pictures above, what the model makes of them below; both [rows, pixels].
+    """The first pictures above, what the model makes of them below.
 
-    The grey scale is that of `x`. Raises `DataError` for shapes that do not agree.
+    Parameters
+    ----------
+    x, x_hat : array_like [rows, pixels]
+        The data, whose grey scale is used for both, and their reconstructions.
+    image_shape : sequence of int
+        As in `plot_samples`.
+    count : int
+        Pictures at most.
+    ax : Axes, optional
+        Axes to draw into.
+
+    Raises
+    ------
+    DataError
+        For shapes that do not agree.
     """
     data, model = (as_pictures(v, image_shape, n)[:count] for v, n in ((x, "x"), (x_hat, "x_hat")))
     if len(data) != len(model):
@@ -61,7 +87,23 @@ def plot_traversals(
     column_label: str = "value",
     ax: Axes | None = None,
 ) -> Figure:
-    """A grid of pictures, [rows, columns, pixels]: along each row one latent moves and the rest stay."""
+    """A grid of pictures: along each row one latent moves and the rest stay.
+
+    Parameters
+    ----------
+    images : array_like [rows, columns, pixels]
+    image_shape : sequence of int
+        As in `plot_samples`.
+    row_label, column_label : str
+        Labels of the axes.
+    ax : Axes, optional
+        Axes to draw into.
+
+    Raises
+    ------
+    DataError
+        For shapes that do not agree.
+    """
     grid = as_array(images, "images")
     if grid.ndim < 3:
         raise DataError(f"images have shape {list(grid.shape)}: pass [rows, columns, pixels]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binom
 
 from pyrolvm.errors import DataError
-from pyrolvm.plots.style import BLUE, GREY, PALE, RED, as_array, axes_of, columns_of, plain
+from pyrolvm.plots.style import BLUE, GREY, PALE, RED, as_array, axes_of, columns_of, panels_of, plain
 
 LARGEST = 24  # panels of one figure
 
@@ -20,8 +19,23 @@ LARGEST = 24  # panels of one figure
 def plot_khat(k_hat: Any, threshold: float = 0.7, *, ax: Axes | None = None) -> Figure:
     """k-hat of every datum against its row; above the threshold, importance weights are not to be trusted.
 
-    k_hat: [rows]. The title counts the data above the threshold, and those without a k-hat (not finite), which
-    are marked along the upper edge. Raises `DataError` unless `k_hat` is one-dimensional.
+    Parameters
+    ----------
+    k_hat : array_like [rows]
+    threshold : float
+        The largest k-hat to be trusted.
+    ax : Axes, optional
+        Axes to draw into.
+
+    Raises
+    ------
+    DataError
+        Unless `k_hat` is one-dimensional.
+
+    Notes
+    -----
+    The title counts the data above the threshold, and those without a k-hat (not finite), which are marked along
+    the upper edge.
     """
     k = as_array(k_hat, "k_hat", dims=1).astype(float)
     figure, ax = axes_of(ax)
@@ -57,10 +71,27 @@ def plot_ranks(
 ) -> Figure:
     """Histogram of the ranks of true values among draws, with the band that uniform ranks stay in.
 
-    ranks: whole numbers 0 to num_samples, [simulations] or, a panel for each quantity, [simulations, quantities]
-    (a table names them). num_samples: draws that were ranked among, the largest rank by default. The band holds
-    `level` of each bin's count. A valley says that the guide is too narrow, a hill too wide, a slope that it is
-    shifted. Raises `DataError` for ranks that cannot be, `ax` with several panels, or more than 24 of them.
+    Parameters
+    ----------
+    ranks : array_like [simulations] or [simulations, quantities], or DataFrame
+        Whole numbers 0 to `num_samples`; a panel for each quantity, named by the columns of a table.
+    num_samples : int, optional
+        Draws among which the true values were ranked; the largest rank by default.
+    bins : int, optional
+        By default one for ten simulations, 20 at most.
+    level : float
+        Share of uniform ranks' counts that the band holds, bin by bin.
+    ax : Axes, optional
+        Axes to draw one quantity into.
+
+    Raises
+    ------
+    DataError
+        For ranks that cannot be, `ax` with several panels, or more than 24 of them.
+
+    Notes
+    -----
+    A valley means a guide that is too narrow, a hill one that is too wide, a slope one that is shifted.
     """
     table = ranks if isinstance(ranks, pd.DataFrame) else _named(as_array(ranks, "ranks"))
     values = as_array(table.to_numpy(), "ranks", dims=2)
@@ -77,7 +108,7 @@ def plot_ranks(
     if ax is not None:
         figure, panels = axes_of(ax)[0], [plain(ax)]
     else:
-        figure, panels = _panels(values.shape[1])
+        figure, panels = panels_of(values.shape[1])
     for panel, name, column in zip(panels, table.columns, values.T, strict=False):
         _histogram(panel, str(name), column, edges, level)
     if ax is None:
@@ -100,19 +131,6 @@ def _edges(highest: int, bins: int) -> np.ndarray:
     return np.unique(np.round(np.linspace(0, highest + 1, min(bins, highest + 1) + 1))) - 0.5
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(count, max(1, math.ceil(math.sqrt(count))))
-    rows = math.ceil(count / columns)
-    figure = Figure(
-        figsize=(6.0 if count == 1 else 3.0 * columns, 3.4 if count == 1 else 2.3 * rows),
-        layout="constrained",
-    )
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel in grid[count:]:
-        panel.remove()
-    return figure, [plain(p) for p in grid[:count]]
-
-
 def _histogram(ax: Axes, name: str, ranks: np.ndarray, edges: np.ndarray, level: float) -> None:
     counts = np.histogram(ranks, edges)[0]
     share = np.diff(edges) / (edges[-1] - edges[0])
@@ -128,9 +146,22 @@ def _histogram(ax: Axes, name: str, ranks: np.ndarray, edges: np.ndarray, level:
 def plot_gaps(table: pd.DataFrame | pd.Series, *, ax: Axes | None = None) -> Figure:
     """Gaps as bars, each with its standard error if there is one.
 
-    table: one row per datum with columns that end in `_gap`, whose means over the data are drawn; or one row per
-    gap, with columns `gap` and, if there, `standard_error`; or a series of gaps. All in nats per datum. Gaps are at
-    least 0: a bar left of it is an estimate's error. Raises `DataError` if there is no such column.
+    Parameters
+    ----------
+    table : DataFrame or Series
+        One row per datum with columns that end in `_gap`, whose means over the data are drawn; or one row per gap,
+        with columns `gap` and, if there, `standard_error`; or a series of gaps. All in nats per datum.
+    ax : Axes, optional
+        Axes to draw into.
+
+    Raises
+    ------
+    DataError
+        If there is no such column.
+
+    Notes
+    -----
+    Gaps are at least 0: a bar left of it is an estimate's error.
     """
     table = _mean_gaps(table.to_frame("gap") if isinstance(table, pd.Series) else table)
     columns_of(table, ("gap",), "gaps")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import ScalarFormatter
+from torch import Tensor
 
 from pyrolvm.errors import DataError
 
@@ -25,16 +29,37 @@ PALETTE = (
     "#F0E442",
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+FEW = len(PALETTE)  # classes that colours and markers can tell apart
 BLUE, ORANGE, RED = PALETTE[0], PALETTE[1], PALETTE[4]
 GREY, PALE = "#6B6B6B", "#D9D9D9"
 
 
 def axes_of(ax: Axes | None, width: float = 6.0, height: float = 3.6) -> tuple[Figure, Axes]:
-    """The axes to draw into and their figure, in inches if it is a new one."""
+    """The axes to draw into and their figure.
+
+    Parameters
+    ----------
+    ax : Axes or None
+        None makes a new figure.
+    width, height : float
+        Of a new figure, in inches.
+    """
     if ax is None:
         figure = Figure(figsize=(width, height), layout="constrained")
         ax = figure.add_subplot()
     return whole_figure(ax.figure), plain(ax)
+
+
+def panels_of(count: int) -> tuple[Figure, list[Axes]]:
+    """A new figure of `count` axes, as square a grid as their number allows."""
+    columns = min(count, max(1, math.ceil(math.sqrt(count))))
+    rows = math.ceil(count / columns)
+    size = (6.0, 3.4) if count == 1 else (3.0 * columns, 2.3 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in grid[count:]:
+        panel.remove()
+    return figure, [plain(panel) for panel in grid[:count]]
 
 
 def whole_figure(figure: Figure | SubFigure | None) -> Figure:
@@ -44,10 +69,16 @@ def whole_figure(figure: Figure | SubFigure | None) -> Figure:
 
 
 def plain(ax: Axes) -> Axes:
-    """No frame on the right and above, small ticks."""
+    """No frame on the right and above, small ticks, each labelled with its whole number."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GREY)
     ax.tick_params(color=GREY, labelsize="small")
+    for formatter in (ax.xaxis.get_major_formatter(), ax.yaxis.get_major_formatter()):
+        if isinstance(
+            formatter, ScalarFormatter
+        ):  # else an offset or a power of ten stands apart from the ticks
+            formatter.set_useOffset(False)
+            formatter.set_scientific(False)
     return ax
 
 
@@ -69,10 +100,22 @@ def legend_above(ax: Axes) -> None:
 
 
 def as_array(value: Any, name: str, dims: int | None = None) -> np.ndarray:
-    """Numbers as numpy's array; raises `DataError` for another number of dimensions, or for nothing."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-    array = np.asarray(value)
+    """Numbers as numpy's array.
+
+    Parameters
+    ----------
+    value : Tensor or array_like
+    name : str
+        What errors call it.
+    dims : int, optional
+        The number of dimensions wanted.
+
+    Raises
+    ------
+    DataError
+        For what is no number, has another number of dimensions, or is empty.
+    """
+    array = to_numpy(value)
     if array.dtype.kind not in "biuf":
         raise DataError(f"{name} holds {array.dtype}, not numbers")
     if dims is not None and array.ndim != dims:
@@ -84,9 +127,33 @@ def as_array(value: Any, name: str, dims: int | None = None) -> np.ndarray:
     return array
 
 
+def note_bar(ax: Axes, text: str, place: float, height: float) -> None:
+    """A number above a bar."""
+    ax.annotate(
+        text,
+        (place, height),
+        (0, 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize="x-small",
+    )
+
+
+def name_bars(ax: Axes, names: list[str]) -> None:
+    """Every bar's name, or as many as can be read."""
+    every = max(1, -(-len(names) // 40))
+    ax.set_xticks(range(0, len(names), every), names[::every], rotation=90 if len(names) > 8 else 0)
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A tensor on any device, or anything that numpy takes, as numpy's array."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
 def columns_of(table: Any, needed: Sequence[str], what: str) -> None:
-    """Raise `DataError` unless the table has these columns and a row."""
-    found = list(getattr(table, "columns", []))
+    """Raise `DataError` unless the table of `what` has the columns `needed` and a row."""
+    found = list(table.columns) if isinstance(table, pd.DataFrame) else []
     missing = [c for c in needed if c not in found]
     if missing:
         has = ", ".join(map(str, found)) or "none"
@@ -95,11 +162,23 @@ def columns_of(table: Any, needed: Sequence[str], what: str) -> None:
         raise DataError(f"the table of {what} has no rows")
 
 
-def finite_limits(values: np.ndarray, low: float = 0.0, high: float = 1.0) -> tuple[float, float] | None:
-    """Limits that hold the quantiles `low` to `high` of the finite values, and a margin; None without any."""
+def finite_limits(values: np.ndarray, least: float = 0.0) -> tuple[float, float] | None:
+    """Limits that hold the finite values and a margin.
+
+    Parameters
+    ----------
+    values : ndarray
+    least : float
+        The smallest span, so that rounding is not magnified to fill the frame.
+
+    Returns
+    -------
+    tuple of float or None
+        None if no value is finite.
+    """
     values = values[np.isfinite(values)]
     if not len(values):
         return None
-    bottom, top = np.quantile(values, [low, high])
-    margin = 0.06 * (top - bottom) or 0.05 * max(abs(top), 1.0)
-    return float(bottom - margin), float(top + margin)
+    bottom, top = float(values.min()), float(values.max())
+    margin = 0.06 * (top - bottom) + max(0.0, least - (top - bottom)) / 2
+    return bottom - margin, top + margin

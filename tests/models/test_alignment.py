@@ -100,7 +100,7 @@ def test_components_are_matched_by_mean_and_spread():
 
 
 def test_wrong_shapes_and_methods_are_refused():
-    with pytest.raises(SettingError, match="'procrustes', 'varimax' or 'signs'"):
+    with pytest.raises(SettingError, match="choose from procrustes, varimax, signs"):
         align_loadings(torch.randn(3, 4, 2), method="rsp")
     with pytest.raises(DataError, match="num_draws, data_dim, latent_dim"):
         align_loadings(torch.randn(4, 2))

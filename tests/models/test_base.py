@@ -204,7 +204,9 @@ def test_decode_of_factor_analysis_averages_over_its_loadings():
     model.initialise_from(torch.randn(50, 4) * torch.tensor([1.0, 5.0, 0.1, 2.0]))
     z = torch.randn(2)
     draws = [pyro.poutine.trace(model.guide).get_trace() for _ in range(2000)]
-    each = torch.stack([t.nodes["loadings"]["value"] @ z + t.nodes["offset"]["value"] for t in draws]).detach()
+    each = torch.stack(
+        [t.nodes["loadings"]["value"] @ z + t.nodes["offset"]["value"] for t in draws]
+    ).detach()
     assert ((each.mean(0) - model.decode(z)).abs() < 4.5 * each.std(0) / len(each) ** 0.5).all()
 
 

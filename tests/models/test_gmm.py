@@ -233,6 +233,21 @@ def test_a_collapsed_fit_is_refused_and_one_under_a_prior_never(covariance):
     mixture.check_fit(x)
 
 
+def test_a_refused_fit_names_the_component_at_the_floor_and_not_another():
+    """Component 0 holds little, which is no reason to refuse; component 2 is at the floor."""
+    x = torch.cat([torch.randn(60, 1) - 20, torch.randn(1, 1) + 50, 1e-4 * torch.randn(60, 1)]).double()
+    mixture = GaussianMixture(1, 3).double()
+    mixture.initialise_from(x)
+    tril = torch.tensor([1.0, 1.0, 1e-9], dtype=torch.double)[:, None, None]
+    means = torch.tensor([[50.0], [-20.0], [0.0]], dtype=torch.double)
+    mixture.set_components(torch.tensor([1.0, 60, 60], dtype=torch.double) / 121, means, tril)
+    health = mixture.check_health(x)
+    assert [message.split(" holds")[0] for message in health] == ["component 0", "component 2"]
+    with pytest.raises(DivergenceError) as error:
+        mixture.check_fit(x)
+    assert str(error.value) == f"the fit is degenerate: {health[1]}"
+
+
 def test_health_of_many_rows_is_that_of_their_parts(iris):
     mixture = random_mixture(covariance="diagonal").double()
     with torch.no_grad():
@@ -273,9 +288,12 @@ def test_vectors_are_data_of_one_dimension():
 def test_generates_as_many_rows_as_the_plate_says(assignments, prior):
     mixture = random_mixture(assignments=assignments, prior=prior)
     assert mixture.model().shape == (1, 4)
-    with data_rows(500, torch.arange(500)):
-        draws = Predictive(mixture.model, guide=mixture.guide, num_samples=1)(None)["x"]
-    assert draws.shape == (1, 500, 4)
+    with data_rows(5000, torch.arange(5000)):
+        (x,) = Predictive(mixture.model, guide=mixture.guide, num_samples=1)(None)["x"].detach()
+    assert x.shape == (5000, 4)
+    # the guide without data holds the parameters under a prior too: the draws are this mixture's
+    shares = mixture.responsibilities(x).mean(0)
+    assert ((shares - mixture.weights).abs() < 4.5 * (mixture.weights / len(x)).sqrt()).all()
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
@@ -291,8 +309,6 @@ def test_bad_options_and_data_are_refused():
     for option in ("covariance", "assignments", "prior", "baseline"):
         with pytest.raises(SettingError, match=f"{option}='tied'"):
             GaussianMixture(2, 2, **{option: "tied"})
-    with pytest.raises(SettingError, match="num_components=0"):
-        GaussianMixture(2, 0)
     mixture = GaussianMixture(2, 3)
     with pytest.raises(DataError, match="data_dim=5"):
         mixture.check_data(torch.zeros(10, 5))

@@ -42,7 +42,11 @@ def test_mlp_is_affine_maps_with_the_activation_between(activation):
 
 
 def test_no_hidden_layer_is_one_affine_map():
-    assert [tuple(p.shape) for p in MLP(3, 2, hidden=()).parameters()] == [(2, 3), (2,)]
+    mlp = MLP(3, 2, hidden=())
+    weight, bias = mlp.parameters()
+    assert weight.shape == (2, 3)
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(mlp(x), x @ weight.T + bias)
 
 
 NETWORKS = {
@@ -69,12 +73,17 @@ def test_leading_dimensions_equal_slice_by_slice_application(name):
 
 
 @pytest.mark.parametrize("shape", IMAGES)
-def test_conv_networks_fit_each_other_and_take_no_rows(shape):
-    size = math.prod(shape)
-    loc, scale = ConvEncoder(shape, 2)(torch.randn(5, size))
-    assert loc.shape == scale.shape == (5, 2)
-    assert ConvDecoder(2, shape)(loc).shape == (5, size)
-    assert ConvDecoder(2, shape)(loc[:0]).shape == (0, size)
+def test_conv_networks_see_and_make_every_pixel_and_take_no_rows(shape):
+    """The last row and column of odd sizes too, which halving drops and doubling must add again."""
+    encoder, decoder = ConvEncoder(shape, 2, activation="tanh"), ConvDecoder(2, shape, activation="tanh")
+    x = torch.randn(5, math.prod(shape), requires_grad=True)
+    loc, scale = encoder(x)
+    seen = torch.autograd.grad((loc + scale).sum(), x)[0]  # [5, pixels]
+    assert (seen != 0).all()
+    made = decoder(torch.randn(5, 2)) - decoder(torch.zeros(5, 2))
+    assert made.shape == x.shape
+    assert (made != 0).all()
+    assert decoder(loc[:0]).shape == (0, math.prod(shape))
 
 
 def test_conv_encoder_reads_pixels_in_the_order_of_the_flat_vector():
@@ -119,7 +128,9 @@ def test_images_too_small_and_unknown_names_are_refused():
 
 
 def test_make_builds_what_it_is_asked():
-    assert make_encoder("linear", 5, 2)(torch.zeros(3, 5))[0].shape == (3, 2)
+    x = torch.randn(3, 5)
+    encoder = make_encoder("linear", 5, 2)
+    torch.testing.assert_close(encoder(x)[0] + encoder(-x)[0], 2 * encoder(0 * x)[0])  # affine
     assert [p.numel() for p in make_decoder("linear", 2, 5).parameters()] == [10, 5]
     assert make_encoder("conv", 64, 2, hidden=(4,))(torch.zeros(3, 64))[1].shape == (3, 2)
     assert make_decoder("conv", 2, 192, hidden=(4,), image_shape=(3, 8, 8))(torch.zeros(2)).shape == (192,)
@@ -175,8 +186,8 @@ def test_checking_a_network_leaves_it_and_the_random_state_alone():
 def test_rowwise_reshapes_each_member_of_a_tuple():
     both = Rowwise(Returns((torch.arange(12.0).reshape(6, 2, 1), torch.ones(6, 1))), (1,))
     loc, scale = both(torch.zeros(2, 3, 1))
-    assert loc.shape == (2, 3, 2)
-    assert scale.shape == (2, 3, 1)
+    assert torch.equal(loc, torch.arange(12.0).reshape(2, 3, 2))
+    assert torch.equal(scale, torch.ones(2, 3, 1))
 
 
 def test_register_shows_trainable_parameters_and_no_frozen_one():

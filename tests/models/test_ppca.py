@@ -120,7 +120,7 @@ def test_closed_form_refuses_what_has_no_maximum(iris):
 
 
 @pytest.mark.parametrize("noise_scale", [1e-3, 0.7, 30.0])
-@pytest.mark.parametrize(("data_dim", "latent_dim"), [(5, 3), (4, 1), (3, 6)])
+@pytest.mark.parametrize(("data_dim", "latent_dim"), [(5, 3), (4, 1), (3, 3)])
 def test_log_marginal_equals_the_dense_gaussian(data_dim, latent_dim, noise_scale):
     ppca = random_ppca(data_dim, latent_dim, noise_scale=noise_scale)
     x = torch.randn(7, data_dim).double()
@@ -351,6 +351,6 @@ def test_bad_data_and_settings_are_refused():
     bad[2, 3] = float("nan")
     with pytest.raises(DataError, match="row 2, column 3"):
         ppca.check_data(bad)
-    with pytest.raises(SettingError, match="'mean_field', 'full'"):
+    with pytest.raises(SettingError, match="choose from mean_field, full"):
         PPCA(4, 2, guide="fullrank")
     assert PPCA(4, latent_dim=2).constructor == {"data_dim": 4, "latent_dim": 2}

@@ -1,4 +1,4 @@
-"""Figures say what their tables say: what is drawn, how it is labelled, and what is refused."""
+"""Figures show what their tables hold: what is drawn, how it is labelled, and what is refused."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -23,12 +23,21 @@ UNITS = pd.DataFrame({"kl": [0.1, 2.0, 0.0], "active": [True, True, False]}, ind
 GAPS = pd.DataFrame({"gap": [1.5, 0.5], "standard_error": [0.2, 0.1]}, index=["evidence", "amortisation"])
 IMAGES = RNG.random((7, 12))
 
+TERMS = HISTORY.assign(
+    reconstruction=-90 + RNG.normal(0, 1, 500),
+    temperature=np.linspace(1, 0.1, 500),
+    learning_rate=1e-3,
+    seconds=STEPS / 100,
+)
+
 DRAWN = {
     "elbo": lambda ax=None: plots.plot_elbo(HISTORY, ax=ax),
     "latents": lambda ax=None: plots.plot_latents(RNG.random((9, 2)), np.arange(9) % 3, ax=ax),
     "loadings": lambda ax=None: plots.plot_loadings(LOADINGS, ax=ax),
     "mixture": lambda ax=None: plots.plot_mixture(RNG.random((9, 2)), *MIXTURE, ax=ax),
     "active units": lambda ax=None: plots.plot_active_units(UNITS, ax=ax),
+    "scree": lambda ax=None: plots.plot_scree([1.0, 3.0], total=5.0, noise=0.2, ax=ax),
+    "weights": lambda ax=None: plots.plot_weights([0.75, 0.25], ax=ax),
     "khat": lambda ax=None: plots.plot_khat(RNG.random(20), ax=ax),
     "ranks": lambda ax=None: plots.plot_ranks(RNG.integers(0, 10, 100), 9, ax=ax),
     "gaps": lambda ax=None: plots.plot_gaps(GAPS, ax=ax),
@@ -94,8 +103,70 @@ def test_steps_that_are_not_finite_do_not_break_the_bounds_figure(bad, tmp_path)
     figure = plots.plot_elbo(history)
     figure.savefig(tmp_path / "figure.png")
     assert np.isfinite(figure.axes[0].get_ylim()).all()
-    plots.plot_elbo(HISTORY.assign(elbo=bad)).savefig(tmp_path / "all.png")
-    plots.plot_elbo(HISTORY.head(1)).savefig(tmp_path / "one.png")
+    assert figure.axes[0].get_ylim() == pytest.approx(plots.plot_elbo(HISTORY).axes[0].get_ylim(), abs=0.5)
+    mean = line(figure, "running mean").get_ydata()
+    assert mean[-1] == pytest.approx(history["elbo"][STEPS % 7 > 0].tail(5).mean(), abs=1)
+    for nothing in (HISTORY.assign(elbo=bad), HISTORY.assign(elbo=bad).head(1)):
+        figure = plots.plot_elbo(nothing)
+        figure.savefig(tmp_path / "nothing.png")
+        assert not np.isfinite(line(figure, "running mean").get_ydata()).any()
+    one = plots.plot_elbo(HISTORY.head(1)).axes[0]
+    assert one.get_ylim()[0] < HISTORY["elbo"][0] < one.get_ylim()[1]
+
+
+def labels_of(axis):
+    return [float(t.get_text().replace("\N{MINUS SIGN}", "-")) for t in axis.get_ticklabels()]
+
+
+@pytest.mark.parametrize("level", [-1.4171, -1e8, -1.4e16, 1e-9])
+def test_ticks_are_labelled_with_the_numbers_themselves(level):
+    """No offset and no power of ten stands above the axis, where the legend is."""
+    history = HISTORY.assign(elbo=level * (1 + 1e-5 * RNG.random(500)), step=10_000_000 + STEPS)
+    figure = plots.plot_elbo(history)
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    for axis in (ax.xaxis, ax.yaxis):
+        assert axis.get_offset_text().get_text() == ""
+        np.testing.assert_allclose(labels_of(axis), axis.get_ticklocs(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_no_figure_has_an_offset_apart_from_its_ticks(name):
+    figure = DRAWN[name]()
+    figure.canvas.draw()
+    assert [a.get_offset_text().get_text() for ax in figure.axes for a in (ax.xaxis, ax.yaxis)] == [
+        "" for _ in range(2 * len(figure.axes))
+    ]
+
+
+def test_a_run_that_has_settled_looks_flat():
+    """1e-5 nats of rounding do not fill the frame; a rise of half a nat does."""
+    flat = plots.plot_elbo(HISTORY.assign(elbo=-1.4171 + 1e-5 * RNG.normal(size=500))).axes[0]
+    low, high = flat.get_ylim()
+    assert 0.019 < high - low < 0.025
+    assert low < -1.4171 - 0.005 < -1.4171 + 0.005 < high
+    low, high = plots.plot_elbo(HISTORY.assign(elbo=-1e6 + RNG.normal(size=500))).axes[0].get_ylim()
+    assert high - low == pytest.approx(1000, rel=0.05)
+    low, high = plots.plot_elbo(HISTORY.assign(elbo=-1.4 + 0.5 * STEPS / 500)).axes[0].get_ylim()
+    assert high - low < 0.6
+
+
+def test_the_bound_needs_no_terms_and_minds_none():
+    plain, more = (plots.plot_elbo(h).axes[0] for h in (HISTORY, TERMS))
+    assert more.get_ylim() == plain.get_ylim()
+    assert len(more.lines) == len(plain.lines)
+
+
+def test_every_term_and_control_that_changes_has_a_panel():
+    figure = plots.plot_terms(TERMS)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["reconstruction", "temperature"]
+    ramp = figure.axes[1]
+    np.testing.assert_allclose(ramp.lines[0].get_ydata(), TERMS["temperature"])
+    assert ramp.get_ylim()[0] <= 0.1 < 1 <= ramp.get_ylim()[1]
+    only = plots.plot_terms(TERMS, ["learning_rate"])
+    assert [ax.get_title(loc="left") for ax in only.axes] == ["learning rate"]
+    gaps = TERMS.assign(kl=np.where(STEPS % 3, np.nan, STEPS))
+    assert np.isfinite(plots.plot_terms(gaps, ["kl"]).axes[0].get_ylim()).all()
 
 
 def test_long_runs_are_thinned():
@@ -132,6 +203,33 @@ def test_loadings_stand_with_their_intervals():
     assert list(first.lines[0].get_xdata()) == [0.0, 2.0, 4.0]
     segments = first.lines[2][0].get_segments()
     assert [(s[0][0], s[1][0]) for s in segments] == [(-1.0, 2.0), (1.0, 4.0), (3.0, 6.0)]
+
+
+def test_loadings_without_a_posterior_are_points():
+    ax = plots.plot_loadings(LOADINGS[["mean"]]).axes[0]
+    points = [list(container.lines[0].get_xdata()) for container in ax.containers]
+    assert points == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
+    assert all(not container.lines[2] for container in ax.containers), "no whiskers"
+
+
+def test_directions_stand_in_the_order_of_their_variance_with_their_shares():
+    ax = plots.plot_scree(torch.tensor([1.0, 3.0, 0.5], requires_grad=True), total=5.0, noise=0.1).axes[0]
+    assert [b.get_height() for b in ax.patches] == [3.0, 1.0, 0.5]
+    assert [t.get_text() for t in ax.texts] == ["60%", "80%", "90%"]
+    assert ax.get_legend().get_texts()[0].get_text() == "noise variance"
+    assert list(ax.lines[0].get_ydata()) == [0.1, 0.1]
+    bare = plots.plot_scree([1.0, 3.0]).axes[0]
+    assert not bare.texts
+    assert bare.get_legend() is None
+
+
+def test_weights_have_the_colours_of_the_mixture():
+    bars = plots.plot_weights([0.75, 0.25], names=["short", "long"]).axes[0]
+    assert [b.get_height() for b in bars.patches] == [0.75, 0.25]
+    assert [t.get_text() for t in bars.texts] == ["0.75", "0.25"]
+    assert [t.get_text() for t in bars.get_xticklabels()] == ["short", "long"]
+    ellipses = plots.plot_mixture(RNG.random((5, 2)), *MIXTURE).axes[0].patches
+    assert [b.get_facecolor() for b in bars.patches] == [e.get_edgecolor() for e in ellipses[::2]]
 
 
 def test_ellipses_hold_their_share_of_a_component():
@@ -243,12 +341,11 @@ def test_pictures_stand_in_their_places_on_one_scale():
 
 
 def test_colours_come_channels_first_and_missing_pixels_are_left_out():
-    x = RNG.random((1, 3, 2, 2))
-    x[0, 0, 0, 0] = np.nan
+    x = np.arange(12.0).reshape(1, 3, 2, 2)
+    x[0, 1, 0, 1] = np.nan
     shown = picture(plots.plot_samples(x, (3, 2, 2)))
-    assert shown[0, 0, 3] == 0
-    np.testing.assert_allclose(np.ptp(shown[..., :3][shown[..., 3] == 1]), 1.0)
-    assert shown[1, 1, 0] < shown[1, 1, 1] or x[0, 0, 1, 1] >= x[0, 1, 1, 1]
+    assert shown[..., 3].tolist() == [[1, 0], [1, 1]]
+    np.testing.assert_allclose(shown[1, 1, :3], np.array([3, 7, 11]) / 11)
 
 
 def test_reconstructions_stand_below_the_data_on_the_datas_scale():
@@ -279,6 +376,11 @@ def test_traversals_keep_their_rows():
         (lambda: plots.plot_latents(np.zeros((20, 2)), list("abcdefghijklmnopqrst")), "20 different labels"),
         (lambda: plots.plot_latents(np.zeros((0, 2))), "z is empty"),
         (lambda: plots.plot_latents(np.array([["a", "b"]])), "not numbers"),
+        (lambda: plots.plot_elbo({"step": [1], "elbo": [1.0]}), r"lacks the column 'step' .it has none"),
+        (lambda: plots.plot_terms(TERMS, ["kl"]), "lacks the column 'kl'"),
+        (lambda: plots.plot_terms(HISTORY), "no terms or controls that change"),
+        (lambda: plots.plot_scree(np.zeros((2, 2))), "needs 1 dimension"),
+        (lambda: plots.plot_weights([0.5, 0.5], names=["a"]), "1 names of 2 components"),
         (lambda: plots.plot_loadings(LOADINGS.drop(columns="lower")), "lacks the column 'lower'"),
         (lambda: plots.plot_loadings(LOADINGS.reset_index(drop=True)), "1 index level"),
         (lambda: plots.plot_mixture(np.zeros((5, 3)), *MIXTURE), "choose two columns"),
