@@ -348,9 +348,9 @@ def test_the_page_shows_the_components_of_a_mixture(tmp_path):
     shown = page.table("Components")
     means = prepared.transforms[0].undo(fitted.model.means.detach().numpy())
     for k, row in enumerate(shown.values()):
-        assert float(row["weight"]) == pytest.approx(float(fitted.model.weights[k]), abs=5e-4)
+        assert float(row["weight"]) == pytest.approx(float(fitted.model.weights[k].detach()), abs=5e-4)
         assert float(row["mean of waiting"]) == pytest.approx(means[k, 1], abs=5e-2)
-        variance = (fitted.model.scale_tril @ fitted.model.scale_tril.mT)[k, 1, 1].item()
+        variance = (fitted.model.scale_tril @ fitted.model.scale_tril.mT)[k, 1, 1].detach().item()
         sd = variance**0.5 * prepared.transforms[0].scale[1]
         assert float(row["sd of waiting"]) == pytest.approx(sd, abs=5e-2)
     assert any("ellipses of the 2 components" in i["alt"] for i in page.images)

@@ -51,13 +51,3 @@ def draw_replicates(check: Any) -> Figure:
     for ax in panels[len(names) :]:
         ax.remove()
     return drawn
-
-
-def draw_scree(shares: np.ndarray) -> Figure:
-    """The share of the variance along each principal axis [latent_dim], largest first."""
-    drawn, ax = axes_of(None, float(np.clip(1.5 + 0.3 * len(shares), 3.5, 8)), 2.6)
-    place = np.arange(1, len(shares) + 1)
-    ax.bar(place, 100 * shares, color=BLUE)
-    ax.set(xlabel="principal axis", ylabel="share of the variance (%)", ylim=(0, None))
-    ax.set_xticks(place if len(place) <= 20 else place[:: len(place) // 10])
-    return drawn

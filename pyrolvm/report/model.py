@@ -13,7 +13,6 @@ import torch
 from pyrolvm import plots
 from pyrolvm.errors import DataError, PyrolvmError
 from pyrolvm.models import PPCA, BayesianFactorAnalysis, GaussianMixture
-from pyrolvm.report.figures import draw_scree
 from pyrolvm.report.findings import Findings
 from pyrolvm.report.parts import Part, figure, table
 
@@ -41,12 +40,14 @@ def _(model: PPCA, found: Findings) -> list[Part]:
     """W = U S V': the loadings U S and the scores z V in principal axes, which the likelihood alone leaves open."""
     U, S, Vh = torch.linalg.svd(model.loadings.double(), full_matrices=False)
     sign = torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))  # [1, latent_dim]
-    shares = (S.square() / (S.square().sum() + model.data_dim * model.noise_scale.double().square())).numpy()
+    noise = float(model.noise_scale.double() ** 2)
+    variances = S.square().cpu().numpy()
+    total = float(variances.sum()) + model.data_dim * noise
     loadings = _loadings(found, (U * S * sign).numpy())
-    percent = ", ".join(f"{100 * s:.1f} %" for s in shares[:5])
+    percent = ", ".join(f"{100 * v / total:.1f} %" for v in variances[:5])
     return [
         figure(
-            lambda: draw_scree(shares),
+            lambda: plots.plot_scree(variances, total=total, noise=noise),
             "Scree: variance along the principal axes",
             f"Shares of the variance along the first axes: {percent}.",
         ),

@@ -154,7 +154,7 @@ def deviations(fitted: FittedModel, x: Any) -> dict[str, torch.Tensor]:
     parts: list[dict[str, torch.Tensor]] = []
     for pair in fitted.pair(x).chunks():
         trace = pair.guide(None, Means())
-        found = {n: trace.nodes[n]["fn"] for n in names if n in trace.nodes}
+        found: Any = {n: trace.nodes[n]["fn"] for n in names if n in trace.nodes}
         try:
             parts.append({n: d.stddev.expand_as(trace.nodes[n]["value"]) for n, d in found.items()})
         except NotImplementedError:

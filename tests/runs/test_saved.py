@@ -50,7 +50,7 @@ def test_a_damaged_record_is_one_error_before_anything_is_built(run, change):
 def test_a_damaged_size_is_refused_without_building(run, monkeypatch):
     damage(run, DAMAGES["a size that no machine holds"])
     monkeypatch.setattr("pyrolvm.inference.program.program.Program.__init__", lambda *_: pytest.fail("built"))
-    with pytest.raises(RunFolderError, match="with its arguments 'loadings' would have the shape"):
+    with pytest.raises(RunFolderError, match=r"config\.json"):
         open_run(run)
 
 
@@ -59,7 +59,7 @@ def test_sizes_in_lists_are_looked_at_too(tmp_path):
     pyrolvm.fit(VAE(4, 1, hidden=(3,)), x, **FIT).save(tmp_path)
     open_run(tmp_path)
     damage(tmp_path, lambda c: c["model"]["arguments"].update(hidden=[10**10]))
-    with pytest.raises(RunFolderError, match="would have the shape"):
+    with pytest.raises(RunFolderError, match=r"config\.json"):
         open_run(tmp_path)
 
 
