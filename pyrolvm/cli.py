@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from pyrolvm.shell.app import app
-from pyrolvm.shell.commands import LOADING, READING, RunName, complete_data
+from pyrolvm.shell.options import LOADING, READING, RunName, complete_data
 from pyrolvm.shell.signatures import given, options_of, sharing
 
 __all__ = ["app"]

@@ -11,17 +11,17 @@ from pyrolvm.diagnostics import diagnose
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.posterior.evidence import evidence_table
 from pyrolvm.report import write_report
-from pyrolvm.shell import commands
+from pyrolvm.shell import options as shell
 from pyrolvm.shell.signatures import _described
 from pyrolvm.shell.values import kinds_of, read_as
 
 HELP = {"TERMINAL_WIDTH": "200", "COLUMNS": "200"}
 PAIRS = {
-    "fit": (commands.FIT, pyrolvm.fit, {"model", "data", "callbacks", "checkpoint", "resume", "progress"}),
-    "sample": (commands.SAMPLE, pyrolvm.FittedModel.sample, {"self", "given"}),
-    "encode": (commands.ENCODE, pyrolvm.FittedModel.encode, {"self", "x"}),
-    "evidence": (commands.EVIDENCE, evidence_table, {"pair", "progress", "annealing"}),
-    "diagnose": (commands.DIAGNOSE, diagnose, {"fitted", "x", "statistics", "progress"}),
+    "fit": (shell.FIT, pyrolvm.fit, {"model", "data", "callbacks", "checkpoint", "resume", "progress"}),
+    "sample": (shell.SAMPLE, pyrolvm.FittedModel.sample, {"self", "given"}),
+    "encode": (shell.ENCODE, pyrolvm.FittedModel.encode, {"self", "x"}),
+    "evidence": (shell.EVIDENCE, evidence_table, {"pair", "progress", "annealing"}),
+    "diagnose": (shell.DIAGNOSE, diagnose, {"fitted", "x", "statistics", "progress"}),
     "report": (REPORT, write_report, {"path", "data", "model", "guide", "device"}),
 }
 
@@ -41,15 +41,15 @@ def test_every_parameter_is_an_option_with_its_default(name):
 
 @pytest.mark.parametrize("cls", pyrolvm.REGISTRY.values(), ids=pyrolvm.REGISTRY.keys())
 def test_every_option_of_a_constructor_is_an_option_of_fit(cls):
-    known = set(commands.CONSTRUCTORS) | set(commands.FIT)
+    known = set(shell.CONSTRUCTORS) | set(shell.FIT)
     names = set(inspect.signature(cls).parameters) - {"data_dim"}
     assert names <= known
-    for name in names & set(commands.CONSTRUCTORS):
-        assert cls.__name__ in commands.CONSTRUCTORS[name].models
+    for name in names & set(shell.CONSTRUCTORS):
+        assert cls.__name__ in shell.CONSTRUCTORS[name].models
 
 
 def test_choices_come_from_the_annotation():
-    assert commands.CONSTRUCTORS["covariance"].kinds.choices == ("full", "diagonal", "spherical")
+    assert shell.CONSTRUCTORS["covariance"].kinds.choices == ("full", "diagonal", "spherical")
     shown = CliRunner().invoke(app, ["fit", "--help"], env=HELP).output
     assert "full|diagonal|spherical" in shown
 

@@ -8,120 +8,29 @@ from typing import Annotated, Any
 
 import typer
 
-from pyrolvm.shell.signatures import Option, given, model_options, options_of, sharing
+from pyrolvm.shell.options import (
+    ADDED,
+    CONSTRUCTORS,
+    DIAGNOSE,
+    ENCODE,
+    EVIDENCE,
+    FIT,
+    LOADING,
+    OUTPUT,
+    PICTURE,
+    PREPARING,
+    READING,
+    RECONSTRUCT,
+    SAMPLE,
+    DataName,
+    ModelName,
+    Out,
+    RunName,
+)
+from pyrolvm.shell.signatures import given, sharing
 
-MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
-OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi")
-SCHEDULES = ("none", "cosine", "exponential")
 SILENT = ("resume", "overwrite", "quiet")
 """Options that do not change the numbers of a run, left out of the command that repeats it."""
-
-
-def complete_model(incomplete: str) -> list[str]:
-    """Names of models, and files of Python."""
-    from pyrolvm.models import REGISTRY
-
-    return [n.lower() for n in REGISTRY if n.lower().startswith(incomplete.lower())] + _files(
-        incomplete, (".py",)
-    )
-
-
-def complete_data(incomplete: str) -> list[str]:
-    """Names of data sets, and files that can be read."""
-    from pyrolvm.data import DATASETS, SUFFIXES
-
-    return [name for name in DATASETS if name.startswith(incomplete)] + _files(incomplete, SUFFIXES)
-
-
-def _files(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
-    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
-    found = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
-    texts = [
-        f"{p}/" if p.is_dir() else str(p) for p in found if p.is_dir() or p.name.lower().endswith(suffixes)
-    ]
-    return sorted(t for t in texts if t.startswith(incomplete))
-
-
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A model's name (see `pyrolvm models`), or file.py:ClassName for a pair of your own.",
-        autocompletion=complete_model,
-    ),
-]
-DataName = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        help="A data set's name (see `pyrolvm datasets`), or a csv, tsv, parquet, npy, npz, idx or h5ad file.",
-        autocompletion=complete_data,
-    ),
-]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="A csv, tsv, npy or npz file; printed as csv without one.")
-]
-
-FITTED = "inference/posterior/fitted.py"
-READING = options_of("data/readers.py", "read", ("source", "mmap"), DATA) | {
-    "data_option": Option("data_option", "dict", help="Of a named data set, e.g. split=test.", panel=DATA)
-}
-"""Options of every command that reads DATA."""
-LOADING = {
-    "model": Option(
-        "model", "str", help="The pair of your own that the run is of, FILE.PY:NAME; it is executed."
-    ),
-    "device": Option("device", "str", "cpu", "auto, cpu, cuda, cuda:N or mps."),
-}
-"""Options of every command that loads RUN."""
-PICTURE = {
-    "image_shape": Option("image_shape", "Sequence[int]", help="HEIGHT,WIDTH of a png; square by default.")
-}
-FIT = options_of(
-    "inference/training/fit.py",
-    "fit",
-    ("model", "data", "callbacks", "checkpoint", "resume", "progress"),
-    TRAINING,
-    (
-        ("guide", "str"),
-        ("objective", f"Literal{list(OBJECTIVES)} | str"),
-        ("schedule", f"Literal{list(SCHEDULES)}"),
-        ("dtype", "str"),
-        ("learning_rate", "float"),
-        ("validation", "float"),
-    ),
-)
-ADDED = {
-    option.name: option
-    for option in (
-        Option("num_particles", "int", help="Draws per datum of the objective.", panel=TRAINING),
-        Option("alpha", "float", help="Of renyi; 0 is the importance-weighted bound.", panel=TRAINING),
-        Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
-        Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
-    )
-}
-PREPARING = {
-    option.name: option
-    for option in (
-        Option("standardise", "bool", help="Mean 0 and deviation 1.", panel=DATA),
-        Option(
-            "per_column", "bool", "True", "One mean and deviation for each column, or for all.", panel=DATA
-        ),
-        Option("standardise_overall", "bool", help="--standardise --no-per-column.", panel=DATA),
-        Option("binarise", "bool", help="0 and 1, by --threshold.", panel=DATA),
-        Option("threshold", "float", help="Halfway between the extremes by default.", panel=DATA),
-        Option("split_seed", "int", help="Of the rows held out; --seed by default.", panel=DATA),
-    )
-}
-CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
-SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
-ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
-RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))
-EVIDENCE = options_of(
-    "inference/posterior/evidence/__init__.py", "evidence_table", ("pair", "progress", "annealing")
-)
-DIAGNOSE = options_of("diagnostics/guide_quality.py", "diagnose", ("fitted", "x", "statistics", "progress"))
 
 
 @sharing(FIT, ADDED, PREPARING, READING, CONSTRUCTORS)

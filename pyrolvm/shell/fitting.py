@@ -27,7 +27,7 @@ from pyrolvm.plots import plot_elbo
 from pyrolvm.runs import NamedModel, Preparation, RunFolder, find_model, still_rising
 from pyrolvm.seeds import Purpose, derived_seed
 from pyrolvm.shell.asking import source_of
-from pyrolvm.shell.commands import FIT, PREPARING, SCHEDULES
+from pyrolvm.shell.options import FIT, PREPARING, SCHEDULES
 from pyrolvm.shell.printing import console, print_facts, print_table
 from pyrolvm.shell.values import annotation_text, read_as
 
