@@ -654,3 +654,21 @@ def test_a_polite_kill_ends_in_a_line_wherever_it_comes(tmp_path, monkeypatch):
     result = pyrolvm_("fit", "ppca", "iris", "-l", 1, "-o", tmp_path / "run")
     assert (result.exit_code, result.stderr.strip()) == (130, "stopped")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_of_two_columns_are_drawn_as_points(tmp_path):
+    done("fit", "ppca", "faithful", "-l", 1, "-n", 3, "-q", "--engine", "eager", "-o", tmp_path / "run")
+    done("sample", tmp_path / "run", "-s", 50, "-o", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_script_and_shell_give_the_same_mixture(tmp_path):
+    """The same start from the data, the same rows held out, the same numbers, however the script built its model."""
+    words = shlex.split("fit gmm faithful -k 2 -n 30 --lr 0.02 --validation 0.1 --engine eager --seed 3 -q")
+    done(*words, "-o", tmp_path / "run")
+    torch.manual_seed(99)
+    options = {"num_steps": 30, "learning_rate": 0.02, "validation": 0.1, "engine": "eager", "seed": 3}
+    fitted = pyrolvm.fit(pyrolvm.GaussianMixture(2, 2), load_dataset("faithful"), progress=False, **options)
+    shell = pyrolvm.load(tmp_path / "run")
+    assert shell.held_out_elbo == pytest.approx(fitted.held_out_elbo, abs=1e-6)
+    assert torch.allclose(shell.model.means, fitted.model.means)

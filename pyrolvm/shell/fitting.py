@@ -102,18 +102,12 @@ class Job:
         return plan.num_steps(epochs) if epochs else steps or 1000
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a run to be resumed; `fit` itself compares the rest."""
-        data, o = self.data.record, self.options
+        """What must agree for a run to be resumed, beside the data and settings that `fit` compares."""
         return {
             "model": self.named.name,
-            "guide": o.get("guide"),
+            "guide": self.options.get("guide"),
             "arguments": _plain(self.arguments),
-            "data": data["sha256"],
-            **{name: data[name] for name in ("columns", "split", "transforms")},
-            "objective": [o.get(name) for name in ("objective", "num_particles", "alpha")],
-            "schedule": [o["schedule"], self._num_steps()] if o.get("schedule", "none") != "none" else None,
             "restarts": self.num_restarts,
-            "initialise": o.get("initialise", True),
         }
 
     def run(self, folder: RunFolder, quiet: bool) -> tuple[FittedModel, Any]:

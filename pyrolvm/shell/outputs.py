@@ -97,11 +97,13 @@ def write_png(
     values: np.ndarray, out: Path, image_shape: tuple[int, ...] | None, names: list[str] | None = None
 ) -> None:
     """A grid of images, or the points of data of one or two columns called `names`; values [rows, ...]."""
-    from pyrolvm.plots import plot_samples
+    from pyrolvm.plots import plot_latents, plot_samples
 
     flat = values.reshape(len(values), -1)
     if image_shape is None and flat.shape[1] <= 2:
-        figure = _points(flat, names)
+        figure = plot_latents(flat, name="x")
+        if names and len(names) == 2:
+            figure.axes[0].set(xlabel=names[0], ylabel=names[1])
     else:
         shape = image_shape or _square(flat.shape[1])
         if math.prod(shape) != flat.shape[1]:
@@ -110,21 +112,6 @@ def write_png(
             )
         figure = plot_samples(flat[:MAX_IMAGES], shape)
     write_atomically(out, lambda p: figure.savefig(p, format="png", dpi=150, bbox_inches="tight"))
-
-
-def _points(flat: np.ndarray, names: list[str] | None) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.add_subplot()
-    names = names or ["", ""]
-    axes.set_xlabel(names[0])
-    if flat.shape[1] == 1:
-        axes.hist(flat[:, 0], bins="auto")
-    else:
-        axes.plot(flat[:, 0], flat[:, 1], ".", markersize=3)
-        axes.set_ylabel(names[1])
-    return figure
 
 
 def _square(width: int) -> tuple[int, int]:
