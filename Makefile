@@ -21,7 +21,7 @@ lint: $(VENV)/installed-tests
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed-benchmarks
 	$(BIN)/python -m benchmarks

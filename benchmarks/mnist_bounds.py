@@ -67,7 +67,7 @@ def _row(name: str, keywords: dict, train, test, options: argparse.Namespace) ->
         "test_bound": fitted.history["validation_elbo"].dropna().iloc[-1],
     }
     if not keywords:
-        table = evidence_table(fitted, test[: options.rows], "importance", options.draws)
+        table = evidence_table(fitted.pair(test[: options.rows]), "importance", options.draws)
         row["test_log_evidence"] = table["log_evidence"].mean()
         row["evidence_rows"], row["evidence_draws"] = options.rows, options.draws
     return row

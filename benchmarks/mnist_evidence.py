@@ -39,9 +39,9 @@ def main() -> None:
     options = parser.parse_args()
     fitted, training = _fitted(options)
     test = (load_mnist("test").values > 0.5).astype("float32")[: options.rows]
-    iwae_bounds(fitted, test[:10], 50, (1, 50), progress=False)  # what the first run allocates for good
+    iwae_bounds(fitted.pair(test[:10]), 50, (1, 50), progress=False)  # what the first run allocates for good
     before, start = _reset_peak(), time.perf_counter()
-    table = iwae_bounds(fitted, test, options.draws, sorted({1, 50, options.draws}))
+    table = iwae_bounds(fitted.pair(test), options.draws, sorted({1, 50, options.draws}))
     seconds = time.perf_counter() - start
     record = {
         "machine": describe(torch.device("cpu")),

@@ -15,8 +15,8 @@ import pyrolvm
 from pyrolvm import PPCA, REGISTRY, VAE, BayesianFactorAnalysis, DataError, GaussianMixture, PowerVAE
 from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.objectives import estimate, prepare
+from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.structure import inspect_program
 from pyrolvm.plates import data_rows
 
 ROOT = Path(__file__).parents[1]
@@ -137,8 +137,8 @@ def test_minibatch_bounds_are_unbiased_for_the_full_one(case):
     model = started(build, x)
     program, rows = Program(model), torch.arange(len(x))
     batch = Batch((x,))
-    program.initialise(batch, (len(x), rows), seed=0)
-    objective = prepare(None, inspect_program(program, batch, (len(x), rows)))
+    program.initialise(batch, seed=0)
+    objective = prepare(None, inspect_program(program, batch))
 
     def bounds(partition):
         parts = []
@@ -190,10 +190,9 @@ def test_plain_svi_trains_it_too(case):
     for _ in range(2):
         model = started(build, x)
         before = parameters(model)
-        rows = torch.arange(len(x))
         program = Program(model)
-        program.initialise(Batch((x,)), (len(x), rows), seed=0)
-        objective = prepare(None, inspect_program(program, Batch((x,)), (len(x), rows)))
+        program.initialise(Batch((x,)), seed=0)
+        objective = prepare(None, inspect_program(program, Batch((x,))))
         svi = pyro.infer.SVI(model.model, model.guide, pyro.optim.Adam({"lr": 0.01}), objective)
         svi.step(x)
         assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyrolvm.data.columns import check_names
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.numeric import as_array
 from pyrolvm.errors import DataError
@@ -124,16 +125,22 @@ class Batch:
 def as_batch(data: Any, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Batch:
     """Turn `data` into the arguments of a program.
 
-    Args:
-        data: a tensor, numpy array, DataFrame, Series, `Dataset` or nested list of numbers (the only
-            argument); a tuple, or a list that holds any of these, for positional arguments; a dict for
-            keyword arguments. Each is [rows, ...]; numbers and `None` may stand among them.
-        dtype: what floating values are cast to. Integers and booleans stay integers and booleans.
-        device: where the tensors go.
+    Parameters
+    ----------
+    data
+        A tensor, numpy array, DataFrame, Series, `Dataset` or nested list of numbers (the only argument); a tuple, or
+        a list that holds any of these, for positional arguments; a dict for keyword arguments. Each is [rows, ...];
+        numbers and `None` may stand among them.
+    dtype : torch.dtype
+        What floating values are cast to. Integers and booleans stay integers and booleans.
+    device : torch.device or str
+        Where the tensors go.
 
-    Raises:
-        DataError: text, dates, objects, complex or masked values, ragged lists, no rows, or values beyond the
-            range of `dtype`. Missing values (NaN) pass: what they mean is the model's to say.
+    Raises
+    ------
+    DataError
+        Text, dates, objects, complex or masked values, ragged lists, no rows, or values beyond the range of `dtype`.
+        Missing values (NaN) pass: what they mean is for the model to decide.
     """
     if isinstance(data, Batch):
         return data._map(lambda t: _cast(t, "data", dtype, device))
@@ -179,7 +186,9 @@ def _check_keywords(data: Mapping[Any, Any]) -> None:
 def _first_columns(parts: Any) -> list[str] | None:
     for part in parts:
         if isinstance(part, pd.DataFrame):
-            return [str(c) for c in part.columns]
+            names = [str(c) for c in part.columns]
+            check_names(names, "the data")
+            return names
         if isinstance(part, Dataset):
             return part.columns
     return None
@@ -189,7 +198,7 @@ def _length(name: str, tensor: Tensor) -> int:
     if tensor.dim() == 0:
         raise DataError(
             f"{name} is a single number and has no rows to take a minibatch of: "
-            "type batch_size=None, or put the number into the model"
+            "leave batch_size out, or put the number into the model"
         )
     return tensor.shape[0]
 
@@ -228,7 +237,7 @@ def _check_range(value: Tensor, cast: Tensor, name: str) -> None:
         where = lost.nonzero()[0].tolist()
         raise DataError(
             f"{name} holds {value[tuple(where)].item():g} at index {where}, beyond {cast.dtype}: "
-            "type dtype=torch.float64 or rescale the data"
+            "use dtype=float64 or rescale the data"
         )
 
 

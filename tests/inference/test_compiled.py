@@ -32,17 +32,18 @@ from pyrolvm import RenyiELBO, data_plate
 from pyrolvm.data.arrays import as_batch
 from pyrolvm.data.plan import BatchPlan
 from pyrolvm.errors import ProgramError, SettingError
-from pyrolvm.inference.engine import Step, choose_engine, native
+from pyrolvm.inference.engine import Problem, choose_engine, native
 from pyrolvm.inference.engine import choose as choosing
 from pyrolvm.inference.engine.compiled import CompiledEngine
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.optimizers import OPTIMIZERS, OptimizerSpec
+from pyrolvm.inference.engine.problem import schedules_of
 from pyrolvm.inference.engine.tracing import UntraceableError
 from pyrolvm.inference.objectives import prepare
+from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.structure import inspect_program
 
 CPU = torch.device("cpu")
 
@@ -236,19 +237,20 @@ def make(name_or_parts, **options):
     (model, guide), data, batch_size, objective = parts
     if callable(guide) and getattr(guide, "__name__", "") == "<lambda>" and data is SCHOOLS:
         guide = guide(model)
-    warmup = options.pop("warmup_steps", 0)
+    warmup, controls = options.pop("kl_warmup", 0.0), options.pop("controls", None)
     batch = as_batch(data)
     program = Program(model, guide)
     plan = BatchPlan(batch.num_rows, batch_size, 0)
     rows = plan.rows(0, 1)[0]
     first = batch.take(rows) if batch_size else batch
-    program.initialise(first, (batch.num_rows, rows), 0)
-    structure = inspect_program(program, first, (batch.num_rows, rows))
+    program.initialise(first, 0)
+    structure = inspect_program(program, first)
     spec = OptimizerSpec(**{"learning_rate": 0.01, **options})
     objective = prepare(objective, structure)
-    return Step(
-        program, structure, objective, spec, batch, batch_size is not None, batch.num_rows, warmup
-    ), plan
+    schedules = schedules_of({}, objective, controls, warmup)
+    minibatch = batch_size is not None
+    problem = Problem(program, structure, objective, spec, batch, minibatch, batch.num_rows, schedules, 50)
+    return problem, plan
 
 
 def start(engine):
@@ -297,7 +299,7 @@ def test_clipping_schedule_and_warm_up_follow_the_step(name):
     options = {
         "clip_norm": 0.05,
         "schedule": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8),
-        "warmup_steps": 10,
+        "kl_warmup": 0.2,
     }
     compare(*make(name, **options), num_steps=15, loop=StaticLoop)
 
@@ -356,7 +358,7 @@ def test_an_engine_made_and_tried_leaves_the_program_as_it_was():
 ANNEALED = {
     "clip_norm": 1.0,
     "schedule": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50),
-    "warmup_steps": 20,
+    "kl_warmup": 0.4,
 }
 
 
@@ -419,7 +421,7 @@ def test_a_chunk_may_be_longer_than_the_buffers(fitted_in_one):
 
 def test_either_engine_goes_on_from_the_others_state(fitted_in_one):
     engine, plan, before, after, terms = fitted_in_one
-    eager = EagerEngine(engine.step)
+    eager = EagerEngine(engine.problem)
     first, second = (eager, engine), (engine, eager)
     for one, other in (first, second):
         state, head = one.run(before.clone(), plan.rows(0, 20))
@@ -721,10 +723,10 @@ def test_the_captured_step_is_the_eager_step(name):
     program = Program(model, guide, device=device)
     plan = BatchPlan(batch.num_rows, batch_size, 0)
     rows = plan.rows(0, 1)[0].to(device)
-    program.initialise(batch.take(rows), (batch.num_rows, rows), 0)
-    structure = inspect_program(program, batch.take(rows), (batch.num_rows, rows))
+    program.initialise(batch.take(rows), 0)
+    structure = inspect_program(program, batch.take(rows))
     objective = prepare(objective, structure)
-    step = Step(program, structure, objective, OptimizerSpec(), batch, True, batch.num_rows, 0)
+    step = Problem(program, structure, objective, OptimizerSpec(), batch, True, batch.num_rows)
     eager, engine = EagerEngine(step), CompiledEngine(step)
     state = eager.initial_state(noise_state(3, device)).clone()
     wanted, terms = eager.run(state.clone(), plan.rows(0, 30))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyrolvm
-import pyrolvm.inference.posterior.fitted as fitted_module
+import pyrolvm.inference.program.pair as fitted_module
 from pyrolvm import data_plate
 
 X = torch.randn(20, generator=torch.Generator().manual_seed(0))

@@ -39,7 +39,7 @@ def test_summed_out_assignments_are_drawn_from_their_posterior(mixture):
 
 
 def test_summed_out_assignments_leave_the_marginal_likelihood(mixture, monkeypatch):
-    import pyrolvm.inference.posterior.fitted as module
+    import pyrolvm.inference.program.pair as module
 
     monkeypatch.setattr(module, "BUDGET", 5 * 4 * 3 * 7)  # chunks of seven rows
     idata = to_inference_data(mixture, X, num_samples=4)

@@ -105,10 +105,10 @@ def test_schedules_rise_from_zero_to_one(schedule, num_steps):
 @pytest.mark.parametrize(("start", "num_steps"), [("prior", 150), ("guide", 300)])
 def test_ais_finds_the_evidence_where_the_guide_misleads(misled, start, num_steps):
     exact = misled.log_evidence(X, "exact").detach()
-    trusting = evidence_table(misled, X, num_samples=1000)
+    trusting = evidence_table(misled.pair(X), num_samples=1000)
     assert (trusting.k_hat > 0.7).mean() > 0.9
     assert errors(trusting, exact)[0].mean() < -1
-    table = evidence_table(misled, X, "ais", 32, num_steps=num_steps, num_leapfrog=5, start=start)
+    table = evidence_table(misled.pair(X), "ais", 32, num_steps=num_steps, num_leapfrog=5, start=start)
     difference, error = errors(table, exact)
     assert abs(difference.mean()) < 0.05
     assert difference.mean() < 3 * error  # a lower bound
@@ -120,7 +120,7 @@ def test_ais_finds_the_evidence_where_the_guide_misleads(misled, start, num_step
 def test_more_steps_lose_less(misled):
     exact = misled.log_evidence(X, "exact").detach()
     lost = [
-        -errors(evidence_table(misled, X, "ais", 4, num_steps=steps), exact)[0].mean().item()
+        -errors(evidence_table(misled.pair(X), "ais", 4, num_steps=steps), exact)[0].mean().item()
         for steps in (2, 8, 30)
     ]
     assert lost[0] > lost[1] > lost[2]
@@ -128,7 +128,7 @@ def test_more_steps_lose_less(misled):
 
 def test_one_step_is_importance_sampling_from_the_start(misled):
     exact = misled.log_evidence(X, "exact").detach()
-    table = evidence_table(misled, X, "ais", 20_000, num_steps=1)
+    table = evidence_table(misled.pair(X), "ais", 20_000, num_steps=1)
     difference, error = errors(table, exact)
     assert abs(difference.mean()) < 4 * error + 0.02
 
@@ -160,9 +160,9 @@ def test_constrained_latents_bring_their_jacobian():
     fitted = pyrolvm.fit(poisson_gamma, x, guide=rate_guide, **STILL)
     exact = negative_binomial(x)
     for options in ({"start": "prior"}, {"start": "guide", "schedule": "linear", "num_leapfrog": 4}):
-        difference, error = errors(evidence_table(fitted, x, "ais", 64, num_steps=40, **options), exact)
+        difference, error = errors(evidence_table(fitted.pair(x), "ais", 64, num_steps=40, **options), exact)
         assert abs(difference.mean()) < 4 * error + 0.01
-    difference, error = errors(evidence_table(fitted, x, "importance", 5000), exact)
+    difference, error = errors(evidence_table(fitted.pair(x), "importance", 5000), exact)
     assert abs(difference.mean()) < 4 * error + 0.002
 
 
@@ -173,14 +173,14 @@ def test_an_autoguide_is_a_start_and_a_point_is_not():
         fitted.program.parameters["shape"].detach(), probs=torch.tensor(1 / 1.5)
     ).log_prob(x)
     difference, error = errors(
-        evidence_table(fitted, x, "ais", 64, num_steps=30, num_leapfrog=4, start="guide"), exact
+        evidence_table(fitted.pair(x), "ais", 64, num_steps=30, num_leapfrog=4, start="guide"), exact
     )
     assert abs(difference.mean()) < 4 * error + 0.01
     point = pyrolvm.fit(poisson_gamma, x, guide=AutoDelta, **STILL)
     with pytest.raises(SettingError, match="for rate: use start='prior'"):
         point.log_evidence(x, "ais", num_steps=2, start="guide")
     difference, error = errors(
-        evidence_table(point, x, "ais", 64, num_steps=40, num_leapfrog=5), negative_binomial(x)
+        evidence_table(point.pair(x), "ais", 64, num_steps=40, num_leapfrog=5), negative_binomial(x)
     )
     assert abs(difference.mean()) < 4 * error + 0.01
 
@@ -207,7 +207,7 @@ def test_latents_on_a_simplex_and_several_sites_at_once():
     exact = exact + dist.Normal(0.0, math.sqrt(2)).log_prob(x[:, 3])
     for start in ("prior", "guide"):
         options = {"num_steps": 40, "num_leapfrog": 5, "start": start}
-        difference, error = errors(evidence_table(fitted, x, "ais", 64, **options), exact)
+        difference, error = errors(evidence_table(fitted.pair(x), "ais", 64, **options), exact)
         assert abs(difference.mean()) < 4 * error + 0.01
 
 
@@ -234,7 +234,7 @@ def test_a_latent_whose_support_another_decides_in_nested_plates():
     standard = dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
     cell = (standard.cdf((top - x) / 0.5) - standard.cdf(-x / 0.5)) / top  # [grid, rows, cells]
     exact = cell.log().sum(-1).exp().mean(0).log()
-    difference, error = errors(evidence_table(fitted, x, "ais", 64, num_steps=40, num_leapfrog=5), exact)
+    difference, error = errors(evidence_table(fitted.pair(x), "ais", 64, num_steps=40, num_leapfrog=5), exact)
     assert abs(difference.mean()) < 4 * error + 0.01
 
 
@@ -248,10 +248,10 @@ def test_the_power_posterior_has_its_own_normaliser():
         layer.bias.copy_(ppca.offset)
         ppca.log_noise_scale.zero_()
     exact = tempered_log_marginal(ppca, X, 0.5).detach()
-    difference, error = errors(evidence_table(fitted, X, "ais", 32, num_steps=40, num_leapfrog=5), exact)
+    difference, error = errors(evidence_table(fitted.pair(X), "ais", 32, num_steps=40, num_leapfrog=5), exact)
     assert abs(difference.mean()) < 4 * error + 0.01
     with pytest.raises(SettingError, match="'x' is raised to a power"):
-        bidirectional(fitted, 4, num_steps=2)
+        bidirectional(fitted.pair(fitted.example), 4, num_steps=2)
 
 
 def test_global_latents_are_held_at_draws_of_the_guide():
@@ -273,9 +273,9 @@ def test_global_latents_are_held_at_draws_of_the_guide():
     exact = dist.Normal(0.0, math.sqrt(2.09)).log_prob(x)
     for start in ("prior", "guide"):
         options = {"num_steps": 20, "num_leapfrog": 5, "start": start}
-        difference, _ = errors(evidence_table(fitted, x, "ais", 500, **options), exact)
+        difference, _ = errors(evidence_table(fitted.pair(x), "ais", 500, **options), exact)
         assert abs(difference.mean()) < 0.05
-    table = bidirectional(fitted, 10, num_chains=50, num_steps=40, num_leapfrog=5)
+    table = bidirectional(fitted.pair(fitted.example), 10, num_chains=50, num_steps=40, num_leapfrog=5)
     assert abs(table.gap.mean()) < 0.1
 
 
@@ -289,7 +289,7 @@ def test_bidirectional_sandwiches_the_exact_value(misled):
     gaps = []
     for steps in (4, 20, 60):
         table = bidirectional(
-            misled, x=X, exact_draws={"z": z}, num_chains=16, num_steps=steps, num_leapfrog=5
+            misled.pair(X), exact_draws={"z": z}, num_chains=16, num_steps=steps, num_leapfrog=5
         )
         lower, upper = (torch.tensor(table[name].to_numpy()) - exact for name in ("lower", "upper"))
         below, above = (
@@ -304,7 +304,9 @@ def test_bidirectional_sandwiches_the_exact_value(misled):
 
 def test_bidirectional_closes_on_simulated_data():
     fitted = pyrolvm.fit(VAE(12, 2, hidden=(8,)), (X.repeat(1, 3)[:, :12] > 0).float(), num_steps=20, **QUIET)
-    coarse, fine = (bidirectional(fitted, 24, num_steps=steps, num_leapfrog=5) for steps in (2, 40))
+    coarse, fine = (
+        bidirectional(fitted.pair(fitted.example), 24, num_steps=steps, num_leapfrog=5) for steps in (2, 40)
+    )
     assert list(fine) == ["lower", "upper", "gap", "lower_error", "upper_error", "acceptance"]
     assert len(fine) == 24
     assert coarse.gap.mean() > fine.gap.mean() - 0.05
@@ -329,7 +331,7 @@ def test_what_is_simulated_is_an_exact_posterior_draw(misled):
 
 def test_bidirectional_of_a_constrained_latent():
     fitted = pyrolvm.fit(poisson_gamma, counts(), guide=rate_guide, **STILL)
-    table = bidirectional(fitted, 50, num_steps=40, num_leapfrog=5)
+    table = bidirectional(fitted.pair(fitted.example), 50, num_steps=40, num_leapfrog=5)
     error = math.sqrt((table.lower_error**2 + table.upper_error**2).sum()) / 50
     assert -3 * error < table.gap.mean() < 0.3
 
@@ -341,11 +343,11 @@ def test_bidirectional_of_the_guide_and_in_parts(misled, monkeypatch):
     mean, scale_tril = misled.model.exact_posterior(X)
     z = dist.MultivariateNormal(mean.detach(), scale_tril=scale_tril.detach()).sample((16,))
     exact = misled.log_evidence(X, "exact").detach().numpy()
-    table = bidirectional(misled, x=X, exact_draws={"z": z}, num_steps=10, num_leapfrog=5, start="guide")
+    table = bidirectional(misled.pair(X), exact_draws={"z": z}, num_steps=10, num_leapfrog=5, start="guide")
     assert ((table.lower - exact) < 4 * table.lower_error).all()
     assert ((table.upper - exact) > -4 * table.upper_error).all()
     assert table.gap.mean() < 5
-    assert len(bidirectional(misled, 31, num_steps=2)) == 31
+    assert len(bidirectional(misled.pair(misled.example), 31, num_steps=2)) == 31
 
 
 # ---------------------------------------------------------------------- what cannot be
@@ -396,17 +398,17 @@ def enumerating():
 def test_parameters_of_training_rows_are_no_start_for_simulated_ones():
     fitted = pyrolvm.fit(poisson_gamma, counts(), guide=AutoNormal, **STILL)
     with pytest.raises(SettingError, match="none for simulated ones: use start='prior'"):
-        bidirectional(fitted, 5, num_steps=2, start="guide")
-    assert len(bidirectional(fitted, 5, num_steps=2)) == 5
+        bidirectional(fitted.pair(fitted.example), 5, num_steps=2, start="guide")
+    assert len(bidirectional(fitted.pair(fitted.example), 5, num_steps=2)) == 5
 
 
 def test_what_cannot_be_simulated_or_does_not_fit_is_refused(misled):
-    with pytest.raises(SettingError, match="pass both"):
-        bidirectional(misled, x=X)
+    with pytest.raises(SettingError, match="must hold"):
+        bidirectional(misled.pair(X), exact_draws={})
     with pytest.raises(SettingError, match=r"must hold \[num_chains=16, rows=40"):
-        bidirectional(misled, x=X, exact_draws={"z": torch.zeros(3, 40, 2)})
-    with pytest.raises(SettingError, match="at least 1"):
-        bidirectional(misled, 0)
+        bidirectional(misled.pair(X), exact_draws={"z": torch.zeros(3, 40, 2)})
+    with pytest.raises(SettingError, match="num_rows must be a positive"):
+        bidirectional(misled.pair(misled.example), 0)
 
     def computed(x):
         with data_plate(x):
@@ -418,4 +420,4 @@ def test_what_cannot_be_simulated_or_does_not_fit_is_refused(misled):
             pyro.sample("z", dist.Normal(x, pyro.param("scale", torch.tensor(1.0))))
 
     with pytest.raises(SettingError, match="computed from it"):
-        bidirectional(fit_ppca_style(computed, guide, X[:, 0]), 5, num_steps=2)
+        bidirectional(fit_ppca_style(computed, guide, X[:, 0]).pair(X[:, 0]), 5, num_steps=2)

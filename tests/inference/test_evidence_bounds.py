@@ -9,8 +9,9 @@ import torch
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, SettingError, data_plate
-from pyrolvm.inference.posterior.evidence import bidirectional, evidence_table, iwae_bounds, runs
+from pyrolvm.inference.posterior.evidence import bidirectional, evidence_table, iwae_bounds
 from pyrolvm.inference.posterior.evidence.recorded import Recorded
+from pyrolvm.inference.program import pair
 
 QUIET = {"progress": False, "engine": "eager"}
 STILL = {"num_steps": 1, "learning_rate": 1e-12, **QUIET}
@@ -97,12 +98,12 @@ def mixture():
 @pytest.mark.parametrize("program", [ppca, factors, mixture])
 def test_l_k_rises_to_the_exact_value(program):
     fitted, x, exact, _ = program()
-    table = iwae_bounds(fitted, x, 6000, (1, 5, 50, 6000), seed=1)
+    table = iwae_bounds(fitted.pair(x), 6000, (1, 5, 50, 6000), seed=1)
     assert list(table) == ["L_1", "L_5", "L_50", "L_6000", "k_hat"]
     means = table.drop(columns="k_hat").mean()
     assert means.is_monotonic_increasing
     assert means["L_1"] < exact.mean() - 0.05
-    last = evidence_table(fitted, x, "importance", 6000, seed=1)
+    last = evidence_table(fitted.pair(x), "importance", 6000, seed=1)
     assert (last.log_evidence == table["L_6000"]).all()
     error = math.sqrt((last.standard_error**2).sum()) / len(x)
     assert abs(means["L_6000"] - exact.mean().item()) < 4 * error + 1e-3
@@ -113,10 +114,10 @@ def test_annealing_is_exact_and_bounds_from_both_sides(program):
     fitted, x, exact, posterior = program()
     exact = exact.double().numpy()
     options = {"num_steps": 60, "num_leapfrog": 5}
-    table = evidence_table(fitted, x, "ais", CHAINS, **options)
+    table = evidence_table(fitted.pair(x), "ais", CHAINS, **options)
     assert abs(table.log_evidence.mean() - exact.mean()) < 0.05
     both = bidirectional(
-        fitted, x=x, exact_draws={"z": posterior.sample((CHAINS,))}, num_chains=CHAINS, **options
+        fitted.pair(x), exact_draws={"z": posterior.sample((CHAINS,))}, num_chains=CHAINS, **options
     )
     error = both[["lower_error", "upper_error"]].pow(2).sum().pow(0.5) / len(x)
     assert both.lower.mean() < exact.mean() + 3 * error["lower_error"]
@@ -126,13 +127,13 @@ def test_annealing_is_exact_and_bounds_from_both_sides(program):
 
 def test_the_bounds_of_one_k_are_those_of_iwae():
     fitted, x, *_ = mixture()
-    bounds = iwae_bounds(fitted, x, 300, (1, 50))
+    bounds = iwae_bounds(fitted.pair(x), 300, (1, 50))
     torch.testing.assert_close(
         torch.tensor(bounds["L_50"]), fitted.log_evidence(x, "iwae", 300, num_particles=50)
     )
-    assert (bounds.k_hat == evidence_table(fitted, x, "iwae", 300).k_hat).all()
+    assert (bounds.k_hat == evidence_table(fitted.pair(x), "iwae", 300).k_hat).all()
     with pytest.raises(SettingError, match="num_samples=300 must be a multiple of num_particles=7"):
-        iwae_bounds(fitted, x, 300, (7,))
+        iwae_bounds(fitted.pair(x), 300, (7,))
 
 
 # ---------------------------------------------------------------------- fast ways to the same numbers
@@ -141,9 +142,9 @@ def test_the_bounds_of_one_k_are_those_of_iwae():
 def test_the_two_pass_density_of_bits_is_torchs(monkeypatch):
     images = (torch.rand(7, 30) > 0.5).float()
     fitted = pyrolvm.fit(VAE(30, 3, hidden=(8,)), images, num_steps=5, **QUIET)
-    fast = evidence_table(fitted, images, "importance", 50)
-    monkeypatch.setattr(runs, "weigh_bits", lambda site: None)
-    slow = evidence_table(fitted, images, "importance", 50)
+    fast = evidence_table(fitted.pair(images), "importance", 50)
+    monkeypatch.setattr(pair, "_weigh_bits", lambda site: None)
+    slow = evidence_table(fitted.pair(images), "importance", 50)
     torch.testing.assert_close(*(torch.tensor(t.log_evidence) for t in (fast, slow)), atol=1e-4, rtol=1e-6)
 
 
@@ -186,9 +187,9 @@ def test_a_function_that_branches_on_values_or_writes_is_called():
 
 def test_annealing_by_the_record_is_annealing_by_pyro(monkeypatch):
     fitted, x, *_ = factors()
-    fast = evidence_table(fitted, x, "ais", 4, num_steps=10, num_leapfrog=4)
+    fast = evidence_table(fitted.pair(x), "ais", 4, num_steps=10, num_leapfrog=4)
     monkeypatch.setattr("pyrolvm.inference.posterior.evidence.recorded.PATIENCE", 10**9)
-    slow = evidence_table(fitted, x, "ais", 4, num_steps=10, num_leapfrog=4)
+    slow = evidence_table(fitted.pair(x), "ais", 4, num_steps=10, num_leapfrog=4)
     torch.testing.assert_close(*(torch.tensor(t.log_evidence) for t in (fast, slow)), atol=1e-2, rtol=1e-3)
 
 
@@ -197,4 +198,4 @@ def test_equal_weights_up_to_rounding_have_no_tail():
     model = PPCA.closed_form(100 * X, 2, guide="full")
     fitted = pyrolvm.fit(model, 100 * X, **STILL)
     for method in ("importance", "iwae"):
-        assert (evidence_table(fitted, 100 * X, method, 1000).k_hat == -math.inf).all()
+        assert (evidence_table(fitted.pair(100 * X), method, 1000).k_hat == -math.inf).all()

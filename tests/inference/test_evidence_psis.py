@@ -104,5 +104,5 @@ def test_the_table_finds_the_guide_that_is_too_narrow():
             progress=False,
             engine="eager",
         )
-        table = evidence_table(fitted, x, num_samples=5000)
+        table = evidence_table(fitted.pair(x), num_samples=5000)
         assert low < table.k_hat.mean() < high

@@ -84,7 +84,7 @@ def test_the_streaming_mean_is_the_whole_mean_with_its_error():
 
 
 def test_chunks_change_nothing_that_is_not_random(ppca, monkeypatch):
-    import pyrolvm.inference.posterior.fitted as module
+    import pyrolvm.inference.program.pair as module
 
     whole = ppca.encode(X), ppca.reconstruct(X), ppca.log_evidence(X, "exact")
     shapes = {k: v.shape for k, v in ppca.posterior(X, 6).items()}
@@ -98,7 +98,7 @@ def test_chunks_change_nothing_that_is_not_random(ppca, monkeypatch):
 
 
 def test_chunks_of_one_draw_share_the_global_latent(monkeypatch):
-    import pyrolvm.inference.posterior.fitted as module
+    import pyrolvm.inference.program.pair as module
 
     def model(x):
         m = pyro.sample("m", dist.Normal(0.0, 1.0))
@@ -222,7 +222,7 @@ def test_discrete_latents_are_encoded_as_probabilities():
     ("call", "message"),
     [
         (lambda f: f.log_evidence(X, "magic"), "choose from exact, importance, iwae, prior"),
-        (lambda f: f.log_evidence(X, num_samples=0), "at least 1"),
+        (lambda f: f.log_evidence(X, num_samples=0), "positive whole number"),
         (lambda f: f.log_evidence(X, "iwae", 10, num_particles=3), "multiple of num_particles"),
         (lambda f: f.posterior(X, 0), "positive whole number"),
         (lambda f: f.sample(2.5), "positive whole number"),

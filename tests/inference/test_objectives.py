@@ -180,8 +180,8 @@ def test_terms_add_up_and_the_mean_field_kl_is_exact():
     for objective in (Trace_ELBO(num_particles=3), TraceMeanField_ELBO()):
         with pyro.get_param_store().scope(), data_rows(len(X), rows):
             result = estimate(objective, program.model, program.guide, (X,))
-        torch.testing.assert_close(result.bound, result.log_likelihood - result.kl)
-    torch.testing.assert_close(result.kl, ((X / 2 + 0.3) ** 2 / 2).sum())
+        torch.testing.assert_close(result.bound, result.terms["log_likelihood"] - result.terms["kl"])
+    torch.testing.assert_close(result.terms["kl"], ((X / 2 + 0.3) ** 2 / 2).sum())
 
 
 def test_minibatch_bounds_are_unbiased_for_the_full_one_with_a_global_latent():

@@ -30,7 +30,8 @@ def mixture(seed):
 
 def test_best_of_ten_beats_the_median_of_a_mixture():
     options = {"num_steps": 200, "learning_rate": 0.05, **QUIET}
-    best, table = fit_restarts(mixture, clusters(), num_restarts=10, **options)
+    # without the start from the data, which makes all ten the same
+    best, table = fit_restarts(mixture, clusters(), num_restarts=10, initialise=False, **options)
     assert len(table) == 10
     assert table["bound"].is_monotonic_decreasing
     assert table["bound"][0] > table["bound"].median() + 0.1

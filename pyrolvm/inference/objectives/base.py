@@ -155,6 +155,7 @@ class ForeignObjective(TraceObjective):
         """The loss is both the surrogate and minus the bound."""
         program, batch = pair.program, pair.batch
         loss = self.elbo.differentiable_loss(  # type: ignore[attr-defined]
-            program.model, program.guide, *batch.args, **batch.kwargs)
+            program.model, program.guide, *batch.args, **batch.kwargs
+        )
         unknown = torch.full_like(loss.detach(), float("nan"))
         return Estimate(-loss.detach(), loss, {"log_likelihood": unknown, "kl": unknown})

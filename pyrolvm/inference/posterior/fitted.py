@@ -38,7 +38,7 @@ class FittedModel:
     ----------
     history : DataFrame
         One row per step: `step`, `elbo` and the objective's terms (`log_likelihood`, `kl`) in nats per datum (higher
-        elbo is better), `learning_rate`, `kl_weight` and other controls, `seconds`; `validation_elbo` where it was computed.
+        elbo is better), `learning_rate`, `kl_weight` and other controls, `seconds`; `validation_elbo`.
     engine : str
         One sentence: which engine ran and why.
     stopped_because : str

@@ -93,11 +93,12 @@ def read_draws(pair: Pair, model: Trace, guide: Trace) -> Draws:
 
 def _prior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws:
     model = pair.model(num_draws, given=given)
+    shared = pair.held(model)
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, model)},
         predictive={s["name"]: tidy(pair.structure, s, s["fn"].sample()) for s in _data(pair, model)},
-        log_likelihood=log_densities(model, Trace()).log_likelihood,
-        shared=[pair.held(model) if pair.structure.data_plate else {}],
+        log_likelihood=log_densities(model, Trace(), skip=shared).log_likelihood,
+        shared=[shared],
     )
 
 

@@ -196,20 +196,20 @@ class Pair:
         for rows in torch.arange(count, device=self.batch.indices.device).split(size):
             yield self.take(rows)
 
-    def chunks(self, per_row: int = 1, budget: int = BUDGET) -> Iterator[Pair]:
+    def chunks(self, per_row: int = 1, budget: int | None = None) -> Iterator[Pair]:
         """The rows in parts of about `budget` numbers, `per_row` being the draws of each row."""
-        return self.split(max(1, budget // (self.width * per_row)))
+        return self.split(max(1, (budget or BUDGET) // (self.width * per_row)))
 
     @property
     def width(self) -> int:
         """Numbers that one row of the data holds."""
         return max(1, sum(t.numel() for _, t in self.batch.tensors()) // max(self.batch.num_rows, 1))
 
-    def at_once(self, num_draws: int, budget: int = BUDGET) -> int:
+    def at_once(self, num_draws: int, budget: int | None = None) -> int:
         """Draws of one evaluation: as many as the budget holds, 1 where they are taken one by one."""
         if not self.vectorized:
             return 1
-        return min(num_draws, max(1, budget // (self.width * len(self.batch.indices))))
+        return min(num_draws, max(1, (budget or BUDGET) // (self.width * len(self.batch.indices))))
 
     @property
     def can_repeat(self) -> bool:

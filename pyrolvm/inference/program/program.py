@@ -151,7 +151,8 @@ class Program:
         finally:
             with torch.no_grad():
                 for name, tensor in self._named_tensors():
-                    if name in before:
+                    # a parameter that did not change is left alone: views of it may wait for their gradients
+                    if name in before and not torch.equal(tensor, before[name]):
                         tensor.copy_(before[name])
 
     def initialise(self, batch: Batch, seed: int, *, validate: bool = True) -> None:

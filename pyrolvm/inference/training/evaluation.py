@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from dataclasses import replace
 from typing import Any
 
@@ -72,9 +71,7 @@ class HeldOutBound:
         with seeded(self.seed, problem.program.device):
             trace = Pair(problem.program, problem.structure, batch).model()
         plate = find_data_plate(trace, problem.num_rows, len(rows))
-        return replace(
-            problem, structure=replace(problem.structure, data_plate=plate)
-        )
+        return replace(problem, structure=replace(problem.structure, data_plate=plate))
 
 
 def bound_of(fitted: FittedModel, data: Batch, seed: int = 0, objective: Any = None) -> float:

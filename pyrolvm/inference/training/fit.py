@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyrolvm.controls import Schedule
 from pyrolvm.data.arrays import Batch
+from pyrolvm.data.precision import as_dtype
 from pyrolvm.errors import SettingError, one_of
 from pyrolvm.inference.engine import choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
@@ -50,7 +51,7 @@ def fit(
     controls: Mapping[str, Schedule] | None = None,
     initialise: bool = True,
     device: str = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 30.0,
@@ -109,8 +110,8 @@ def fit(
         Start a fresh model from the data (k-means, principal components) where it knows how.
     device : str
         "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or "mps".
-    dtype : torch.dtype, optional
-        torch.float32 by default.
+    dtype : torch.dtype or str, optional
+        "float32" (the default) or "float64".
     seed : int
         Of initial values, batches and noise, apart; the same seed gives the same numbers on a CPU.
     checkpoint : str or Path, optional
@@ -158,7 +159,7 @@ def fit(
         batch_size=batch_size,
         validation=validation,
         device=target,
-        dtype=dtype or torch.float32,
+        dtype=as_dtype(dtype or torch.float32),
         seed=seed,
         start=initialise and begun is None,
     )
@@ -220,8 +221,8 @@ def _check_settings(
         raise SettingError(
             "kl_warmup weighs the KL of the ELBO, which a Renyi bound does not have: leave it out"
         )
-    if not checkpoint_seconds > 0:
-        raise SettingError(f"checkpoint_seconds must be positive, not {checkpoint_seconds}")
+    if not checkpoint_seconds >= 0:
+        raise SettingError(f"checkpoint_seconds must not be negative, not {checkpoint_seconds}")
 
 
 def _few(batch: Batch) -> Batch:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyrolvm.data.plan import BatchPlan
-from pyrolvm.errors import DivergenceError, warn_user
+from pyrolvm.errors import DivergenceError, RunFolderError, warn_user
 from pyrolvm.inference.engine import Engine, Problem, TrainingState
 from pyrolvm.inference.engine.problem import KL_WEIGHT
 from pyrolvm.inference.posterior.history import History
@@ -99,8 +100,23 @@ class Training:
         """Go on from the checkpoint, if anything was written yet."""
         saved = self.checkpoint.load(self.history, self.plateau, self.problem.program.device)
         if saved is not None:
+            self._check_controls(saved.step)
             self.state = saved
             self.problem.program.load(saved.parameters)
+
+    def _check_controls(self, step: int) -> None:
+        """The steps that are done must have had the schedules of this run; functions themselves cannot be compared."""
+        done = self.history.frame()
+        here = self._controls(0, step)[torch.from_numpy(done["step"].to_numpy() - 1)]
+        for i, name in enumerate(self._control_columns):
+            apart = np.abs(done[name].to_numpy() - here[:, i].numpy()) > 1e-9
+            if apart.any():
+                first = int(apart.argmax())
+                raise RunFolderError(
+                    f"the checkpoint in {self.checkpoint.folder} is of a run with another schedule: {name} was "
+                    f"{done[name].iloc[first]:.6g} at step {done['step'].iloc[first]} and is {here[first, i]:.6g} now; "
+                    "use the same settings, or another folder"
+                )
 
     def run(self, bar: Bar) -> None:
         """Train; on an interrupt, write a checkpoint and say how to go on."""

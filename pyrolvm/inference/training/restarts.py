@@ -118,5 +118,7 @@ def _hold_out(data: Any, options: dict[str, Any], seed: int) -> tuple[Any, dict[
         return data, options
     batch = as_batch(data, options.get("dtype") or torch.float32)
     batch.check_rows()
-    train, held_out = (replace(batch.take(rows), rows=None, total=None) for rows in split_rows(batch.num_rows, share, seed))
+    train, held_out = (
+        replace(batch.take(rows), rows=None, total=None) for rows in split_rows(batch.num_rows, share, seed)
+    )
     return train, options | {"validation": held_out}

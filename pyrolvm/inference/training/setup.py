@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import Schedule, value_of
 from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.plan import BatchPlan, split_rows
+from pyrolvm.data.precision import check_precision
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem, schedules_of
@@ -67,6 +71,7 @@ def set_up(
 ) -> Setup:
     """Read the data, start the model, look at the program, and take one step on trial."""
     program = Program(model, guide, device=device, dtype=dtype)
+    _warn_of_precision(data, dtype)
     batch = suited(program, as_batch(data, dtype, device))
     if batch_size is not None or validation is not None:
         batch.check_rows()
@@ -115,8 +120,24 @@ def start_from(program: Program, batch: Batch, seed: int) -> None:
         return
     if len(x) > START_ROWS:  # evenly over the data: not all of a file that is larger than memory
         x = x[torch.linspace(0, len(x) - 1, START_ROWS).long()]
-    with seeded(derived_seed(seed, Purpose.START, 1), program.device):
+    frozen = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
+    with seeded(derived_seed(seed, Purpose.START, 1), program.device), torch.no_grad():
         model.initialise_from(x, seed=seed)
+        for parameter, value in frozen:
+            parameter.copy_(value)
+
+
+def _warn_of_precision(data: Any, dtype: torch.dtype) -> None:
+    """Look at the data as they were passed: after a cast it is too late."""
+    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else (data,)
+    for part in parts:
+        values = part.values if isinstance(part, Dataset | pd.DataFrame) else part
+        columns = [str(c) for c in part.columns or ()] if isinstance(part, Dataset) else None
+        numeric = isinstance(values, torch.Tensor) or (
+            isinstance(values, np.ndarray) and values.dtype.kind in "fiu"
+        )
+        if numeric:
+            check_precision(values, columns or None, dtype)
 
 
 def _split(batch: Batch, validation: Any, program: Program, seed: int) -> tuple[Batch, Batch | None]:
@@ -223,7 +244,6 @@ def _unweighable(what: str) -> str:
 def settings_of(setup: Setup, optimizer: OptimizerSpec) -> dict[str, Any]:
     """What must agree for a checkpoint to be of the same run: plain values, JSON-able."""
     problem = setup.problem
-    scheduled = problem.scheduled[1:] or callable(optimizer.learning_rate)
     return {
         "objective": problem.objective.settings().get("name", type(problem.objective).__name__),
         **{k: v for k, v in problem.objective.settings().items() if k not in ("name", "max_plate_nesting")},
@@ -232,28 +252,12 @@ def settings_of(setup: Setup, optimizer: OptimizerSpec) -> dict[str, Any]:
         "optimizer_options": {
             k: list(v) if isinstance(v, tuple) else v for k, v in optimizer.options.items()
         },
-        "schedule": _described(optimizer.schedule, optimizer),
         "clip_norm": optimizer.clip_norm,
-        "controls": problem.constants | {name: _samples(problem, name) for name in problem.scheduled[1:]},
+        "controls": problem.constants | dict.fromkeys(problem.scheduled[1:], "a function"),
         "batch_size": setup.plan.batch_size,
         "num_rows": setup.batch.num_rows,
         "seed": setup.seed,
         "dtype": str(problem.program.dtype).removeprefix("torch."),
         "data": setup.batch.fingerprint(),
         "validation": setup.held_out.fingerprint() if setup.held_out is not None else None,
-        "length": problem.num_steps if scheduled else None,
     }
-
-
-def _samples(problem: Problem, name: str) -> list[float]:
-    return [
-        round(value_of(name, problem.schedules[name], share), 12) for share in (0.1, 0.25, 0.5, 0.75, 1.0)
-    ]
-
-
-def _described(schedule: Callable | None, optimizer: OptimizerSpec) -> Any:
-    """A schedule as its name and its first rates: functions cannot be compared."""
-    if schedule is None:
-        return None
-    name = getattr(schedule, "__qualname__", type(schedule).__name__)
-    return [name, *(round(rate, 12) for rate in optimizer.learning_rates(0, 10))]
