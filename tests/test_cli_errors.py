@@ -162,7 +162,10 @@ CASES = {
         "threshold=nan must be of type float",
     ),
     "weight that is no number": ("fit powervae good.csv -l 1 --beta inf -o out", "beta=inf must be of type"),
-    "time that runs backwards": (PPCA.format("iris") + " --checkpoint-every -1", "checkpoint_seconds must not be negative"),
+    "time that runs backwards": (
+        PPCA.format("iris") + " --checkpoint-every -1",
+        "checkpoint_seconds must not be negative",
+    ),
     "seed below zero": (PPCA.format("iris") + " --split-seed -1", "split_seed must be a whole number"),
     "column named twice": (PPCA.format("good.csv") + " --columns age,age", "names a column twice"),
     # the command line itself
