@@ -76,7 +76,7 @@ def _draw(folder: Path, fitted: FittedModel, held_out: Dataset) -> None:
     grid = torch.linspace(-2.0, 2.0, 9)
     z = torch.cartesian_prod(-grid, grid)[:, [1, 0]]
     with torch.no_grad():
-        traversal = fitted.model.likelihood_dist(z).mean
+        traversal = fitted.model.decode(z)
     figures = {
         "elbo.png": plots.plot_elbo(fitted.history),
         "latents.png": plots.plot_latents(fitted.encode(held_out), held_out.labels),

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import pyrolvm
 from pyrolvm.cli import app
 from pyrolvm.data import load_dataset
+from pyrolvm.runs import Recipe
 
 RUNNER = CliRunner()
 
@@ -187,7 +188,10 @@ def test_encode_writes_the_guides_means_beside_the_labels(iris, tmp_path):
     codes = pd.read_csv(tmp_path / "codes.csv")
     x, _ = load_dataset("iris").standardise()
     expected = pyrolvm.load(iris).encode(x).numpy()
-    assert list(codes.columns) == ["label", "z_0", "z_1"]
+    assert list(codes.columns) == ["row", "label", "z_0", "z_1", "z_sd_0", "z_sd_1"]
+    assert list(codes["row"]) == list(range(150))
+    draws = pyrolvm.load(iris).posterior(x, 4000)["z"]
+    assert np.allclose(codes[["z_sd_0", "z_sd_1"]], draws.std(0), rtol=0.06)  # five standard errors of an sd
     assert np.allclose(codes[["z_0", "z_1"]], expected, atol=1e-5)
     assert (codes["label"] == x.labels).all()
 
@@ -245,7 +249,8 @@ def test_compare_says_when_bounds_do_not_compare(iris, digits):
 
 def test_diagnose_says_how_good_the_guide_is(iris):
     out = done("diagnose", iris, "iris", "-s", 100)
-    assert "z[0, 0]" in out
+    assert out.startswith("On 150 data")  # the verdict comes first
+    assert "z[0, 0]" not in out  # 300 rows of it are in summary.csv
     assert "k-hat" in out
     assert (iris / "inference_data.nc").exists()
     assert len(pd.read_csv(iris / "summary.csv")) == 300
@@ -287,7 +292,7 @@ def test_restarts_keep_the_best(tmp_path):
     ],
 )
 def test_models_have_short_names(text, name):
-    from pyrolvm.shell.pairs import registry_name
+    from pyrolvm.runs.named import registry_name
 
     assert registry_name(text) == name
 
@@ -314,7 +319,7 @@ def test_options_of_the_model(tmp_path):
     [("2", 2), ("0.5", 0.5), ("true", True), ("None", None), ("a", "a"), ("1,8,8", [1, 8, 8]), ("[3]", [3])],
 )
 def test_values_of_set(text, value):
-    from pyrolvm.shell.pairs import read_setting
+    from pyrolvm.shell.values import read_setting
 
     assert read_setting(f"name={text}") == ("name", value)
 
@@ -365,10 +370,10 @@ def test_the_held_out_rows_do_not_shape_the_transform(tmp_path):
     words = shlex.split("-l 1 -n 2 --standardise --validation 0.25 --split-seed 3 -q")
     done("fit", "ppca", tmp_path / "x.npy", *words, "-o", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["data"]
-    from pyrolvm.data import Dataset
+    from pyrolvm.data.plan import split_rows
 
-    train, _ = Dataset(x).split(0.25, 3)
-    assert np.allclose(record["transforms"][0]["offset"], train.values.mean(0))
+    train, _ = split_rows(20, 0.25, 3)
+    assert np.allclose(record["transforms"][0]["offset"], x[train.numpy()].mean(0))
 
 
 def test_columns_of_a_table_are_remembered(tmp_path):
@@ -381,7 +386,7 @@ def test_columns_of_a_table_are_remembered(tmp_path):
     done("encode", tmp_path / "run", tmp_path / "t.csv", "--labels", "kind", "-o", tmp_path / "codes.csv")
     codes = pd.read_csv(tmp_path / "codes.csv")
     assert list(codes["label"][:3]) == ["x", "y", "z"]
-    assert list(pd.read_csv(tmp_path / "codes.csv").columns) == ["label", "z_0"]
+    assert list(pd.read_csv(tmp_path / "codes.csv").columns) == ["row", "label", "z_0", "z_sd_0"]
     assert done("sample", tmp_path / "run", "-s", 1).splitlines()[0] == "c,a"
 
 
@@ -395,8 +400,8 @@ def test_columns_in_another_order_are_found_by_name_or_refused(tmp_path, monkeyp
     result = pyrolvm_("encode", "run", "turned.csv", "--columns", "weight,height")
     assert result.exit_code == 2
     assert result.stderr.strip() == (
-        "error: --columns weight,height are the run's columns in another order than its height,weight: "
-        "leave --columns out, they are taken by name"
+        "error: columns=weight,height are the run's columns in another order than its height,weight: "
+        "leave columns out, they are taken by name"
     )
     done("encode", "run", "x.csv", "--columns", "height,weight")
 
@@ -410,9 +415,7 @@ def test_a_file_is_read_again_as_it_was(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["data"]
     assert (record["header"], record["columns"]) == (True, ["1990", "2000"])
     assert len(done("encode", "run", "years.csv").splitlines()) == 21
-    from pyrolvm.report.findings import given_data
-
-    assert given_data(record, None).train.values.shape == (20, 2)
+    assert Recipe(record).read_again().train.values.shape == (20, 2)
 
 
 def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
@@ -420,8 +423,8 @@ def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
     np.save("x.npy", np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32))
     fit = ("fit", "bfa", "x.npy", "-l", 1, "-n", 3, "-b", 8, "-q", "--engine", "eager", "-o")
     done(*fit, "small")
-    monkeypatch.setattr("pyrolvm.shell.inputs.MAPPED_BYTES", 1)
-    from pyrolvm.shell.inputs import Source, fingerprint
+    monkeypatch.setattr("pyrolvm.runs.recipe.MAPPED_BYTES", 1)
+    from pyrolvm.runs.recipe import Source, fingerprint
 
     values = Source("x.npy").read().values
     assert isinstance(values, np.memmap)
@@ -429,7 +432,7 @@ def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
     done(*fit, "mapped")
     small, mapped = (load_file(tmp_path / n / "parameters.safetensors") for n in ("small", "mapped"))
     assert all(torch.equal(small[k], mapped[k]) for k in small)
-    monkeypatch.setattr("pyrolvm.shell.job.START_ROWS", 10)
+    monkeypatch.setattr("pyrolvm.inference.training.setup.START_ROWS", 10)
     done(*fit, "started")  # from ten of the fifty rows
 
 
@@ -484,9 +487,9 @@ def test_version_and_help():
 
 def test_a_run_that_still_rises_says_so(tmp_path):
     short = done("fit", "ppca", "iris", "-l", 1, "-n", 200, "--engine", "eager", "-o", tmp_path / "a")
-    assert "more --steps" in short
+    assert "more --num-steps" in short
     long = done("fit", "gmm", "faithful", "-k", 1, "-n", 200, "--engine", "eager", "-o", tmp_path / "b")
-    assert "more --steps" not in long
+    assert "more --num-steps" not in long
 
 
 def test_an_existing_run_is_replaced_only_on_demand(tmp_path):
@@ -524,7 +527,7 @@ def test_results_of_a_run_that_is_being_replaced_are_said_to_be_so(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrolvm.shell.training._save", stopped)
+        patch.setattr("pyrolvm.shell.fitting._save", stopped)
         assert pyrolvm_(*words, "-n", 4, "--overwrite").exit_code == 130
     sampled = pyrolvm_("sample", tmp_path / "run", "-s", 1)
     assert sampled.exit_code == 0
@@ -570,6 +573,102 @@ def test_diverging_runs_fail_with_one_line_and_keep_the_state(tmp_path):
     ]
     result = pyrolvm_(*words)
     assert result.exit_code == 1
-    assert "--clip-norm" in result.stderr
+    assert "clip_norm" in result.stderr
     assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_advice_of_messages_can_be_typed(tmp_path):
+    """`dtype=torch.float64`, `batch_size=None`, `per_column=False`, the class of an objective."""
+    words = "fit ppca iris -l 1 -n 3 --dtype torch.float64 --batch-size None --standardise --no-per-column -q"
+    done(*words.split(), "--objective", "TraceMeanField_ELBO", "-o", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["dtype"], config["settings"]["batch_size"]) == ("float64", None)
+    assert config["settings"]["objective"] == "TraceMeanField_ELBO"
+    assert np.ndim(config["run"]["data"]["transforms"][0]["scale"]) == 0
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n3,\n5,6\n")
+    result = pyrolvm_("fit", "ppca", tmp_path / "x.csv", "-l", 1, "--allow-missing", "-o", tmp_path / "nan")
+    assert result.exit_code == 2
+    assert "nan" in result.stderr  # the model refuses, not the command line
+
+
+def test_an_option_of_the_constructor_is_an_option_of_the_shell(own):
+    done("fit", "own.py:Line", "faithful", "--slope", "0.5", "-n", 3, "-q", "-o", "a")
+    done("fit", "own.py:Line", "faithful", "--slope=0.5", "-n", 3, "-q", "-o", "b")
+    for name in "ab":
+        arguments = json.loads((own / name / "config.json").read_text())["model"]["arguments"]
+        assert arguments == {"data_dim": 2, "slope": 0.5}
+    assert "--slope 0.5" in json.loads((own / "a" / "config.json").read_text())["run"]["command"]
+    done("fit", "ppca", "iris", "-l", 1, "--guide", "full", "-n", 3, "-q", "-o", "c")
+    assert json.loads((own / "c" / "config.json").read_text())["model"]["arguments"]["guide"] == "full"
+
+
+def test_a_fit_ends_with_the_next_command(tmp_path):
+    out = done("fit", "ppca", "iris", "-l", 1, "-n", 60, "--lr", 0.05, "-o", tmp_path / "run")
+    command = out.strip().splitlines()[-1].partition("next")[2].split()
+    assert command[:2] == ["pyrolvm", "report"]
+    assert "report.html" in done(*command[1:], "-s", 25)
+
+
+def test_a_full_disk_and_a_stop_leave_nothing_and_say_so(tmp_path, monkeypatch):
+    """No checkpoint could be written: the run is not there to be resumed, and no message says that it is."""
+    from pyrolvm.runs import RunFolder
+
+    def full(path, *_, **__):
+        raise OSError(28, "No space left on device", str(path))
+
+    begin = RunFolder.__call__
+
+    def stop_later(self, report):
+        begin(self, report)
+        if report.step >= 40:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyrolvm.inference.training.checkpoint.write_tensors", full)
+    monkeypatch.setattr(RunFolder, "__call__", stop_later)
+    words = ["fit", "ppca", "iris", "-l", 1, "-n", 5000, "--engine", "eager", "-q", "-o", tmp_path / "run"]
+    result = pyrolvm_(*words)
+    assert result.exit_code == 130
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("stopped at step ")
+    assert last.endswith("no checkpoint could be written, so nothing was kept: repeat the command")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_not_said_to_be_resumable(tmp_path):
+    from pyrolvm.runs import RunFolder
+
+    RunFolder(tmp_path / "run", {}, "pyrolvm fit ppca iris --out run").begin()
+    result = pyrolvm_("encode", tmp_path / "run", "iris")
+    assert result.exit_code == 2
+    assert "ended before its first checkpoint" in result.stderr
+    assert "--out run --overwrite" in result.stderr
+
+
+def test_a_polite_kill_ends_in_a_line_wherever_it_comes(tmp_path, monkeypatch):
+    """Also before training begins: while a step is traced or compiled."""
+    import os
+    import signal
+
+    monkeypatch.setattr("pyrolvm.shell.fitting.fit", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    result = pyrolvm_("fit", "ppca", "iris", "-l", 1, "-o", tmp_path / "run")
+    assert (result.exit_code, result.stderr.strip()) == (130, "stopped")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_of_two_columns_are_drawn_as_points(tmp_path):
+    done("fit", "ppca", "faithful", "-l", 1, "-n", 3, "-q", "--engine", "eager", "-o", tmp_path / "run")
+    done("sample", tmp_path / "run", "-s", 50, "-o", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_script_and_shell_give_the_same_mixture(tmp_path):
+    """The same start from the data, the same rows held out, the same numbers, however the script built its model."""
+    words = shlex.split("fit gmm faithful -k 2 -n 30 --lr 0.02 --validation 0.1 --engine eager --seed 3 -q")
+    done(*words, "-o", tmp_path / "run")
+    torch.manual_seed(99)
+    options = {"num_steps": 30, "learning_rate": 0.02, "validation": 0.1, "engine": "eager", "seed": 3}
+    fitted = pyrolvm.fit(pyrolvm.GaussianMixture(2, 2), load_dataset("faithful"), progress=False, **options)
+    shell = pyrolvm.load(tmp_path / "run")
+    assert shell.held_out_elbo == pytest.approx(fitted.held_out_elbo, abs=1e-6)
+    assert torch.allclose(shell.model.means, fitted.model.means)

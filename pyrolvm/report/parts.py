@@ -1,16 +1,21 @@
-"""What a page is made of: numbers as text, tables, and the template that holds them."""
+"""What a page is made of: numbers as text, tables, figures, and the template that holds them."""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import jinja2
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 MOST_ROWS = 40
 LABELS = {
@@ -55,8 +60,23 @@ def render(title: str, sections: list[Section]) -> str:
     return environment.from_string(text).render(title=title, sections=sections)
 
 
+def figure(draw: Callable[[], Figure], title: str, alt: str) -> Part:
+    """A drawing inside the page; `alt` describes it in words."""
+    drawn, stream = draw(), io.BytesIO()
+    for ax in drawn.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            if isinstance(formatter := axis.get_major_formatter(), ScalarFormatter):
+                formatter.set_useOffset(
+                    False
+                )  # labels are the numbers, not what is left of them above an offset
+    with matplotlib.rc_context({"svg.hashsalt": "pyrolvm"}):  # the same figure gives the same bytes
+        drawn.savefig(stream, format="svg", dpi=200, metadata={"Date": None})
+    source = "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+    return Part("figure", {"source": source, "alt": alt}, title)
+
+
 def number(value: Any, decimals: int | None = None) -> str:
-    """A number as text: thousands in groups, three or four digits that count; a dash for what is not known."""
+    """A number as text: thousands in groups, three or four significant digits; a dash for what is not known."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool | np.bool_):
@@ -81,29 +101,26 @@ def decimals_of(values: Iterable[Any]) -> int:
     return 5 if largest < 1e-3 else int(np.clip(3 - math.floor(math.log10(largest)), 2, 4))
 
 
-def facts(pairs: Iterable[tuple[str, Any]]) -> Part:
+def facts(*pairs: tuple[str, Any]) -> Part:
     """What, and its value; those that are None are left out."""
     return Part("facts", [(name, number(value)) for name, value in pairs if value is not None])
 
 
-def table(frame: pd.DataFrame, title: str, head: str = "", decimals: int | None = None) -> Part:
+def table(frame: pd.DataFrame, title: str, head: str = "") -> Part:
     """A table of the frame's first 40 rows, its index as row heads."""
     shown = frame.head(MOST_ROWS)
-    columns = [_column(shown.iloc[:, i], decimals) for i in range(shown.shape[1])]
+    texts = []
+    for _, column in shown.items():
+        digits = decimals_of(column) if column.dtype.kind == "f" else None
+        texts.append([number(v, digits) for v in column.tolist()])
     content = {
-        "head": head or " ".join(str(n) for n in frame.index.names if n),
+        "head": head,
         "columns": [LABELS.get(str(c), str(c).replace("_", " ")) for c in frame.columns],
         "numeric": [c.dtype.kind in "iuf" for _, c in shown.items()],
-        "rows": [(row_name(name), [c[i] for c in columns]) for i, name in enumerate(shown.index)],
+        "rows": [(row_name(name), [t[i] for t in texts]) for i, name in enumerate(shown.index)],
         "more": f"and {len(frame) - len(shown):,} more" if len(frame) > len(shown) else "",
     }
     return Part("table", content, title)
-
-
-def _column(column: pd.Series, decimals: int | None) -> list[str]:
-    values = column.tolist()
-    digits = decimals_of(values) if decimals is None and column.dtype.kind == "f" else decimals
-    return [number(v, digits) for v in values]
 
 
 def row_name(name: Any) -> str:

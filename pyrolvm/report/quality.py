@@ -1,4 +1,4 @@
-"""What a page says of the posterior: evidence, guide, predictive checks."""
+"""The posterior on a page: evidence, guide, predictive checks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ import pandas as pd
 from pyrolvm import plots
 from pyrolvm.diagnostics.collapse import CollapseReport
 from pyrolvm.diagnostics.guide_quality import Diagnosis
-from pyrolvm.files import read_json
-from pyrolvm.report.figures import draw_evidence, draw_replicates, figure
+from pyrolvm.report.figures import draw_evidence, draw_replicates
 from pyrolvm.report.findings import Findings
-from pyrolvm.report.parts import Part, facts, number, row_name, table
-from pyrolvm.shell.inputs import log_scale
-from pyrolvm.shell.runs import EVIDENCE
+from pyrolvm.report.parts import Part, facts, figure, number, row_name, table
 
 DIMENSIONS = ["kl", "kl_kind", "mean_variance", "active", "collapsed"]
 MONTE_CARLO = "Monte Carlo error of the mean"
@@ -33,7 +30,7 @@ def evidence(found: Findings) -> list[Part]:
     """log p of each datum, and the estimates that were noted in the run folder."""
     diagnosis = found.diagnosis
     if diagnosis is None or diagnosis.evidence is None:
-        return [*_why_not(found, "log p(x)"), *_noted(found)]
+        return [*found.why_not("log p(x)"), *_noted(found)]
     tables = {f"training rows ({len(diagnosis.evidence):,})": diagnosis.evidence}
     if found.held_out is not None:
         tables[f"held-out rows ({len(found.held_out):,})"] = found.held_out
@@ -48,13 +45,6 @@ def evidence(found: Findings) -> list[Part]:
         ),
         *_noted(found),
     ]
-
-
-def _why_not(found: Findings, *names: str) -> list[Part]:
-    if found.diagnosis is None:
-        return [Part("text", f"Not computed: {found.given.reason}.")]
-    refused = found.diagnosis.not_done
-    return [Part("text", f"No {name}: {refused[name]}.") for name in names if name in refused]
 
 
 def _span(values: pd.Series) -> str:
@@ -81,7 +71,7 @@ def _moments(found: Findings, tables: dict[str, pd.DataFrame]) -> Part:
     columns = {name: _column(t["log_evidence"], t["standard_error"]) for name, t in tables.items()}
     frame = pd.DataFrame(columns)
     frame = frame.drop(index=MONTE_CARLO) if not frame.loc[MONTE_CARLO].any() else frame
-    shift = log_scale(found.transforms, _width(found)) if found.record else 0.0
+    shift = found.recipe.log_scale(math.prod(found.recipe.shape))
     if shift:
         frame.loc["mean in the data's own units"] = frame.loc["mean"] - shift
     return table(
@@ -104,14 +94,9 @@ def _column(values: pd.Series, errors: pd.Series) -> dict[str, float]:
     }
 
 
-def _width(found: Findings) -> int:
-    return int(np.prod(found.record.get("shape", []), dtype=int))
-
-
 def _noted(found: Findings) -> list[Part]:
     """What `pyrolvm evidence` left in the folder."""
-    file = found.path / EVIDENCE
-    entries = read_json(file) if file.is_file() else []
+    entries = found.run.evidence
     if not entries:
         return []
     whole = {"num_samples": "Int64", "untrusted": "Int64"}
@@ -123,14 +108,14 @@ def guide(found: Findings) -> list[Part]:
     """How far the guide is from the posterior."""
     diagnosis = found.diagnosis
     if diagnosis is None:
-        return _why_not(found)
+        return found.why_not()
     return [
         *_local(diagnosis),
         *_shared(diagnosis),
         *(_collapse(diagnosis.collapse) if diagnosis.collapse is not None else []),
         *_gaps(diagnosis),
         *_reference(diagnosis),
-        *_why_not(found, "k-hat per datum", "collapse", "gaps", "reference"),
+        *found.why_not("k-hat per datum", "collapse", "gaps", "reference"),
     ]
 
 
@@ -140,12 +125,10 @@ def _local(diagnosis: Diagnosis) -> list[Part]:
     k, limit = diagnosis.k_hat["k_hat"], diagnosis.threshold
     high, ess = int((k > limit).sum()), diagnosis.k_hat["effective_sample_size"]
     shown = facts(
-        [
-            ("limit of k-hat", f"{number(limit)} for {diagnosis.num_samples:,} draws"),
-            ("data above it", f"{high:,} of {len(k):,}"),
-            ("largest k-hat", float(k.max())),
-            ("median effective sample size", float(ess.median())),
-        ]
+        ("limit of k-hat", f"{number(limit)} for {diagnosis.num_samples:,} draws"),
+        ("data above it", f"{high:,} of {len(k):,}"),
+        ("largest k-hat", float(k.max())),
+        ("median effective sample size", float(ess.median())),
     )
     worst = table(diagnosis.worst, "Data of largest k-hat; log evidence and ELBO in nats", "row")
     if not np.isfinite(k).any():
@@ -162,18 +145,12 @@ def _shared(diagnosis: Diagnosis) -> list[Part]:
     if not tail.names:
         return []
     names = ", ".join(tail.names)
-    return [
-        facts(
-            [
-                ("latents shared by all data", names),
-                ("their k-hat", f"none: {tail.reason}" if tail.k_hat is None else tail.k_hat),
-            ]
-        )
-    ]
+    k_hat = f"none: {tail.reason}" if tail.k_hat is None else tail.k_hat
+    return [facts(("latents shared by all data", names), ("their k-hat", k_hat))]
 
 
 def _collapse(report: CollapseReport) -> list[Part]:
-    shown = facts([("active units", f"{report.active_units} of {len(report.dimensions)}")])
+    shown = facts(("active units", f"{report.active_units} of {len(report.dimensions)}"))
     names = {
         "average_kl": "average KL",
         "mutual_information": "of it, information about the datum",
@@ -222,7 +199,7 @@ def predictive(found: Findings) -> list[Part]:
     """Statistics of the data among those of data that the model makes."""
     check: Any = found.diagnosis.predictive if found.diagnosis is not None else None
     if check is None:
-        return _why_not(found, "predictive check")
+        return found.why_not("predictive check")
     wrong = ", ".join(map(str, check.table.index[check.table["extreme"]])) or "none"
     alt = f"A histogram of each of {len(check.table)} statistics over {len(check.replicates)} data sets that the"
     alt += f" model made, with a line at its value in the data. Extreme: {wrong}."

@@ -1,4 +1,4 @@
-"""What a page says of the run itself: summary, training, samples, data, settings, versions."""
+"""The run on a page: summary, training, data, settings, versions; and the order of all sections."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pyrolvm import plots
 from pyrolvm.diagnostics.guide_quality import Diagnosis
 from pyrolvm.inference.posterior.saving import versions
 from pyrolvm.models import REGISTRY
-from pyrolvm.report.figures import figure
 from pyrolvm.report.findings import Findings
-from pyrolvm.report.parts import Part, Section, facts, number, table
+from pyrolvm.report.model import model_parts
+from pyrolvm.report.parts import Part, Section, facts, figure, number, table
 from pyrolvm.report.quality import evidence, evidence_name, guide, predictive, standard_error
 from pyrolvm.report.samples import samples
-from pyrolvm.shell.training import still_rising
+from pyrolvm.runs import still_rising
 
 LAST = 100
 """Steps that the bound is averaged over, as `FittedModel.elbo` has it."""
@@ -29,6 +29,7 @@ def all_sections(found: Findings) -> list[Section]:
     """The page from top to bottom."""
     parts = {
         "Summary": _summary(found),
+        "Model": model_parts(found),
         "Training": _training(found),
         "Evidence": evidence(found),
         "Guide": guide(found),
@@ -44,7 +45,7 @@ def all_sections(found: Findings) -> list[Section]:
 
 def titled(found: Findings) -> str:
     """The heading: the model and the folder."""
-    return f"{found.config['model']['name']}, run {found.path.resolve().name}"
+    return f"{found.run.config['model']['name']}, run {found.run.path.resolve().name}"
 
 
 def described(config: dict[str, Any]) -> str:
@@ -60,29 +61,27 @@ def _keywords(arguments: dict[str, Any]) -> str:
 def _summary(found: Findings) -> list[Part]:
     fitted, diagnosis = found.fitted, found.diagnosis
     shown = facts(
-        [
-            ("model", described(found.config)),
-            ("rows", _rows(found)),
-            (f"ELBO, {found.unit}", f"{number(fitted.elbo)} (mean of the last {LAST} steps)"),
-            ("ELBO, held out", fitted.held_out_elbo if "validation_elbo" in fitted.history else None),
-            (f"{evidence_name(diagnosis)}, nats per datum", _mean_evidence(diagnosis)),
-            ("engine", fitted.engine),
-            ("stopped", fitted.stopped_because),
-        ]
+        ("model", described(found.run.config)),
+        ("rows", _rows(found)),
+        (f"ELBO, {found.unit}", f"{number(fitted.elbo)} (mean of the last {LAST} steps)"),
+        ("ELBO, held out", fitted.held_out_elbo if "validation_elbo" in fitted.history else None),
+        (f"{evidence_name(diagnosis)}, nats per datum", _mean_evidence(diagnosis)),
+        ("engine", fitted.engine),
+        ("stopped", fitted.stopped_because),
     )
     return [shown, *(_missing(found) if diagnosis is None else [Part("words", diagnosis.sentences)])]
 
 
 def _rows(found: Findings) -> str:
-    split = found.record.get("split")
+    split = found.recipe.record.get("split")
     more = f" and {split['held_out']:,} held out" if split else ""
-    source = f"{_source(found)}: " if found.record else ""
+    source = f"{_source(found)}: " if "source" in found.recipe.record else ""
     return f"{source}{found.fitted.num_rows:,}{more}"
 
 
 def _source(found: Findings) -> str:
-    options = found.record.get("options") or {}
-    return f"{found.record.get('source')}{f' ({_keywords(options)})' if options else ''}"
+    options = found.recipe.record.get("options") or {}
+    return f"{found.recipe.record.get('source')}{f' ({_keywords(options)})' if options else ''}"
 
 
 def _last(history: pd.DataFrame, column: str) -> float | None:
@@ -101,12 +100,12 @@ def _mean_evidence(diagnosis: Diagnosis | None) -> str | None:
 
 
 def _missing(found: Findings) -> list[Part]:
-    what = f"Evidence, guide and predictive checks are not on this page: {found.given.reason}. To have them, type"
+    what = f"Evidence, guide and predictive checks are not on this page: {found.reason}. To have them, type"
     return [
         Part("note", what),
-        Part("code", f"pyrolvm report {shlex.quote(str(found.path))} DATA"),
+        Part("code", f"pyrolvm report {shlex.quote(str(found.run.path))} DATA"),
         Part("text", "or, in Python, with the data x as the model sees them,"),
-        Part("code", f"pyrolvm.report.write_report({str(found.path)!r}, x)"),
+        Part("code", f"pyrolvm.report.write_report({str(found.run.path)!r}, x)"),
     ]
 
 
@@ -118,11 +117,11 @@ def _training(found: Findings) -> list[Part]:
     end = number(found.fitted.elbo)
     alt = f"The ELBO over {steps:,} steps; its last {LAST} steps have the mean {end} {found.unit}."
     return [
-        facts([("steps", steps), ("seconds in steps", seconds)]),
+        facts(("steps", steps), ("seconds in steps", seconds)),
         *_may_rise(history),
         figure(lambda: plots.plot_elbo(history, unit=found.unit), "The bound, step by step", alt),
         _means(history, found.unit),
-        *_restarts(found.path / "restarts.csv"),
+        *_restarts(found.run.path / "restarts.csv"),
     ]
 
 
@@ -150,26 +149,21 @@ def _restarts(file: Path) -> list[Part]:
 
 
 def _data(found: Findings) -> list[Part]:
-    record = found.record
-    if not record:
-        rows, columns = found.fitted.num_rows, found.fitted.columns
-        return [facts([("rows", rows), ("columns", _names(columns))]), _sites(found)]
+    record, fitted = found.recipe.record, found.fitted
     shown = facts(
-        [
-            ("source", _source(found)),
-            ("rows read", record.get("rows")),
-            ("rows fitted to", found.fitted.num_rows),
-            ("shape of a row", " × ".join(map(str, record.get("shape", []))) or "a number"),
-            ("columns", _names(record.get("columns"))),
-            ("labels", record.get("labels")),
-            ("digest (SHA-256)", record.get("sha256")),
-            ("transforms", ", ".join(t.kind for t in found.transforms) or "none"),
-        ]
+        ("source", _source(found) if "source" in record else None),
+        ("rows read", record.get("rows")),
+        ("rows fitted to", fitted.num_rows),
+        ("shape of a row", " × ".join(map(str, found.recipe.shape)) or None),
+        ("columns", _names(found.columns)),
+        ("labels", record.get("labels")),
+        ("digest (SHA-256)", record.get("sha256")),
+        ("transforms", ", ".join(t.kind for t in found.recipe.transforms) or "none recorded"),
     )
     return [shown, *_transforms(found), _sites(found)]
 
 
-def _names(columns: list[str] | None) -> str | None:
+def _names(columns: list[str]) -> str | None:
     if not columns:
         return None
     more = f" and {len(columns) - MOST_NAMES} more" if len(columns) > MOST_NAMES else ""
@@ -178,12 +172,12 @@ def _names(columns: list[str] | None) -> str | None:
 
 def _transforms(found: Findings) -> list[Part]:
     parts = []
-    for t in found.transforms:
+    for t in found.recipe.transforms:
         if t.threshold is not None:
             parts.append(Part("text", f"Values above {number(t.threshold)} count as 1, others as 0."))
             continue
         count = max(t.offset.size, t.scale.size)
-        names = found.record.get("columns") or []
+        names = found.columns
         index = names if len(names) == count else ["every value"] if count == 1 else range(count)
         columns = {"offset": t.offset.reshape(-1), "scale": t.scale.reshape(-1)}
         frame = pd.DataFrame(columns, index=pd.Index(index))
@@ -210,15 +204,15 @@ def _settings(found: Findings) -> list[Part]:
 
 
 def _versions(found: Findings) -> Part:
-    columns = {"of the fit": found.config.get("versions", {}), "of this page": versions()}
+    columns = {"of the fit": found.run.config.get("versions", {}), "of this page": versions()}
     return table(pd.DataFrame(columns).astype(str), "What the numbers depend on", "package")
 
 
 def _repeat(found: Findings) -> list[Part]:
-    if found.command:
-        return [Part("text", "This command repeats the run:"), Part("code", found.command)]
-    name = found.config["model"]["name"]
-    built = f"pyrolvm.{described(found.config)}" if name in REGISTRY else "model"
+    if found.run.command:
+        return [Part("text", "This command repeats the run:"), Part("code", found.run.command)]
+    name = found.run.config["model"]["name"]
+    built = f"pyrolvm.{described(found.run.config)}" if name in REGISTRY else "model"
     settings = found.fitted.settings
     known = ("optimizer", "learning_rate", "clip_norm", "batch_size", "num_steps", "seed")
     said = _keywords({k: settings[k] for k in known if k in settings})

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyrolvm import load
 from pyrolvm.diagnostics.guide_quality import diagnose
-from pyrolvm.errors import RunFolderError, SettingError
-from pyrolvm.files import read_json, write_atomically
-from pyrolvm.inference.posterior.saving import CONFIG
-from pyrolvm.report.findings import Findings, data_record, given_data, held_out_evidence
+from pyrolvm.errors import RunFolderError, count
+from pyrolvm.files import write_atomically
+from pyrolvm.report.findings import Findings, find_data, held_out_evidence
 from pyrolvm.report.parts import render
+from pyrolvm.report.samples import image_shape as shape_of
 from pyrolvm.report.sections import all_sections, titled
-from pyrolvm.shell.runs import open_run
+from pyrolvm.runs import open_run
 
 REPORT = "report.html"
 
@@ -37,41 +36,49 @@ def write_report(
 
     Parameters
     ----------
-    data: the name of a data set or a file, read as the run's own data were; or an array, tensor, table or
-        `Dataset` as the model sees it. None reads the recorded data again if they are still the same; False
-        keeps to what the run folder says.
-    model, guide: of a pair of your own, as in `pyrolvm.load`; for a run of the shell also `model="file.py:Name"`.
-    num_samples: draws per datum. max_rows: data that are looked at one by one, drawn at random if there are more.
-    gaps, reference: also split the evidence gap, or compare with NUTS (True or "nuts"); see `diagnose`. They take
-        minutes.
-    image_shape: [height, width] if rows are pictures and their columns do not say so.
+    path : str or Path
+        The run folder, written by the shell or by `FittedModel.save`.
+    data : str, Path, Source, array, tensor, DataFrame, Dataset or False, optional
+        A data set's name, a file or a `pyrolvm.runs.Source`, read as the run's own data were; or data as the model
+        sees them. None reads the recorded data again if they are still the same; False leaves the data out.
+    model, guide : object, optional
+        Of a pair of your own, as in `pyrolvm.load`; or `model="file.py:Name"`.
+    num_samples : int
+        Draws per datum, at least 25.
+    max_rows : int
+        Data that are looked at one by one, drawn at random if there are more.
+    gaps : bool
+        Also split the evidence gap; takes minutes.
+    reference : bool or str
+        Also compare with NUTS (True or "nuts"); takes minutes.
+    image_shape : sequence of int, optional
+        [height, width] of rows that are pictures, if their columns do not show it.
+    device : str
+        As in `pyrolvm.load`.
+    seed : int
+        Of the draws.
 
-    Raises `RunFolderError` if the folder is no run or cannot be written, `DataError` for data that do not fit,
-    `SettingError` for too few draws or rows.
+    Raises
+    ------
+    RunFolderError
+        The folder is no run or cannot be written.
+    DataError
+        The data do not fit.
+    SettingError
+        Too few draws or rows, or an image shape that is not that of a row.
     """
-    path = Path(path)
-    _check(num_samples=(num_samples, 25), max_rows=(max_rows, 2))
-    from_shell = isinstance(model, str)
-    fitted = (
-        open_run(path, model, device)[0]
-        if from_shell
-        else load(path, model=model, guide=guide, device=device)
-    )
-    config = read_json(path / CONFIG)
-    given, diagnosis = given_data(data_record(config), data), None
-    if given.train is not None:
+    count("num_samples", num_samples, least=25)
+    count("max_rows", max_rows, least=2)
+    run = open_run(Path(path), model, guide, device)
+    shape = shape_of(run, image_shape)
+    prepared, reason = find_data(run.recipe, data)
+    diagnosis = None
+    if prepared is not None:
         options: dict[str, Any] = {"gaps": gaps, "reference": reference or None}
-        diagnosis = diagnose(fitted, given.train, num_samples, max_rows=max_rows, seed=seed, **options)
-    held_out = held_out_evidence(fitted, given.held_out, diagnosis, max_rows, seed)
-    shape = None if image_shape is None else tuple(image_shape)
-    found = Findings(path, fitted, config, given, diagnosis, held_out, shape, seed)
-    return _write(path / REPORT, render(titled(found), all_sections(found)))
-
-
-def _check(**numbers: tuple[Any, int]) -> None:
-    for name, (value, least) in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise SettingError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        diagnosis = diagnose(run.fitted, prepared.train, num_samples, max_rows=max_rows, seed=seed, **options)
+    held_out = held_out_evidence(run.fitted, prepared, diagnosis, max_rows, seed)
+    found = Findings(run, prepared, reason, diagnosis, held_out, shape, seed)
+    return _write(run.path / REPORT, render(titled(found), all_sections(found)))
 
 
 def _write(file: Path, text: str) -> Path:

@@ -1,1 +1,1 @@
-"""The shell: `pyrolvm fit`, `sample`, `encode`, ...; `pyrolvm.cli` is its door."""
+"""The shell: commands made from the signatures of what they call; `pyrolvm.cli` is its door."""

@@ -1,15 +1,13 @@
-"""All commands. What they do is imported when they run, so that --help is quick."""
+"""The command `pyrolvm`: its options are those of the functions that it calls, its work is imported when it runs."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pyrolvm.shell import use_commands
+from pyrolvm.shell import commands
 from pyrolvm.shell.door import Door
-from pyrolvm.shell.fit_command import fit_command
 
 app = typer.Typer(
     cls=Door,
@@ -38,54 +36,21 @@ def main(
     """Bayesian latent variable models as Pyro model/guide pairs, trained by SVI.
 
     Start with [bold]pyrolvm fit ppca iris --latent-dim 2 --out runs/iris[/bold].
+
+    Options are the parameters of the Python functions: what a message calls batch_size=64 is --batch-size 64 here.
     """
 
 
-app.command("fit")(fit_command)
-app.command("sample")(use_commands.sample_command)
-app.command("encode")(use_commands.encode_command)
-app.command("reconstruct")(use_commands.reconstruct_command)
-app.command("evidence")(use_commands.evidence_command)
-app.command("diagnose")(use_commands.diagnose_command)
-app.command("report")(use_commands.report_command)
-
-
-@app.command("compare")
-def compare_command(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Folders of runs.")],
-) -> None:
-    """Runs side by side, the best first: by evidence if all have it, else held-out ELBO, else ELBO.
-
-    [bold]Example[/bold]
-
-    pyrolvm compare runs/*
-    """
-    from pyrolvm.shell.listing import compare
-
-    compare([Path(r) for r in runs])
-
-
-@app.command("models")
-def models_command() -> None:
-    """The models that `fit` knows by name, and their options.
-
-    [bold]Example[/bold]
-
-    pyrolvm models
-    """
-    from pyrolvm.shell.listing import list_models
-
-    list_models()
-
-
-@app.command("datasets")
-def datasets_command() -> None:
-    """The data sets that are known by name.
-
-    [bold]Example[/bold]
-
-    pyrolvm datasets
-    """
-    from pyrolvm.shell.listing import list_datasets
-
-    list_datasets()
+# what fit does not know may be an option of the model's own constructor
+app.command("fit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(commands.fit)
+for _command in (
+    commands.sample,
+    commands.encode,
+    commands.reconstruct,
+    commands.evidence,
+    commands.diagnose,
+    commands.compare,
+    commands.models,
+    commands.datasets,
+):
+    app.command(_command.__name__)(_command)

@@ -3,12 +3,14 @@
 0    done
 1    the run diverged, or the machine ran out of memory
 2    bad input: nothing was written
-130  stopped by Ctrl-C (or a polite kill), with the sentence on how to go on
+130  stopped by Ctrl-C or SIGTERM, with the sentence on how to resume
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,6 @@ import typer
 from typer.core import TyperGroup
 
 from pyrolvm.errors import DivergenceError, PyrolvmError
-from pyrolvm.shell.speech import speak
 
 BAD_INPUT, FAILED, STOPPED = 2, 1, 130
 
@@ -30,15 +31,15 @@ class Door(TyperGroup):
     """The group of all commands, which turns errors and warnings into lines."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for."""
-        with plain_speech():
+        """Run the command."""
+        with one_line_each():
             return super().invoke(ctx)
 
 
 @contextmanager
-def plain_speech() -> Iterator[None]:
+def one_line_each() -> Iterator[None]:
     """Errors of this package, of files and of usage end the process with one line; warnings are one line each."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _termination_as_interrupt():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show_warning
@@ -48,7 +49,7 @@ def plain_speech() -> Iterator[None]:
             command = error.ctx.command_path if getattr(error, "ctx", None) else "pyrolvm"
             _end(f"{error.format_message()} (see {command} --help)", error.exit_code)
         except PyrolvmError as error:
-            _end(speak(one_line(str(error))), FAILED if isinstance(error, DivergenceError) else BAD_INPUT)
+            _end(one_line(str(error)), FAILED if isinstance(error, DivergenceError) else BAD_INPUT)
         except KeyboardInterrupt as stop:
             _end(str(stop) or "stopped", STOPPED, prefix="")
         except BrokenPipeError:
@@ -56,9 +57,9 @@ def plain_speech() -> Iterator[None]:
         except OSError as error:
             _end(f"{error.filename or 'file'}: {error.strerror or error}", BAD_INPUT)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if isinstance(error, typer.Exit) or not _out_of_memory(error):
                 raise
-            _end("the memory is used up: use a smaller --batch-size or fewer --num-samples", FAILED)
+            _end("out of memory: take fewer rows or draws at a time", FAILED)
 
 
 def one_line(message: str) -> str:
@@ -73,11 +74,26 @@ def _end(text: str, code: int, prefix: str = "error: ") -> NoReturn:
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"warning: {speak(one_line(str(message)))}", file=sys.stderr)
+    print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, typer.Exit):
-        return False
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, also while it compiles or writes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

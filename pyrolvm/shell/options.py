@@ -1,20 +1,43 @@
-"""Arguments and options that commands share, and the command line that repeats a command."""
+"""The options of all commands: whose parameters they are, and what the shell adds to them."""
 
 from __future__ import annotations
 
-import inspect
-import shlex
-from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from pyrolvm.shell.completion import complete_data, complete_model
+from pyrolvm.shell.signatures import Option, model_options, options_of
 
 MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
-SILENT = ("resume", "overwrite", "quiet")
-"""Options that do not change the numbers of a run, left out of the command that repeats it."""
+OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi")
+SCHEDULES = ("none", "cosine", "exponential")
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names of models, and files of Python."""
+    from pyrolvm.models import REGISTRY
+
+    return [n.lower() for n in REGISTRY if n.lower().startswith(incomplete.lower())] + _files(
+        incomplete, (".py",)
+    )
+
+
+def complete_data(incomplete: str) -> list[str]:
+    """Names of data sets, and files that can be read."""
+    from pyrolvm.data import DATASETS, SUFFIXES
+
+    return [name for name in DATASETS if name.startswith(incomplete)] + _files(incomplete, SUFFIXES)
+
+
+def _files(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    found = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+    texts = [
+        f"{p}/" if p.is_dir() else str(p) for p in found if p.is_dir() or p.name.lower().endswith(suffixes)
+    ]
+    return sorted(t for t in texts if t.startswith(incomplete))
+
 
 ModelName = Annotated[
     str,
@@ -32,83 +55,67 @@ DataName = Annotated[
         autocompletion=complete_data,
     ),
 ]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
-Columns = Annotated[str | None, typer.Option(metavar="A,B", help="Columns to take.", rich_help_panel=DATA)]
-Labels = Annotated[
-    str | None, typer.Option(metavar="COLUMN", help="Column to keep apart as labels.", rich_help_panel=DATA)
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="A csv, tsv, npy or npz file; printed as csv without one.")
 ]
-Key = Annotated[
-    str | None, typer.Option(help="Array of an npz file, or layer of an h5ad file.", rich_help_panel=DATA)
-]
-Header = Annotated[
-    bool | None,
-    typer.Option("--header/--no-header", help="Whether a csv's first row is names.", rich_help_panel=DATA),
-]
-DataOption = Annotated[
-    list[str],
-    typer.Option(
-        metavar="NAME=VALUE", help="Option of a named data set, e.g. split=test.", rich_help_panel=DATA
-    ),
-]
-OwnModel = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE.PY:NAME", help="The pair of your own that the run is of; the file is executed."
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the random numbers.")]
 
-READING: dict[str, tuple[Any, Any]] = {
-    "columns": (Columns, None),
-    "labels": (Labels, None),
-    "key": (Key, None),
-    "header": (Header, None),
-    "data_option": (DataOption, []),
+FITTED = "inference/posterior/fitted.py"
+READING = options_of("data/readers.py", "read", ("source", "mmap"), DATA) | {
+    "data_option": Option("data_option", "dict", help="Of a named data set, e.g. split=test.", panel=DATA)
 }
-"""Options of every command that reads DATA: name -> (annotation, default)."""
-ASKING: dict[str, tuple[Any, Any]] = {"seed": (Seed, 0), "model": (OwnModel, None), "device": (Device, "cpu")}
-"""Options of every command that asks something of a run."""
-
-
-def sharing(*groups: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add options to a command that takes them as `**shared`; typer reads them from its signature."""
-    added = {name: option for group in groups for name, option in group.items()}
-
-    def share(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        more = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, (annotation, default) in added.items()
-        ]
-        command.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-        command.__annotations__ |= {name: annotation for name, (annotation, _) in added.items()}
-        return command
-
-    return share
-
-
-def namespace(own: dict[str, Any]) -> SimpleNamespace:
-    """The arguments of a command, those of `sharing` among the others."""
-    shared = own.pop("shared")
-    return SimpleNamespace(**own, **shared)
-
-
-def repeatable(context: Any) -> str:
-    """The command line that does the same again, from what was said on this one."""
-    said = []
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name)
-        if source is not None and source.name == "COMMANDLINE" and parameter.name not in SILENT:
-            said += _words(parameter, context.params[parameter.name])
-    return shlex.join(["pyrolvm", context.info_name, *said])
-
-
-def _words(parameter: Any, value: Any) -> list[str]:
-    if parameter.param_type_name == "argument":
-        return [str(value)]
-    if isinstance(value, bool):
-        return [parameter.opts[0] if value else parameter.secondary_opts[0]]
-    values = value if isinstance(value, list | tuple) else [value]
-    return [word for v in values for word in (parameter.opts[0], str(v))]
+"""Options of every command that reads DATA."""
+LOADING = {
+    "model": Option(
+        "model", "str", help="The pair of your own that the run is of, FILE.PY:NAME; it is executed."
+    ),
+    "device": Option("device", "str", "cpu", "auto, cpu, cuda, cuda:N or mps."),
+}
+"""Options of every command that loads RUN."""
+PICTURE = {
+    "image_shape": Option("image_shape", "Sequence[int]", help="HEIGHT,WIDTH of a png; square by default.")
+}
+FIT = options_of(
+    "inference/training/fit.py",
+    "fit",
+    ("model", "data", "callbacks", "checkpoint", "resume", "progress"),
+    TRAINING,
+    (
+        ("guide", "str"),
+        ("objective", f"Literal{list(OBJECTIVES)} | str"),
+        ("schedule", f"Literal{list(SCHEDULES)}"),
+        ("dtype", "str"),
+        ("learning_rate", "float"),
+        ("validation", "float"),
+    ),
+)
+ADDED = {
+    option.name: option
+    for option in (
+        Option("num_particles", "int", help="Draws per datum of the objective.", panel=TRAINING),
+        Option("alpha", "float", help="Of renyi; 0 is the importance-weighted bound.", panel=TRAINING),
+        Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
+        Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
+    )
+}
+PREPARING = {
+    option.name: option
+    for option in (
+        Option("standardise", "bool", help="Mean 0 and deviation 1.", panel=DATA),
+        Option(
+            "per_column", "bool", "True", "One mean and deviation for each column, or for all.", panel=DATA
+        ),
+        Option("standardise_overall", "bool", help="--standardise --no-per-column.", panel=DATA),
+        Option("binarise", "bool", help="0 and 1, by --threshold.", panel=DATA),
+        Option("threshold", "float", help="Halfway between the extremes by default.", panel=DATA),
+        Option("split_seed", "int", help="Of the rows held out; --seed by default.", panel=DATA),
+    )
+}
+CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
+SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
+ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
+RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))
+EVIDENCE = options_of(
+    "inference/posterior/evidence/__init__.py", "evidence_table", ("pair", "progress", "annealing")
+)
+DIAGNOSE = options_of("diagnostics/guide_quality.py", "diagnose", ("fitted", "x", "statistics", "progress"))

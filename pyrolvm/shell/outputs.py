@@ -1,9 +1,10 @@
-"""What is written: arrays as csv, tsv, npy or npz, samples also as a png."""
+"""What is written: arrays as csv, tsv, npy or npz, rows like the data also as a png."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,103 +23,101 @@ def check_out(out: Path | None, suffixes: tuple[str, ...] = ARRAYS) -> None:
     if out is None:
         return
     if out.suffix.lower() not in suffixes:
-        raise SettingError(f"--out {out}: the suffix says the kind of file, one of {', '.join(suffixes)}")
+        raise SettingError(f"--out {out}: the suffix gives the kind of file, one of {', '.join(suffixes)}")
     if out.is_dir():
         raise SettingError(f"--out {out} is a folder: name a file")
     if not out.parent.is_dir():
         raise SettingError(f"--out {out}: there is no folder {out.parent}")
 
 
-def write_values(values: Any, out: Path | None, names: list[str] | None = None, labels: Any = None) -> None:
+def check_image_shape(shape: Sequence[int] | None, out: Path | None) -> tuple[int, int] | None:
+    """HEIGHT,WIDTH of a png. Raises `SettingError`."""
+    if shape is None:
+        return None
+    if out is None or out.suffix.lower() != ".png":
+        raise SettingError("--image-shape is of pictures: give it with --out FILE.png, or leave it out")
+    if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise SettingError(f"--image-shape {','.join(map(str, shape))}: write it as HEIGHT,WIDTH, e.g. 28,28")
+    return shape[0], shape[1]
+
+
+def write_values(
+    values: Any, out: Path | None, names: list[str] | None = None, beside: dict[str, Any] | None = None
+) -> None:
     """Write tensors [rows, ...], one or a dict by site, to a file; csv to standard output without one.
 
-    names: of the entries of a row. labels: one per row, written beside them in a table.
+    Parameters
+    ----------
+    names : list of str, optional
+        Of the entries of a row.
+    beside : dict, optional
+        Columns [rows] that identify a row (its number, its label), written before the values in a table.
     """
-    arrays = {k: v.cpu().numpy() if hasattr(v, "cpu") else np.asarray(v) for k, v in _by_name(values).items()}
+    sites = values if isinstance(values, dict) else {"": values}
+    arrays = {k: v.cpu().numpy() if hasattr(v, "cpu") else np.asarray(v) for k, v in sites.items()}
+    beside = beside or {}
     suffix = ".csv" if out is None else out.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        frame = _frame(arrays, names, labels)
-        separator = "," if suffix == ".csv" else "\t"
+        frame = pd.DataFrame(beside | _columns(arrays, names))
         if out is None:
             frame.to_csv(sys.stdout, index=False, float_format="%.7g")
         else:
-            write_atomically(out, lambda p: frame.to_csv(p, index=False, sep=separator))
-    elif suffix == ".npz":
-        extra = {} if labels is None else {"labels": labels}
-        write_atomically(_file(out), lambda p: _save(p, np.savez, **arrays, **extra))
-    else:
-        write_atomically(_file(out), lambda p: _save(p, np.save, _only(arrays, suffix)))
-
-
-def _by_name(values: Any) -> dict[str, Any]:
-    return values if isinstance(values, dict) else {"": values}
-
-
-def _file(out: Path | None) -> Path:
+            write_atomically(
+                out, lambda p: frame.to_csv(p, index=False, sep="," if suffix == ".csv" else "\t")
+            )
+        return
     assert out is not None
-    return out
+    if suffix == ".npy" and len(arrays) > 1:
+        raise SettingError(f"there are several arrays ({', '.join(arrays)}), too many for .npy: use .npz")
+    named: Any = {k or "values": v for k, v in arrays.items()} | {
+        f"{k}s": np.asarray(v) for k, v in beside.items()
+    }
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # an open file, because numpy adds a suffix to the names of others
+            if suffix == ".npz":
+                np.savez(file, **named)
+            else:
+                np.save(file, next(iter(arrays.values())))
+
+    write_atomically(out, write)
 
 
-def _save(path: Path, write: Any, *arrays: Any, **named: Any) -> None:
-    # an open file, because numpy adds a suffix to the names of others
-    with path.open("wb") as file:
-        write(file, *arrays, **{k or "values": v for k, v in named.items()})
-
-
-def _only(arrays: dict[str, np.ndarray], suffix: str) -> np.ndarray:
-    if len(arrays) > 1:
-        raise SettingError(f"there are several arrays ({', '.join(arrays)}), too many for {suffix}: use .npz")
-    return next(iter(arrays.values()))
-
-
-def _frame(arrays: dict[str, np.ndarray], names: list[str] | None, labels: Any) -> pd.DataFrame:
-    columns: dict[str, np.ndarray] = {} if labels is None else {"label": np.asarray(labels)}
+def _columns(arrays: dict[str, np.ndarray], names: list[str] | None) -> dict[str, np.ndarray]:
+    columns: dict[str, np.ndarray] = {}
     for site, array in arrays.items():
         flat = array.reshape(len(array), -1)
         given = names if names is not None and len(names) == flat.shape[1] else None
         for i in range(flat.shape[1]):
             columns[given[i] if given else f"{site}_{i}" if site else f"column_{i}"] = flat[:, i]
-    return pd.DataFrame(columns)
+    return columns
 
 
 def write_png(
-    values: np.ndarray, out: Path, image_shape: tuple[int, int] | None, names: list[str] | None = None
+    values: np.ndarray, out: Path, image_shape: tuple[int, ...] | None, names: list[str] | None = None
 ) -> None:
     """A grid of images, or the points of data of one or two columns called `names`; values [rows, ...]."""
-    from pyrolvm.plots import plot_samples
+    from pyrolvm.plots import plot_latents, plot_samples
 
     flat = values.reshape(len(values), -1)
     if image_shape is None and flat.shape[1] <= 2:
-        figure = _points(flat, names)
+        figure = plot_latents(flat, name="x")
+        if names and len(names) == 2:
+            figure.axes[0].set(xlabel=names[0], ylabel=names[1])
     else:
         shape = image_shape or _square(flat.shape[1])
         if math.prod(shape) != flat.shape[1]:
             raise SettingError(
-                f"--image-shape {shape[0]},{shape[1]} does not suit rows of {flat.shape[1]} values"
+                f"--image-shape {','.join(map(str, shape))} does not suit rows of {flat.shape[1]} values"
             )
         figure = plot_samples(flat[:MAX_IMAGES], shape)
     write_atomically(out, lambda p: figure.savefig(p, format="png", dpi=150, bbox_inches="tight"))
-
-
-def _points(flat: np.ndarray, names: list[str] | None) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.add_subplot()
-    names = names or ["", ""]
-    axes.set_xlabel(names[0])
-    if flat.shape[1] == 1:
-        axes.hist(flat[:, 0], bins="auto")
-    else:
-        axes.plot(flat[:, 0], flat[:, 1], ".", markersize=3)
-        axes.set_ylabel(names[1])
-    return figure
 
 
 def _square(width: int) -> tuple[int, int]:
     side = math.isqrt(width)
     if side * side != width:
         raise SettingError(
-            f"rows of {width} values are no square images: say --image-shape HEIGHT,WIDTH or use .csv"
+            f"rows of {width} values are no square images: give --image-shape HEIGHT,WIDTH or use .csv"
         )
     return side, side

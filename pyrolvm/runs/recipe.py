@@ -1,0 +1,275 @@
+"""The recipe of a run's data: where they come from, how they are prepared, and how the same are read again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyrolvm.data import DATASETS, Dataset, Transform, load_dataset, read
+from pyrolvm.data.plan import split_rows
+from pyrolvm.errors import DataError, PyrolvmError, SettingError, count
+
+TEXT = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+NAMED_COLUMNS = (*TEXT, ".parquet", ".h5ad")
+KEYED = (".npz", ".h5ad")
+MAPPABLE = (".npy", ".idx", "-ubyte", ".parquet")
+MAPPED_BYTES = 2**28
+"""Files from this size on are mapped where their kind allows it, and never in memory as a whole."""
+CHOICES = ("columns", "labels", "key", "header", "allow_missing")
+"""Parameters of `pyrolvm.data.read` that are part of the recipe."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which data: a data set's name or a file, and what to take of it.
+
+    Parameters
+    ----------
+    text : str
+        The name or the path.
+    columns, labels, key, header, allow_missing
+        As `pyrolvm.data.read` takes them.
+    options : dict
+        Of a named data set's loader, e.g. {"split": "test"}.
+    """
+
+    text: str
+    columns: list[str] | None = None
+    labels: str | None = None
+    key: str | None = None
+    header: bool | None = None
+    allow_missing: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def read(self) -> Dataset:
+        """The data set; all errors are `DataError` or `SettingError`."""
+        if len(set(self.columns or [])) < len(self.columns or []):
+            raise DataError(f"columns={','.join(self.columns or [])} names a column twice: take each once")
+        if self.is_named:
+            dataset = load_dataset(self.text, **self.options)
+            return dataset if self.columns is None else dataset.select(self.columns)
+        if self.options:
+            raise SettingError(
+                f"the options {', '.join(self.options)} are of data sets by name, not for the file {self.text}"
+            )
+        chosen = {name: getattr(self, name) for name in CHOICES}
+        return read(self.text, mmap=self._is_large(), **chosen)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a data set of the list."""
+        return self.text.replace("-", "_") in DATASETS
+
+    def ends_in(self, suffixes: tuple[str, ...]) -> bool:
+        """Whether it is a file of one of these kinds."""
+        return not self.is_named and self.text.lower().endswith(suffixes)
+
+    def _is_large(self) -> bool:
+        path = Path(self.text).expanduser()
+        return self.ends_in(MAPPABLE) and path.is_file() and path.stat().st_size >= MAPPED_BYTES
+
+    def like(self, record: dict[str, Any]) -> Source:
+        """With the columns, key and header of the data recorded, where none are given."""
+        columns, chosen = record.get("columns"), self.columns
+        if chosen and columns and chosen != columns and sorted(chosen) == sorted(columns):
+            raise DataError(
+                f"columns={','.join(chosen)} are the run's columns in another order than its {','.join(columns)}: "
+                "leave columns out, they are taken by name"
+            )
+        found: dict[str, Any] = {}
+        if chosen is None and (self.is_named or self.ends_in(NAMED_COLUMNS)):
+            found["columns"] = columns
+        if self.key is None and self.ends_in(KEYED):
+            found["key"] = record.get("key")
+        if self.header is None and self.ends_in(TEXT):
+            found["header"] = record.get("header")
+        return replace(self, **found)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data as the model sees them, and the record of how they came to be so."""
+
+    train: Dataset
+    held_out: Dataset | None = None
+    transforms: list[Transform] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to the data before a fit; transforms are estimated from the training rows alone.
+
+    Parameters
+    ----------
+    standardise, per_column : bool
+        Mean 0 and deviation 1: of each column, or of all values together (`per_column=False`).
+    binarise : bool
+        0 and 1, by `threshold`; halfway between the extremes if that is None.
+    validation : float, optional
+        The share of rows to hold out: the same rows as `fit(validation=..., seed=split_seed)` holds out.
+    """
+
+    standardise: bool = False
+    per_column: bool = True
+    binarise: bool = False
+    threshold: float | None = None
+    validation: float | None = None
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not self.binarise:
+            raise SettingError("threshold is of binarise: give both")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise SettingError(f"threshold={self.threshold} must be a finite number")
+        if self.binarise and self.standardise:
+            raise SettingError("standardise and binarise exclude each other: choose one")
+        if self.validation is not None and not 0 < self.validation < 1:
+            raise SettingError(f"validation={self.validation} must be a share of the rows, e.g. 0.1")
+        count("split_seed", self.split_seed, least=0)
+
+    def apply(self, source: Source, dataset: Dataset | None = None, as_vectors: bool = True) -> Prepared:
+        """Split, then transform. `as_vectors`: make each row, of whatever shape, a vector."""
+        dataset = source.read() if dataset is None else dataset
+        record = {
+            "source": source.text,
+            "rows": dataset.num_rows,
+            "shape": list(dataset.values.shape[1:]),
+            **{name: getattr(source, name) for name in CHOICES},
+            "columns": dataset.columns,
+            "options": source.options,
+            "sha256": fingerprint(dataset.values),
+            "vectors": as_vectors,
+        }
+        dataset = vectors(dataset) if as_vectors else dataset
+        train, held_out = _split(dataset, self.validation, self.split_seed)
+        train, transforms = self._transform(train)
+        held_out = None if held_out is None else _transformed(held_out, transforms)
+        split = {"held_out": held_out.num_rows, "seed": self.split_seed} if held_out else None
+        record |= {"split": split, "transforms": [t.to_dict() for t in transforms]}
+        return Prepared(train, held_out, transforms, record)
+
+    def _transform(self, train: Dataset) -> tuple[Dataset, list[Transform]]:
+        if not (self.standardise or self.binarise):
+            return train, []
+        made = train.standardise(self.per_column) if self.standardise else train.binarise(self.threshold)
+        return made[0], [made[1]]
+
+
+class Recipe:
+    """The record of a run's data, as `Preparation.apply` made it; empty for a fit saved without one."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.record = record
+        self.columns: list[str] | None = record.get("columns")
+        self.shape: list[int] = record.get("shape") or []
+
+    @property
+    def transforms(self) -> list[Transform]:
+        """What was done to the values."""
+        return [Transform.from_dict(d) for d in self.record.get("transforms", [])]
+
+    def read(self, source: Source) -> Dataset:
+        """Other data, read as those of the run were: its columns, its shape, its transforms.
+
+        Raises `DataError` if columns are missing or rows are of another shape.
+        """
+        dataset = source.like(self.record).read()
+        dataset = vectors(dataset) if self.record.get("vectors") else dataset
+        self._check_shape(dataset, source.text)
+        dataset = _transformed(dataset, self.transforms)
+        return replace(dataset, columns=self.columns) if self.columns else dataset
+
+    def _check_shape(self, dataset: Dataset, text: str) -> None:
+        if "shape" not in self.record:
+            return
+        found = list(dataset.values.shape[1:])
+        wanted = [math.prod(self.shape)] if self.record.get("vectors") else self.shape
+        if found != wanted:
+            raise DataError(
+                f"{text} has rows of shape {found}, but the run was fitted to rows of shape {wanted}: choose the "
+                "same columns (columns=...)"
+            )
+
+    def read_again(self) -> Prepared:
+        """The run's own data, split and transformed as for the fit.
+
+        Raises `DataError` if the record does not name them, or they are no longer the same.
+        """
+        record = self.record
+        if not {"source", "sha256", "vectors"} <= set(record):
+            raise DataError("the run folder does not name the data it was fitted to")
+        chosen: Any = {name: record[name] for name in CHOICES if name in record}
+        source = Source(record["source"], **chosen, options=record.get("options") or {})
+        try:
+            with (
+                warnings.catch_warnings()
+            ):  # of headers: the fingerprint shows whether they were read as before
+                warnings.simplefilter("ignore", UserWarning)
+                dataset = source.read()
+        except PyrolvmError as error:
+            raise DataError(f"its data cannot be read again ({error})") from None
+        if fingerprint(dataset.values) != record["sha256"]:
+            raise DataError(f"the data in {source.text} are not those that the run was fitted to")
+        dataset = vectors(dataset) if record["vectors"] else dataset
+        split = record.get("split")
+        parts = (
+            _split(dataset, split["held_out"] / dataset.num_rows, split["seed"]) if split else (dataset, None)
+        )
+        done = [p if p is None else _transformed(p, self.transforms) for p in parts]
+        return Prepared(done[0], done[1], self.transforms, record)  # type: ignore[arg-type]
+
+    def undo(self, values: Any) -> Any:
+        """Values [rows, ...], or a dict of them by site, in the units of the data as they were read."""
+        if isinstance(values, dict):
+            return {name: self.undo(value) for name, value in values.items()}
+        array = values.cpu().numpy() if hasattr(values, "cpu") else np.asarray(values)
+        for t in reversed(self.transforms):
+            if np.broadcast_shapes(array.shape[1:], t.scale.shape) == array.shape[1:]:
+                array = t.undo(array)
+        return array
+
+    def unit(self, data_dim: int) -> np.ndarray:
+        """dx / dt of each entry of a row [data_dim]: what a unit of the transformed data is in those that were read."""
+        affine = [
+            np.broadcast_to(t.scale.reshape(-1), data_dim) for t in self.transforms if t.threshold is None
+        ]
+        return np.prod([np.ones(data_dim), *affine], axis=0)
+
+    def log_scale(self, data_dim: int) -> float:
+        """log |dx / dt| of the transforms, nats: log p(x) = log p(t) - log |dx / dt|."""
+        return float(np.log(self.unit(data_dim)).sum())
+
+
+def _split(dataset: Dataset, share: float | None, seed: int) -> tuple[Dataset, Dataset | None]:
+    if share is None:
+        return dataset, None
+    train, held_out = split_rows(dataset.num_rows, share, seed)
+    return dataset.take(train.numpy()), dataset.take(held_out.numpy())
+
+
+def _transformed(dataset: Dataset, transforms: list[Transform]) -> Dataset:
+    for transform in transforms:
+        dataset = replace(dataset, values=transform.apply(dataset.values))
+    return dataset
+
+
+def vectors(dataset: Dataset) -> Dataset:
+    """The same rows as vectors: images flattened, single numbers as one column."""
+    if dataset.values.ndim == 2:
+        return dataset
+    return replace(dataset, values=dataset.values.reshape(dataset.num_rows, -1))
+
+
+def fingerprint(values: np.ndarray) -> str:
+    """The SHA-256 of the values [rows, ...], whatever kind of file they came from; read some rows at a time."""
+    digest, step = hashlib.sha256(), max(1, 2**22 // max(1, values[:1].size))
+    for first in range(0, len(values), step):
+        digest.update(np.ascontiguousarray(values[first : first + step]).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,190 @@
+"""What one asks of a run: the run loaded, its data read as its own were, and the answers written and printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pyrolvm.data import Dataset
+from pyrolvm.errors import SettingError
+from pyrolvm.files import write_atomically
+from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, evidence_table, khat_threshold
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.devices import resolve_device
+from pyrolvm.inference.program.handlers import Means
+from pyrolvm.runs import Recipe, Source, add_evidence, open_run
+from pyrolvm.runs.recipe import CHOICES
+from pyrolvm.shell.outputs import ARRAYS, check_image_shape, check_out, write_png, write_values
+from pyrolvm.shell.printing import console, print_facts, print_table
+
+SUMMARY_ROWS = 20
+PICTURES = (*ARRAYS, ".png")
+
+
+class Question:
+    """A run, and the data that it is asked about.
+
+    Parameters
+    ----------
+    run : str
+        The folder of the run.
+    options : dict
+        What was given of LOADING, READING and `image_shape`.
+    out, suffixes : Path, tuple of str
+        Where the answer is written, and the kinds of file that it can be.
+    data : str, optional
+        DATA.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        options: dict[str, Any],
+        out: Path | None = None,
+        suffixes: tuple[str, ...] = ARRAYS,
+        data: str | None = None,
+    ) -> None:
+        self.path, self.options, self.out = Path(run), options, out
+        check_out(out, suffixes)
+        shape = check_image_shape(options.get("image_shape"), out)
+        self.saved = open_run(
+            self.path, **on_device({k: options[k] for k in ("model", "device") if k in options})
+        )
+        self.fitted: FittedModel = self.saved.fitted
+        self.recipe: Recipe = self.saved.recipe
+        recorded = self.recipe.shape[-2:] if len(self.recipe.shape) >= 2 else None
+        self.image_shape = shape or (tuple(recorded) if recorded else None)
+        self.source = Source("") if data is None else source_of(data, options)
+        self.dataset: Dataset | Any = None if data is None else self.recipe.read(self.source)
+
+    def write_rows(self, values: Any) -> None:
+        """Rows like those of the data: a table or array under the data's columns, or a picture."""
+        values, columns = self.recipe.undo(values), self.recipe.columns or self.fitted.columns
+        if self.out is None or self.out.suffix.lower() != ".png":
+            labels = self.dataset.labels if self.source.labels else None
+            write_values(values, self.out, columns, {} if labels is None else {"label": labels})
+        elif isinstance(values, dict):
+            raise SettingError(f"the model has several observed sites ({', '.join(values)}): use .npz")
+        else:
+            write_png(values, self.out, self.image_shape, columns)
+
+    def encode(self, seed: int = 0) -> None:
+        """`pyrolvm encode`: means and standard deviations of q(z | x), with the rows' numbers and labels."""
+        means = self.fitted.encode(self.dataset, seed=seed)
+        site = self.fitted.structure.local_latents[0].name
+        codes = dict(means) if isinstance(means, dict) else {site: means}
+        if self.out is None or self.out.suffix.lower() != ".npy":
+            codes |= {f"{name}_sd": sd for name, sd in deviations(self.fitted, self.dataset).items()}
+        write_values(codes, self.out, beside=self._beside())
+
+    def _beside(self) -> dict[str, Any]:
+        """What identifies a row of an answer."""
+        labels = self.dataset.labels
+        return {"row": np.arange(self.dataset.num_rows)} | ({} if labels is None else {"label": labels})
+
+    def evidence(self, method: str = "importance", num_samples: int | None = None, **options: Any) -> None:
+        """`pyrolvm evidence`."""
+        table = evidence_table(self.fitted.pair(self.dataset), method, num_samples, **options)
+        if self.out is not None:
+            known = table.dropna(axis="columns", how="all")
+            write_values(known.to_numpy(), self.out, list(known.columns), self._beside())
+        draws = num_samples or (CHAINS if method == "ais" else DRAWS)
+        entry = self._entry(method, None if method == "exact" else draws, table)
+        _print_evidence(entry, self.recipe.log_scale(int(self.dataset.values[:1].size)))
+        add_evidence(self.path, entry)
+
+    def _entry(self, method: str, draws: int | None, table: pd.DataFrame) -> dict[str, Any]:
+        values, k_hat = (table[name].to_numpy(float) for name in ("log_evidence", "k_hat"))
+        more = ", ".join(f"{k}={v}" for k, v in self.source.options.items())
+        tails = bool(np.isfinite(k_hat).any())
+        return {
+            "data": Path(self.source.text).name + (f" ({more})" if more else ""),
+            "method": method,
+            "num_samples": draws,
+            "rows": len(values),
+            "mean": float(values.mean()),
+            "standard_error": float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None,
+            "min": float(values.min()),
+            "max": float(values.max()),
+            "untrusted": int((k_hat > khat_threshold(draws)).sum()) if draws and tails else None,
+        }
+
+    def diagnose(self, quick: bool = False, **options: Any) -> None:
+        """`pyrolvm diagnose`: the verdict first, then the latents that all rows share."""
+        from pyrolvm.diagnostics import diagnose
+        from pyrolvm.diagnostics.inference_data import save_inference_data, summarise, to_inference_data
+
+        written = []
+        if not quick:
+            diagnosis = diagnose(self.fitted, self.dataset, **options)
+            console().print(f"{diagnosis.paragraph}\n")
+            if diagnosis.k_hat is not None:
+                write_atomically(self.path / "k_hat.csv", diagnosis.k_hat.to_csv)
+                written.append("k_hat.csv")
+        shared = {k: options[k] for k in ("num_samples", "seed") if k in options}
+        idata = to_inference_data(self.fitted, self.dataset, **shared)
+        written.append(save_inference_data(idata, self.path / "inference_data.nc").name)
+        names = [site.name for site in self.fitted.structure.global_latents]
+        summary = summarise(idata, names)
+        write_atomically(self.path / "summary.csv", summary.to_csv)
+        if names or quick:
+            _print_summary(summary)
+        console().print(f"{self.path}: {', '.join([*written, 'summary.csv'])}", style="dim")
+
+
+def source_of(data: str, options: dict[str, Any]) -> Source:
+    """DATA and the options that choose among it."""
+    chosen = {name: options[name] for name in CHOICES if name in options}
+    return Source(data, **chosen, options=options.get("data_option", {}))
+
+
+def on_device(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, `device` as torch calls it."""
+    return options | ({"device": resolve_device(options["device"])} if "device" in options else {})
+
+
+@torch.no_grad()
+def deviations(fitted: FittedModel, x: Any) -> dict[str, torch.Tensor]:
+    """Standard deviations of q(z | x) at the guide's means, site -> [rows, ...], where there is a closed form."""
+    names = [s.name for s in fitted.structure.local_latents if not s.discrete and not s.point]
+    parts: list[dict[str, torch.Tensor]] = []
+    for pair in fitted.pair(x).chunks():
+        trace = pair.guide(None, Means())
+        found: Any = {n: trace.nodes[n]["fn"] for n in names if n in trace.nodes}
+        try:
+            parts.append({n: d.stddev.expand_as(trace.nodes[n]["value"]) for n, d in found.items()})
+        except NotImplementedError:
+            return {}
+    return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
+
+
+def _print_evidence(entry: dict[str, Any], shift: float) -> None:
+    draws = f", {entry['num_samples']:,} draws per row" if entry["num_samples"] else ""
+    facts = [
+        ("data", f"{entry['data']}: {entry['rows']:,} rows"),
+        ("method", entry["method"] + draws),
+        ("log p(x), mean", entry["mean"]),
+        ("standard error over rows", entry["standard_error"]),
+        ("min", entry["min"]),
+        ("max", entry["max"]),
+    ]
+    if shift:
+        facts.append(("mean in the data's own units", entry["mean"] - shift))
+    print_facts(facts)
+    unit = "nats per datum, of the standardised data" if shift else "nats per datum"
+    console().print(unit, style="dim")
+    if entry["untrusted"]:
+        console().print(
+            f"{entry['untrusted']:,} of {entry['rows']:,} rows have a k-hat too high to trust their estimate",
+            style="yellow",
+        )
+
+
+def _print_summary(summary: pd.DataFrame) -> None:
+    print_table(["", *summary.columns], summary.head(SUMMARY_ROWS).reset_index().to_numpy().tolist())
+    if len(summary) > SUMMARY_ROWS:
+        console().print(f"and {len(summary) - SUMMARY_ROWS:,} more in summary.csv", style="dim")

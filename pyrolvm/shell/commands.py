@@ -1,0 +1,215 @@
+"""All commands: which function each calls, and what the shell adds to its options."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyrolvm.shell.options import (
+    ADDED,
+    CONSTRUCTORS,
+    DIAGNOSE,
+    ENCODE,
+    EVIDENCE,
+    FIT,
+    LOADING,
+    OUTPUT,
+    PICTURE,
+    PREPARING,
+    READING,
+    RECONSTRUCT,
+    SAMPLE,
+    DataName,
+    ModelName,
+    Out,
+    RunName,
+)
+from pyrolvm.shell.signatures import given, sharing
+
+SILENT = ("resume", "overwrite", "quiet")
+"""Options that do not change the numbers of a run, left out of the command that repeats it."""
+
+
+@sharing(FIT, ADDED, PREPARING, READING, CONSTRUCTORS)
+def fit(
+    context: typer.Context,
+    model: ModelName,
+    data: DataName,
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.", rich_help_panel=OUTPUT)
+    ],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a stopped run.", rich_help_panel=OUTPUT)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=OUTPUT)
+    ] = False,
+    inference_data: Annotated[
+        bool,
+        typer.Option("--inference-data", help="Write inference_data.nc for ArviZ.", rich_help_panel=OUTPUT),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Errors and warnings only.", rich_help_panel=OUTPUT)
+    ] = False,
+    **shared: Any,
+) -> None:
+    """Fit MODEL to DATA and write the run folder: `pyrolvm.fit`, with the options of the model's constructor.
+
+    [bold]Examples[/bold]
+
+    pyrolvm fit ppca iris --latent-dim 2 --num-steps 2000 --out runs/iris
+
+    pyrolvm fit gmm faithful --num-components 2 --standardise --num-restarts 5 --out runs/faithful
+
+    pyrolvm fit vae digits -l 8 --binarise --hidden 200,200 -b 128 --epochs 50 --lr 0.001 --validation 0.1 -o runs/vae
+
+    pyrolvm fit mine.py:MyModel table.csv --columns height,weight --num-layers 2 --out runs/mine
+
+    Bounds are in nats per datum, higher is better. After Ctrl-C, the same command with --resume continues.
+    """
+    from pyrolvm.shell.fitting import Job, run_fit
+
+    options = given(shared, FIT, ADDED, PREPARING, READING)
+    own = {n: shared[n] for n in CONSTRUCTORS if shared[n] not in (None, [])}
+    job = Job(model, data, options, own, context.args)
+    run_fit(job, Path(out), _repeated(context), resume, overwrite, inference_data, quiet)
+
+
+def _repeated(context: Any) -> str:
+    """The command line that does the same again, from what was given on this one."""
+    words = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in SILENT:
+            words += _words(parameter, context.params[parameter.name])
+    return shlex.join(["pyrolvm", context.info_name, *words, *context.args])
+
+
+def _words(parameter: Any, value: Any) -> list[str]:
+    if parameter.param_type_name == "argument":
+        return [str(value)]
+    if isinstance(value, bool):
+        return [parameter.opts[0] if value else parameter.secondary_opts[0]]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [word for v in values for word in (parameter.opts[0], str(v))]
+
+
+@sharing(SAMPLE, PICTURE, LOADING)
+def sample(run: RunName, out: Out = None, **shared: Any) -> None:
+    """Draw new data from the model of RUN, in the units of its data; --out may be a png.
+
+    [bold]Examples[/bold]
+
+    pyrolvm sample runs/iris --num-samples 1000 --out new.csv
+
+    pyrolvm sample runs/vae --num-samples 64 --mean --out digits.png
+    """
+    from pyrolvm.shell.asking import PICTURES, Question
+
+    question = Question(run, given(shared, LOADING, PICTURE), out, PICTURES)
+    question.write_rows(question.fitted.sample(**given(shared, SAMPLE)))
+
+
+@sharing(ENCODE, READING, LOADING)
+def encode(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+    """Where the guide of RUN puts each row of DATA: mean and sd of q(z | x), or class probabilities.
+
+    [bold]Example[/bold]
+
+    pyrolvm encode runs/iris iris --out codes.csv
+    """
+    from pyrolvm.shell.asking import Question
+
+    Question(run, given(shared, LOADING, READING), out, data=data).encode(**given(shared, ENCODE))
+
+
+@sharing(RECONSTRUCT, PICTURE, READING, LOADING)
+def reconstruct(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+    """The mean of p(x | z) at each row's code, in the units of the data; --out may be a png.
+
+    [bold]Example[/bold]
+
+    pyrolvm reconstruct runs/vae digits --out reconstructions.png
+    """
+    from pyrolvm.shell.asking import PICTURES, Question
+
+    question = Question(run, given(shared, LOADING, PICTURE, READING), out, PICTURES, data)
+    question.write_rows(question.fitted.reconstruct(question.dataset, **given(shared, RECONSTRUCT)))
+
+
+@sharing(EVIDENCE, READING, LOADING)
+def evidence(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+    """Estimate log p(x) of each row of DATA under RUN, in nats; noted in the run for `compare`.
+
+    [bold]Examples[/bold]
+
+    pyrolvm evidence runs/vae mnist --data-option split=test --num-samples 5000
+
+    pyrolvm evidence runs/iris iris --method exact --out evidence.csv
+    """
+    from pyrolvm.shell.asking import Question
+
+    Question(run, given(shared, LOADING, READING), out, data=data).evidence(**given(shared, EVIDENCE))
+
+
+@sharing(DIAGNOSE, READING, LOADING)
+def diagnose(
+    run: RunName,
+    data: DataName,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the draws and their summary.")] = False,
+    **shared: Any,
+) -> None:
+    """How good the guide of RUN is on DATA: evidence, k-hat, collapse, predictive checks, and draws for ArviZ.
+
+    Writes inference_data.nc, summary.csv and k_hat.csv (one row per datum) to the run folder.
+
+    [bold]Examples[/bold]
+
+    pyrolvm diagnose runs/iris iris --num-samples 1000
+
+    pyrolvm diagnose runs/iris iris --quick
+    """
+    from pyrolvm.shell.asking import Question
+
+    Question(run, given(shared, LOADING, READING), data=data).diagnose(quick, **given(shared, DIAGNOSE))
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Folders of runs.")],
+) -> None:
+    """Runs side by side, the best first: by evidence if all have it, else held-out ELBO, else ELBO.
+
+    [bold]Example[/bold]
+
+    pyrolvm compare runs/*
+    """
+    from pyrolvm.shell.listing import compare
+
+    compare([Path(r) for r in runs])
+
+
+def models() -> None:
+    """The models that `fit` knows by name, and their options.
+
+    [bold]Example[/bold]
+
+    pyrolvm models
+    """
+    from pyrolvm.shell.listing import list_models
+
+    list_models()
+
+
+def datasets() -> None:
+    """The data sets that are known by name.
+
+    [bold]Example[/bold]
+
+    pyrolvm datasets
+    """
+    from pyrolvm.shell.listing import list_datasets
+
+    list_datasets()

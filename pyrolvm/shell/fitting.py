@@ -1,0 +1,355 @@
+"""`pyrolvm fit`: one fit with its run folder, and what is printed of it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import typing
+from collections.abc import Callable
+from inspect import Parameter
+from pathlib import Path
+from typing import Any
+
+import pyro.infer
+import torch
+from torch.optim import lr_scheduler
+
+from pyrolvm.data import BatchPlan
+from pyrolvm.errors import DivergenceError, SettingError, count, one_of
+from pyrolvm.files import write_atomically
+from pyrolvm.inference.objectives import RenyiELBO
+from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.training.fit import fit
+from pyrolvm.inference.training.restarts import fit_restarts
+from pyrolvm.plots import plot_elbo
+from pyrolvm.runs import NamedModel, Preparation, RunFolder, find_model, still_rising
+from pyrolvm.seeds import Purpose, derived_seed
+from pyrolvm.shell.asking import source_of
+from pyrolvm.shell.options import FIT, PREPARING, SCHEDULES
+from pyrolvm.shell.printing import console, print_facts, print_table
+from pyrolvm.shell.values import annotation_text, read_as
+
+OBJECTIVES: dict[str, type] = {
+    "trace": pyro.infer.Trace_ELBO,
+    "meanfield": pyro.infer.TraceMeanField_ELBO,
+    "tracegraph": pyro.infer.TraceGraph_ELBO,
+    "enum": pyro.infer.TraceEnum_ELBO,
+    "renyi": RenyiELBO,
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+LAST_RATE = 0.01
+"""The exponential schedule ends at this share of the learning rate."""
+
+
+class Job:
+    """One fit: its model, data and settings, all checked before anything is trained or written.
+
+    Parameters
+    ----------
+    model, data : str
+        MODEL and DATA.
+    options : dict
+        The options of `fit`, of the data's preparation and of `read`, by parameter.
+    own, extras : dict, list of str
+        The options of the model's constructor: known to the shell, and words that it does not know.
+    """
+
+    def __init__(
+        self, model: str, data: str, options: dict[str, Any], own: dict[str, Any], extras: list[str]
+    ) -> None:
+        if model.startswith("-") or data.startswith("-"):
+            raise SettingError(
+                f"{model if model.startswith('-') else data}: give MODEL and DATA first, then options"
+            )
+        self.options, self.text = options, data
+        self.named = _named(model, own, options)
+        source = source_of(data, options)
+        dataset = source.read()
+        self.data = _preparation(options).apply(source, dataset, as_vectors=self.named.takes_columns)
+        width = int(self.data.train.values[:1].size)
+        self.arguments = constructor_arguments(
+            self.named, own | _extra(extras), options.get("set", {}), width
+        )
+        self.num_restarts = count("num_restarts", options.get("num_restarts", 1))
+        self.fit_options = self._fit_options()
+        self.record = {
+            "model": self.named.text,
+            "guide": options.get("guide"),
+            "arguments": _plain(self.arguments) if self.named.cls is not None else None,
+            "data": self.data.record,
+        }
+        if self.num_restarts > 1 and isinstance(self.named.program, torch.nn.Module):
+            raise SettingError(
+                f"restarts build the model anew, and {self.named.text} is built already: name its class instead"
+            )
+
+    def _fit_options(self) -> dict[str, Any]:
+        """The keyword arguments of `fit`: those given, words turned into objects."""
+        o = self.options
+        given: dict[str, Any] = {k: v for k, v in o.items() if k in FIT and k != "guide"}
+        given["objective"] = _objective(o.get("objective"), o.get("num_particles"), o.get("alpha"))
+        if "dtype" in o:
+            given["dtype"] = DTYPES[one_of("dtype", o["dtype"].removeprefix("torch."), DTYPES)]
+        if "schedule" in o:
+            given["schedule"] = _schedule(o["schedule"], self._num_steps())
+        return given | {"validation": self.data.held_out}
+
+    def _num_steps(self) -> int:
+        steps, epochs = self.options.get("num_steps"), self.options.get("num_epochs")
+        plan = BatchPlan(self.data.train.num_rows, self.options.get("batch_size"))
+        return plan.num_steps(epochs) if epochs else steps or 1000
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a run to be resumed, beside the data and settings that `fit` compares."""
+        return {
+            "model": self.named.name,
+            "guide": self.options.get("guide"),
+            "arguments": _plain(self.arguments),
+            "restarts": self.num_restarts,
+        }
+
+    def run(self, folder: RunFolder, quiet: bool) -> tuple[FittedModel, Any]:
+        """Train; with the table of restarts if there are several."""
+        options = self.fit_options | {
+            "checkpoint": folder.checkpoint,
+            "callbacks": [folder],
+            "resume": folder.resume,
+            "progress": not quiet,
+        }
+        if self.num_restarts > 1:
+            return fit_restarts(self.build, self.data.train, num_restarts=self.num_restarts, **options)
+        built = self.build(self.options.get("seed", 0))
+        model, guide = built if isinstance(built, tuple) else (built, None)
+        return fit(model, self.data.train, guide=guide, **options), None
+
+    def build(self, seed: int) -> Any:
+        """The model, or (model, guide), its starting values drawn from `seed` alone."""
+        with seeded(derived_seed(seed, Purpose.START), torch.device("cpu")):
+            return self.named.build(self.arguments)
+
+    @property
+    def description(self) -> str:
+        """The model as it is built."""
+        if self.named.cls is None:
+            return self.named.text
+        return f"{self.named.name}({', '.join(f'{k}={v}' for k, v in self.arguments.items())})"
+
+    @property
+    def rows(self) -> str:
+        """The data, and how many rows of them."""
+        train, held_out = self.data.train, self.data.held_out
+        kinds = "".join(f", {t.kind}d" for t in self.data.transforms)
+        more = f" and {held_out.num_rows:,} held out" if held_out is not None else ""
+        return f"{self.text}: {train.num_rows:,} rows{more}{kinds}"
+
+
+def _named(text: str, own: dict[str, Any], options: dict[str, Any]) -> NamedModel:
+    """The model; `guide` is an option of its constructor if that has one of the name."""
+    if ".py" not in text and ":" not in text:
+        named = find_model(text)
+        if "guide" in named.options and "guide" in options:
+            own["guide"] = options.pop("guide")
+            return named
+    return find_model(text, options.get("guide"))
+
+
+def _extra(words: list[str]) -> dict[str, str]:
+    """`--name value` and `--name=value` of options that the shell does not know."""
+    found: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            raise SettingError(
+                f"unexpected argument {word}: MODEL and DATA are all that stands without a flag"
+            )
+        name, sign, value = word.lstrip("-").partition("=")
+        alone = not left or left[0].startswith("--")
+        found[name.replace("-", "_")] = value if sign else "True" if alone else left.pop(0)
+    return found
+
+
+def constructor_arguments(
+    named: NamedModel, words: dict[str, str], settings: dict[str, Any], data_dim: int
+) -> dict[str, Any]:
+    """The constructor's arguments: by flag, by --set, and `data_dim`. Raises `SettingError`."""
+    known = named.options
+    free = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for name in [*words, *settings]:
+        if name in words and name in settings:
+            raise SettingError(f"{name} is given twice: by its flag and by --set")
+        if named.cls is None:
+            raise SettingError(
+                f"{named.text} is built already, so it takes no {_flag(name)}: name a class instead"
+            )
+        if name == "data_dim":
+            raise SettingError("data_dim is taken from the data: leave it out")
+        if name not in known and not free:
+            raise SettingError(_unknown(named, name))
+    for name, p in known.items():
+        if (
+            p.default is p.empty
+            and p.kind is not p.VAR_KEYWORD
+            and name not in words
+            and name not in settings
+        ):
+            raise SettingError(f"{named.name} needs {_flag(name)}: e.g. {_flag(name)} 2")
+    hints = _hints(named.cls)
+    read = {n: read_as(n, annotation_text(hints.get(n, Parameter.empty)), w) for n, w in words.items()}
+    return ({"data_dim": data_dim} if named.takes_columns else {}) | read | settings
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls.__init__)
+    except (
+        NameError,
+        TypeError,
+        AttributeError,
+    ):  # annotations of the user's own that mean nothing at run time
+        return {}
+
+
+def _unknown(named: NamedModel, name: str) -> str:
+    near = difflib.get_close_matches(name, [*named.options, *FIT, *PREPARING], n=2)
+    hint = f"did you mean {' or '.join(map(_flag, near))}? " if near else ""
+    has = f"it has {', '.join(map(_flag, named.options))}" if named.options else "it has none"
+    return f"{named.name} has no option {_flag(name)}: {hint}{has}"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, str | int | float | list | None) else repr(v) for k, v in arguments.items()}
+
+
+def _preparation(o: dict[str, Any]) -> Preparation:
+    overall = o.get("standardise_overall", False)
+    return Preparation(
+        standardise=o.get("standardise", False) or overall,
+        per_column=o.get("per_column", True) and not overall,
+        binarise=o.get("binarise", False),
+        threshold=o.get("threshold"),
+        validation=o.get("validation"),
+        split_seed=o.get("split_seed", o.get("seed", 0)),
+    )
+
+
+def _objective(name: str | None, num_particles: int | None, alpha: float | None) -> Any:
+    """The ELBO of this name, ours or its class's; None for the program's own default."""
+    names = {cls.__name__: short for short, cls in OBJECTIVES.items()}
+    name = names.get(name or "", name)
+    if alpha is not None and name != "renyi":
+        raise SettingError("alpha is of objective=renyi: give both, or leave it out")
+    if name is None:
+        if num_particles is None:
+            return None
+        raise SettingError(f"num_particles is of an objective: name it, {', '.join(OBJECTIVES)}")
+    cls = OBJECTIVES[one_of("objective", name, OBJECTIVES)]
+    least, usual = (2, 10) if name == "renyi" else (1, 1)
+    draws = count("num_particles", usual if num_particles is None else num_particles, least)
+    options: dict[str, Any] = {"num_particles": draws, "vectorize_particles": draws > 1}
+    if alpha == 1.0:
+        raise SettingError("alpha=1 is the ELBO itself: take objective=trace")
+    return cls(**options, **({"alpha": alpha or 0.0} if name == "renyi" else {}))
+
+
+def _schedule(name: str, num_steps: int) -> Callable[[Any], Any] | None:
+    """Cosine to zero, or exponential to a hundredth, over the steps of the run."""
+    one_of("schedule", name, SCHEDULES)
+    if name == "cosine":
+        return lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_steps)
+    if name == "exponential":
+        return lambda optimizer: lr_scheduler.ExponentialLR(optimizer, gamma=LAST_RATE ** (1 / num_steps))
+    return None
+
+
+def run_fit(
+    job: Job, path: Path, command: str, resume: bool, overwrite: bool, inference_data: bool, quiet: bool
+) -> None:
+    """Train in the run folder `path`, write it and print what came out."""
+    folder = RunFolder(path, job.identity(), command, resume, overwrite)
+    _check_json(job.record | folder.identity)
+    folder.check()
+    try:
+        fitted, restarts = job.run(folder, quiet)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_stopped(folder, stop)) from None
+    except DivergenceError:
+        if folder.has_own_state:
+            folder.begin(keep_state=True)
+        raise
+    folder.begin(keep_state=True)
+    _save(fitted, restarts, folder, job, inference_data)
+    if not quiet:
+        _print_result(fitted, restarts, job, path)
+
+
+def _check_json(record: dict[str, Any]) -> None:
+    """Nothing may keep the run from being written at its end."""
+    try:
+        json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"the settings cannot be written to the run folder: {error}") from None
+
+
+def _stopped(folder: RunFolder, stop: BaseException) -> str:
+    """What a stopped run leaves, and how to continue."""
+    if folder.has_own_state:
+        folder.begin(keep_state=True)
+        kept, at = folder.kept_step, folder.step
+        late = f"; the last checkpoint that could be written is of step {kept}" if kept < at else ""
+        return f"stopped at step {at if late else kept}{late}; to go on: {folder.command} --resume"
+    folder.withdraw()
+    if not folder.step:
+        return str(stop) if folder.begun else ""
+    return f"stopped at step {folder.step}; no checkpoint could be written, so nothing was kept: repeat the command"
+
+
+def _save(fitted: FittedModel, restarts: Any, folder: RunFolder, job: Job, inference_data: bool) -> None:
+    fitted.save(folder.path, extra={"command": folder.command, **job.record})
+    if folder.step:  # it was trained further
+        folder.clear_derived()
+    if restarts is not None:
+        write_atomically(folder.path / "restarts.csv", lambda p: restarts.to_csv(p, index=False))
+    if len(fitted.history):  # a run that went back to its start has none
+        figure = plot_elbo(fitted.history)
+        write_atomically(folder.path / "elbo.png", lambda p: figure.savefig(p, format="png", dpi=150))
+    if inference_data:
+        from pyrolvm.diagnostics.inference_data import save_inference_data, to_inference_data
+
+        draws = to_inference_data(fitted, job.data.train)
+        save_inference_data(draws, folder.path / "inference_data.nc")
+
+
+def _print_result(fitted: FittedModel, restarts: Any, job: Job, path: Path) -> None:
+    if restarts is not None:
+        columns = ["seed", "bound", "steps", "seconds", "outcome"]
+        print_table(columns, restarts[columns].astype(object).to_numpy().tolist(), "restarts, best first")
+        console().print()
+    history = fitted.history
+    unit = "nats per datum" if fitted.structure.data_plate else "nats in total"
+    facts: list[tuple[str, Any]] = [
+        ("model", job.description),
+        ("data", job.rows),
+        ("steps", int(history["step"].max()) if len(history) else 0),
+        ("engine", fitted.engine),
+        ("stopped", fitted.stopped_because),
+        (f"ELBO, {unit}", fitted.elbo),
+    ]
+    if not math.isnan(fitted.held_out_elbo):
+        facts.append(("ELBO, held out", fitted.held_out_elbo))
+    if job.options.get("kl_warmup") and len(history):
+        facts.append(("KL weight at the end", float(history["kl_weight"].iloc[-1])))
+    own = f" --model {job.named.text}" if ".py" in job.named.text else ""
+    print_facts([*facts, ("run", str(path)), ("next", f"pyrolvm report {path}{own}")])
+    if rise := still_rising(history):
+        console().print(
+            f"the ELBO rose by {rise:.3g} over the last fifth of the steps and may not be done: more --num-steps, or a "
+            "larger --learning-rate",
+            style="yellow",
+        )
