@@ -320,10 +320,8 @@ class _Completed:
 @contextmanager
 def _without_handlers() -> Iterator[None]:
     """Run inside apart from the handlers that are active outside: a user's `poutine.scale` around `fit`, say."""
-    stacks = (
-        _PYRO_STACK,
-        _DIM_ALLOCATOR._stack,
-    )  # handlers, and the dimensions that plates outside have taken
+    # handlers, and the dimensions that plates outside have taken
+    stacks: list[list[Any]] = [_PYRO_STACK, _DIM_ALLOCATOR._stack]
     active = [stack[:] for stack in stacks]
     for stack in stacks:
         stack.clear()
