@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from pyrolvm import inference as inference
     from pyrolvm import models as models
     from pyrolvm import plots as plots
+    from pyrolvm import report as report
+    from pyrolvm import runs as runs
+    from pyrolvm.controls import control as control
     from pyrolvm.diagnostics import diagnose as diagnose
     from pyrolvm.diagnostics import to_inference_data as to_inference_data
     from pyrolvm.inference import FittedModel as FittedModel
+    from pyrolvm.inference import Objective as Objective
     from pyrolvm.inference import RenyiELBO as RenyiELBO
     from pyrolvm.inference import fit as fit
     from pyrolvm.inference import fit_restarts as fit_restarts
@@ -26,10 +30,12 @@ if TYPE_CHECKING:
     from pyrolvm.plates import data_plate as data_plate
 
 # Imported when first used: torch and Pyro take seconds that `pyrolvm --help` need not wait for
-_ROOMS = ("data", "diagnostics", "inference", "models", "plots")
+_ROOMS = ("data", "diagnostics", "inference", "models", "plots", "report", "runs")
 _HOMES = {
     "FittedModel": "inference",
+    "Objective": "inference",
     "RenyiELBO": "inference",
+    "control": "controls",
     "data_plate": "plates",
     "diagnose": "diagnostics",
     "fit": "inference",

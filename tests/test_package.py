@@ -70,9 +70,6 @@ GROUND = FLOORS[0].split()
 APART = {"inference": "models", "diagnostics": "models plots", "plots": "models inference diagnostics"}
 """What a room does not import although it stands below."""
 
-# Being removed: arrows between rooms that the floors do not allow
-BEING_REMOVED = {("report", "shell"), ("report", "__init__")}
-
 
 def modules():
     """Every file of the package by its name in it: `data.plan`, `inference` for its `__init__`."""
@@ -117,10 +114,6 @@ def floor_of(room):
     return next(i for i, floor in enumerate(FLOORS) if room in floor.split())
 
 
-def is_being_removed(file, other):
-    return any(is_in(file, room) and is_in(other, below) for room, below in BEING_REMOVED)
-
-
 def may_import(file, other):
     room, below = room_of(file), room_of(other)
     if room == below or (room in GROUND and below in GROUND):
@@ -158,12 +151,11 @@ def test_every_file_has_a_floor():
 
 def test_a_file_imports_only_what_stands_below_it():
     wrong = [(file, other) for file in FILES for other in GRAPH[file] if not may_import(file, other)]
-    assert [f"{file} imports {other}" for file, other in wrong if not is_being_removed(file, other)] == []
+    assert [f"{file} imports {other}" for file, other in wrong] == []
 
 
 def test_no_imports_run_in_a_circle():
-    graph = {file: {f for f in others if not is_being_removed(file, f)} for file, others in GRAPH.items()}
-    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the files
+    graphlib.TopologicalSorter(GRAPH).prepare()  # CycleError names the files
 
 
 def test_only_one_file_imports_arviz():

@@ -1,6 +1,6 @@
-"""Inference: objectives, engines, `fit`, and what a fitted pair can tell. Knows no model of the suite."""
+"""Objectives, engines, `fit` and fitted models, for any Pyro program."""
 
-from pyrolvm.inference.objectives import RenyiELBO
+from pyrolvm.inference.objectives import Objective, RenyiELBO
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
 from pyrolvm.inference.training.fit import fit
@@ -11,6 +11,7 @@ __all__ = [
     "Callback",
     "FittedModel",
     "JSONLines",
+    "Objective",
     "RenyiELBO",
     "Report",
     "TensorBoard",

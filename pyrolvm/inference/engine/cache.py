@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from pyrolvm.files import cache_folder
+
 KEPT = 200
 """As many compiled steps are kept, those used last."""
 
@@ -29,7 +31,7 @@ KEPT = 200
 @functools.cache
 def folder() -> Path:
     """`pyrolvm` in the user's cache folder (`PYROLVM_CACHE` overrides it), or a temporary one."""
-    path = Path(os.environ.get("PYROLVM_CACHE") or _user_cache() / "pyrolvm")
+    path = cache_folder()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.chmod(0o700)
@@ -38,12 +40,6 @@ def folder() -> Path:
     except OSError:
         pass
     return Path(tempfile.mkdtemp(prefix="pyrolvm-"))
-
-
-def _user_cache() -> Path:
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _is_mine(path: Path) -> bool:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch, as_batch
-from pyrolvm.errors import DataError, ProgramError, SettingError, count
+from pyrolvm.errors import DataError, ProgramError, count
 from pyrolvm.inference.posterior import evidence, saving
+from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
 from pyrolvm.inference.posterior.history import held_out_elbo
-from pyrolvm.inference.posterior.suiting import conditioned, suited
+from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
 from pyrolvm.inference.program.enumerated import can_be_drawn, responsibilities
-from pyrolvm.inference.program.handlers import Means, location
+from pyrolvm.inference.program.handlers import Means
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
@@ -132,7 +133,7 @@ class FittedModel:
         parts = []
         for i, pair in enumerate(self.pair(x).chunks()):
             with self._noise(seed, Purpose.MEANS, i):
-                parts.append(_locations(pair, pair.model(None, Means(), given=pair.means())))
+                parts.append(locations(pair, pair.model(None, Means(), given=pair.means())))
         return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
@@ -151,16 +152,9 @@ class FittedModel:
         mean : bool
             The mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
         """
-        num_samples = count("num_samples", num_samples)
-        pair = self._generator(num_samples, given)
-        rows = self.structure.chunkable
+        generator = Generator(self.program, self.structure, self.example, self.num_rows)
         with self._noise(seed, Purpose.GENERATE):
-            if rows and not self.structure.global_latents:
-                return _one_or_all(_generated(pair, {}, mean))
-            singles = pair.split(1) if rows else [pair] * num_samples
-            parts = [_generated(single, self._global_draw(), mean) for single in singles]
-        join = torch.cat if rows else torch.stack
-        return _one_or_all({n: join([p[n] for p in parts]) for n in parts[0]})
+            return _one_or_all(generator(count("num_samples", num_samples), given, mean))
 
     @torch.no_grad()
     def log_evidence(
@@ -245,7 +239,7 @@ class FittedModel:
     @property
     def vectorized(self) -> bool:
         """Whether draws are taken at once (tried out on the first use) or one by one."""
-        return Pair(self.program, self.structure, self._example()).vectorized
+        return Pair(self.program, self.structure, real_rows(self.example)).vectorized
 
     def batch(self, x: Any) -> Batch:
         """`x` as the program's arguments: on its device, of its dtype, refused if it does not fit."""
@@ -278,14 +272,6 @@ class FittedModel:
                 f"the columns {data.columns} are not those the model was fitted to: pass x[{self.columns}]"
             )
 
-    def _example(self) -> Batch:
-        if self.example is None:
-            raise ProgramError(
-                "a run folder keeps no rows of its data, and this needs some: load it with "
-                "pyrolvm.load(path, ..., example=x)"
-            )
-        return self.example
-
     def _noise(self, seed: int, purpose: Purpose, chunk: int = 0) -> AbstractContextManager[None]:
         """Generators of their own for a chunk; the caller's are left as found."""
         return seeded(derived_seed(seed, purpose, chunk), self.program.device)
@@ -301,57 +287,6 @@ class FittedModel:
             discrete = getattr(site["fn"], "has_enumerate_support", False)
             found[site["name"]] = probs if discrete and probs is not None else site["value"]
         return found
-
-    def _generator(self, num_samples: int, given: Any) -> Pair:
-        """The pair that makes `num_samples` rows: on what is given, or on placeholders for the data."""
-        if given is not None:
-            return Pair(self.program, self.structure, conditioned(self.program, given, num_samples))
-        if self.structure.chunkable and self._num_arguments > 1:
-            raise SettingError(
-                "the program has several arguments, and sample() does not know which values to condition on: pass "
-                "given={...} with all arguments but the data, e.g. sample(3, given={'y': labels})"
-            )
-        if not self.structure.chunkable:
-            return Pair(self.program, self.structure, self._example())
-        rows = torch.arange(num_samples, device=self.program.device)
-        if self.program.contract is not None:  # a model of the contract generates when it is given None
-            return Pair(self.program, self.structure, Batch((None,), rows=rows, total=num_samples))
-        example = self._example()
-        taken = example.take(rows % example.num_rows)
-        return Pair(self.program, self.structure, taken.numbered(rows).of(num_samples))
-
-    @property
-    def _num_arguments(self) -> int:
-        if self.example is None:
-            return 1
-        return len(self.example.args) + len(self.example.kwargs)
-
-    def _global_draw(self) -> dict[str, Tensor]:
-        """The global latents, drawn from the guide."""
-        names = {s.name for s in self.structure.global_latents}
-        if not names:
-            return {}
-        contract = self.program.contract is not None
-        example = Batch((None,)) if self.example is None and contract else self._example()
-        guide = Pair(self.program, self.structure, example.of(self.num_rows)).guide()
-        return {s["name"]: s["value"] for s in sample_sites(guide) if s["name"] in names}
-
-
-def _generated(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, Tensor]:
-    """Observed site -> a draw, or the mean of its distribution, at one draw of the global latents."""
-    model = pair.simulate(given=shared)
-    if mean:
-        return _locations(pair, model)
-    return {s["name"]: s["value"] for s in _data_sites(pair, model)}
-
-
-def _locations(pair: Pair, model: Any) -> dict[str, Tensor]:
-    return {s["name"]: location(s["fn"]) for s in _data_sites(pair, model)}
-
-
-def _data_sites(pair: Pair, model: Any) -> list[Any]:
-    names = {s.name for s in pair.structure.observed}
-    return [s for s in sample_sites(model) if s["name"] in names]
 
 
 def _one_or_all(values: dict[str, Tensor]) -> Values:

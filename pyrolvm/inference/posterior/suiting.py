@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from pyrolvm.data.arrays import Batch, as_batch, check_finite_tensor
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.data.arrays import Batch, check_finite_tensor
 from pyrolvm.inference.program.program import Program
 
 
@@ -34,30 +29,3 @@ def suited(program: Program, batch: Batch) -> Batch:
     if wanted is None or wanted is first:
         return batch
     return dataclasses.replace(batch, args=(wanted, *others))
-
-
-def conditioned(program: Program, given: Any, num_samples: int) -> Batch:
-    """The arguments of a program whose data are to be made: what is given, and None for the rest.
-
-    Values of one row stand for all. Raises `DataError` for other numbers of rows.
-    """
-    names = list(inspect.signature(program.model).parameters)
-    if isinstance(given, Mapping):
-        unknown = sorted(set(given) - set(names))
-        if unknown:
-            raise SettingError(f"given has '{unknown[0]}', but the model's arguments are {', '.join(names)}")
-        batch = as_batch(dict(given), program.dtype, program.device)
-    else:
-        values = as_batch(given, program.dtype, program.device).args
-        batch = Batch((), dict(zip(names[len(names) - len(values) :], values, strict=True)))
-    rows = torch.arange(num_samples, device=program.device)
-    wide = {}
-    for name, value in batch.kwargs.items():
-        if value is not None and value.dim() and len(value) not in (1, num_samples):
-            raise DataError(
-                f"given['{name}'] has {len(value)} rows: pass 1, or {num_samples}, the rows to make"
-            )
-        alone = value is not None and (not value.dim() or len(value) == 1)
-        wide[name] = value.reshape(1, *value.shape[1:])[rows * 0] if alone and value is not None else value
-    args = tuple(wide.get(name) for name in names)
-    return Batch(args, {}, rows=rows, total=num_samples)

@@ -13,16 +13,15 @@ from pyro.poutine.trace_struct import Trace
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.reading import read_structure, trial_traces
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
     Site,
     Structure,
     find_data_plate,
     in_plate,
-    read_structure,
     sample_sites,
     site_table,
-    trial_traces,
 )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.program.noise import kept_generators
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import Structure, read_structure
+from pyrolvm.inference.program.reading import read_structure
+from pyrolvm.inference.program.structure import Structure
 
 
 class Functions:

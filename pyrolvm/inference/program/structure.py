@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
-import torch
-from pyro.distributions import Delta, Unit
-from pyro.infer.inspect import TrackProvenance
-from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
-
-from pyrolvm.data.arrays import Batch
-from pyrolvm.inference.program.noise import seeded
-from pyrolvm.inference.program.program import Program, explained
 
 LEFT_TO_PRIOR = "left_to_prior"
 
@@ -166,112 +155,11 @@ def in_plate(site: Any, plate: Plate | None) -> bool:
     return plate is not None and any(f.name == plate.name for f in site["cond_indep_stack"])
 
 
-def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, set[str]]:
-    """(model trace, guide trace, names of the data plates made) of one run with all validation on."""
-    with program.untouched(), program.scope(batch, validate=True) as rows, torch.no_grad():
-        with explained(batch, "guide"):
-            guide_trace = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
-        replayed = pyro.poutine.replay(program.model, trace=guide_trace)
-        with explained(batch, "model"):
-            model_trace = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
-    return model_trace, guide_trace, rows.made if rows else set()
-
-
-def read_structure(program: Program, batch: Batch, model: Trace, guide: Trace, made: set[str]) -> Structure:
-    """The structure that a pair of traces shows; `made` are the names of the data plates that the program made."""
-    plate = find_data_plate(model, batch.total_rows, len(batch.indices))
-    drawn = {s["name"]: s for s in sample_sites(guide)}
-    sources = _sources(program, batch, guide)
-    whole = len(batch.indices) == batch.total_rows
-    return Structure(
-        tuple(_site(s, plate, drawn, sources, batch) for s in sample_sites(model)),
-        plate,
-        _nesting(model, guide),
-        per_datum=_per_datum(program, batch, guide, plate),
-        joint_guide=_joint(guide, plate),
-        takes_any_rows=plate is not None and (plate.name in made or not whole),
-        mixed=_mixed(guide, sources),
-        tempered=_is_tempered(model),
-    )
-
-
-def _site(
-    site: dict[str, Any],
-    plate: Plate | None,
-    drawn: dict[str, Any],
-    sources: dict[str, frozenset[str]],
-    batch: Batch,
-) -> Site:
-    fn, name = site["fn"], site["name"]
-    kind = _kind(site, plate, batch)
-    enumerated = site["infer"].get("enumerate") is not None and kind == "latent"
-    return Site(
-        name=name,
-        kind=kind,
-        local=in_plate(site, plate),
-        family=base(fn).__class__.__name__,
-        batch_shape=tuple(fn.batch_shape),
-        event_shape=tuple(fn.event_shape),
-        plates=tuple(f.name for f in site["cond_indep_stack"] if f.vectorized),
-        enumerated=enumerated,
-        in_guide=name in drawn,
-        num_states=len(fn.enumerate_support(expand=False)) if enumerated else 1,
-        discrete=kind == "latent" and _is_discrete(fn),
-        point=name in drawn and isinstance(base(drawn[name]["fn"]), Delta) and not sources.get(name),
-        left_to_prior=bool(site["infer"].get(LEFT_TO_PRIOR)) and name not in drawn,
-    )
-
-
-def _kind(site: dict[str, Any], plate: Plate | None, batch: Batch) -> str:
-    if not site["is_observed"]:
-        return "latent"
-    if isinstance(base(site["fn"]), Unit):
-        return "factor"
-    if site["infer"].get("_deterministic"):
-        return "deterministic"
-    outside = plate is not None and not in_plate(site, plate)
-    return "given" if outside and not _is_argument(site["value"], batch) else "data"
-
-
-def _is_argument(value: Tensor, batch: Batch) -> bool:
-    """Whether a value lies in the memory of one of the program's arguments, or is equal to one."""
-    for _, tensor in batch.tensors():
-        if value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-            return True
-        if value.shape == tensor.shape and torch.equal(value, tensor.to(value.dtype)):
-            return True
-    return False
-
-
 def base(fn: Any) -> Any:
     """A distribution without what is wrapped around it (`Independent`, masks, expansion)."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
-
-
-def _is_discrete(fn: Any) -> bool:
-    try:
-        return bool(fn.support.is_discrete)
-    except NotImplementedError:
-        return False
-
-
-def _is_tempered(model: Trace) -> bool:
-    """Whether data are weighted otherwise than latents, apart from the plates: a power of the likelihood.
-
-    A weight of rows around the whole program is none.
-    """
-    data = [_own_scale(s) for s in sample_sites(model) if s["is_observed"]]
-    latent = [_own_scale(s) for s in sample_sites(model) if not s["is_observed"]]
-    usual = latent[0] if latent else torch.ones((), dtype=torch.float64)
-    return any(bool((scale - usual).abs().max() > 1e-6) for scale in data)
-
-
-def _own_scale(site: dict[str, Any]) -> Tensor:
-    """The scale of a site without that of its plates."""
-    plates = math.prod(f.full_size / f.size for f in site["cond_indep_stack"] if f.vectorized)
-    return torch.as_tensor(site["scale"], dtype=torch.float64) / plates
 
 
 def find_data_plate(model_trace: Trace, num_rows: int, batch_rows: int) -> Plate | None:
@@ -288,90 +176,3 @@ def find_data_plate(model_trace: Trace, num_rows: int, batch_rows: int) -> Plate
         return None
     frame = min(over_rows, key=lambda f: f.dim)
     return Plate(frame.name, frame.dim, frame.size, frame.full_size)
-
-
-def _sources(program: Program, batch: Batch, guide: Trace) -> dict[str, frozenset[str]]:
-    """Guide site -> the auxiliary sites that its distribution depends on; empty where it has none to depend on."""
-    auxiliary = {s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary")}
-    if not auxiliary:
-        return {}
-    with program.untouched(), program.scope(batch), torch.no_grad(), TrackProvenance():
-        try:
-            tracked = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
-            return {
-                s["name"]: get_provenance(s["fn"].log_prob(detach_provenance(s["value"]))) & auxiliary
-                for s in sample_sites(tracked)
-            }
-        except Exception:  # an operation of the user's that tracked tensors do not pass: take what is usual
-            deltas = [s["name"] for s in sample_sites(guide) if isinstance(base(s["fn"]), Delta)]
-            return dict.fromkeys(deltas, frozenset(auxiliary))
-
-
-def _mixed(guide: Trace, sources: dict[str, frozenset[str]]) -> tuple[str, ...]:
-    mixed: set[str] = set()
-    for site in sample_sites(guide):
-        if not site["infer"].get("is_auxiliary") and not isinstance(base(site["fn"]), Delta):
-            mixed |= sources.get(site["name"], frozenset())
-    return tuple(sorted(mixed))
-
-
-def _per_datum(program: Program, batch: Batch, guide: Trace, plate: Plate | None) -> tuple[str, ...]:
-    """Parameters of which each row has its own entry: declared in the plate, or picked by the row's number."""
-    declared = _declared_in_plate(guide, plate)
-    return declared or (_picked_by_row(program, batch) if plate is not None else ())
-
-
-def _declared_in_plate(guide: Trace, plate: Plate | None) -> tuple[str, ...]:
-    found = []
-    nodes: dict[str, Any] = guide.nodes
-    for name, site in nodes.items():
-        inside = plate is not None and any(f.name == plate.name for f in site.get("cond_indep_stack", ()))
-        if site["type"] == "param" and inside and site["kwargs"].get("event_dim") is not None:
-            assert plate is not None
-            shape, dim = site["value"].shape, plate.dim - site["kwargs"]["event_dim"]
-            if len(shape) >= -dim and shape[dim] > 1:
-                found.append(name)
-    return tuple(found)
-
-
-def _picked_by_row(program: Program, batch: Batch) -> tuple[str, ...]:
-    """Parameters whose gradient moves to other entries when the same data get other row numbers."""
-    total = batch.total_rows
-    if total < 2 or not batch.num_rows:
-        return ()
-    first = torch.arange(min(2, total // 2), device=batch.indices.device)
-    few = batch.take(first.clamp(max=batch.num_rows - 1))
-    try:
-        here, there = (_gradients(program, few.numbered(rows)) for rows in (first, total - 1 - first))
-    except Exception:  # a program that takes no other number of rows has none to confuse
-        return ()
-    return tuple(name for name in here if not torch.equal(here[name], there[name]))
-
-
-def _gradients(program: Program, batch: Batch) -> dict[str, Tensor]:
-    """The gradient of the sum of all log-densities, by the same noise each time."""
-    names, leaves = list(program.parameters), list(program.parameters.values())
-    with program.untouched(), seeded(0, program.device), program.scope(batch, "predict"), torch.enable_grad():
-        guide = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
-        replayed = pyro.poutine.replay(program.model, trace=guide)
-        model = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
-        total = torch.as_tensor(model.log_prob_sum() + guide.log_prob_sum())
-        found = torch.autograd.grad(total, leaves, allow_unused=True)
-    return {n: g for n, g in zip(names, found, strict=True) if g is not None}
-
-
-def _joint(guide_trace: Trace, plate: Plate | None) -> str | None:
-    """An auxiliary draw for all data at once (AutoMultivariateNormal, say): no density per datum."""
-    if plate is None:
-        return None
-    inside = {s["name"]: in_plate(s, plate) for s in sample_sites(guide_trace)}
-    auxiliary = [s["name"] for s in sample_sites(guide_trace) if s["infer"].get("is_auxiliary")]
-    outside = [name for name in auxiliary if not inside[name]]
-    computed = any(inside[s["name"]] and isinstance(base(s["fn"]), Delta) for s in sample_sites(guide_trace))
-    local_auxiliary = any(inside[name] for name in auxiliary)
-    return outside[0] if outside and computed and not local_auxiliary else None
-
-
-def _nesting(*traces: Trace) -> int:
-    dims = [f.dim for t in traces for s in sample_sites(t) for f in s["cond_indep_stack"] if f.vectorized]
-    return -min(dims, default=0)

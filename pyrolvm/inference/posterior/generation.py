@@ -1,0 +1,134 @@
+"""New data from a fitted pair: local latents from the prior, global ones from the guide."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.errors import DataError, ProgramError, SettingError
+from pyrolvm.inference.program.handlers import location
+from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Structure, sample_sites
+
+
+@dataclass
+class Generator:
+    """Runs a model without its data.
+
+    Parameters
+    ----------
+    example : Batch or None
+        Rows that the program can be called with.
+    num_rows : int
+        N, the rows it was fitted to.
+    """
+
+    program: Program
+    structure: Structure
+    example: Batch | None
+    num_rows: int
+
+    def __call__(self, num_samples: int, given: Any, mean: bool) -> dict[str, Tensor]:
+        """Observed site -> [num_samples, ...], each row at a draw of the global latents of its own."""
+        pair = self._pair(num_samples, given)
+        rows = self.structure.chunkable
+        if rows and not self.structure.global_latents:
+            return _generated(pair, {}, mean)
+        singles = pair.split(1) if rows else [pair] * num_samples
+        parts = [_generated(single, self._global_draw(), mean) for single in singles]
+        join = torch.cat if rows else torch.stack
+        return {n: join([p[n] for p in parts]) for n in parts[0]}
+
+    def _pair(self, num_samples: int, given: Any) -> Pair:
+        """The pair that makes `num_samples` rows: on what is given, or on placeholders for the data."""
+        rows = torch.arange(num_samples, device=self.program.device)
+        if given is not None:
+            batch = conditioned(self.program, given, num_samples)
+        elif self.structure.chunkable and self._num_arguments > 1:
+            raise SettingError(
+                "the program has several arguments, and sample() does not know which values to condition on: pass "
+                "given={...} with all arguments but the data, e.g. sample(3, given={'y': labels})"
+            )
+        elif not self.structure.chunkable:
+            batch = real_rows(self.example)
+        elif self.program.contract is not None:  # a model of the contract generates when it is given None
+            batch = Batch((None,), rows=rows, total=num_samples)
+        else:
+            example = real_rows(self.example)
+            batch = example.take(rows % example.num_rows).numbered(rows).of(num_samples)
+        return Pair(self.program, self.structure, batch)
+
+    @property
+    def _num_arguments(self) -> int:
+        return 1 if self.example is None else len(self.example.args) + len(self.example.kwargs)
+
+    def _global_draw(self) -> dict[str, Tensor]:
+        """The global latents, drawn from the guide."""
+        names = {s.name for s in self.structure.global_latents}
+        if not names:
+            return {}
+        nothing = self.example is None and self.program.contract is not None
+        example = Batch((None,)) if nothing else real_rows(self.example)
+        guide = Pair(self.program, self.structure, example.of(self.num_rows)).guide()
+        return {s["name"]: s["value"] for s in sample_sites(guide) if s["name"] in names}
+
+
+def real_rows(example: Batch | None) -> Batch:
+    """Rows that the program can be called with; `ProgramError` for a loaded fit that has none."""
+    if example is None:
+        raise ProgramError(
+            "a run folder keeps no rows of its data, and this needs some: load it with "
+            "pyrolvm.load(path, ..., example=x)"
+        )
+    return example
+
+
+def conditioned(program: Program, given: Any, num_samples: int) -> Batch:
+    """The arguments of a program whose data are to be made: what is given, and None for the rest.
+
+    Values of one row stand for all. Raises `DataError` for other numbers of rows.
+    """
+    names = list(inspect.signature(program.model).parameters)
+    if isinstance(given, Mapping):
+        unknown = sorted(set(given) - set(names))
+        if unknown:
+            raise SettingError(f"given has '{unknown[0]}', but the model's arguments are {', '.join(names)}")
+        batch = as_batch(dict(given), program.dtype, program.device)
+    else:
+        values = as_batch(given, program.dtype, program.device).args
+        batch = Batch((), dict(zip(names[len(names) - len(values) :], values, strict=True)))
+    rows = torch.arange(num_samples, device=program.device)
+    wide = {}
+    for name, value in batch.kwargs.items():
+        if value is not None and value.dim() and len(value) not in (1, num_samples):
+            raise DataError(
+                f"given['{name}'] has {len(value)} rows: pass 1, or {num_samples}, the rows to make"
+            )
+        alone = value is not None and (not value.dim() or len(value) == 1)
+        wide[name] = value.reshape(1, *value.shape[1:])[rows * 0] if alone and value is not None else value
+    args = tuple(wide.get(name) for name in names)
+    return Batch(args, {}, rows=rows, total=num_samples)
+
+
+def _generated(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, Tensor]:
+    """Observed site -> a draw, or the mean of its distribution, at one draw of the global latents."""
+    model = pair.simulate(given=shared)
+    return locations(pair, model) if mean else {s["name"]: s["value"] for s in _data_sites(pair, model)}
+
+
+def locations(pair: Pair, model: Trace) -> dict[str, Tensor]:
+    """Observed site -> the mean of its distribution in a trace of the model."""
+    return {s["name"]: location(s["fn"]) for s in _data_sites(pair, model)}
+
+
+def _data_sites(pair: Pair, model: Trace) -> list[Any]:
+    names = {s.name for s in pair.structure.observed}
+    return [s for s in sample_sites(model) if s["name"] in names]

@@ -1,0 +1,117 @@
+"""Where a pair's functions, networks and tensors are found, by whichever route it reaches them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+
+from pyrolvm.errors import ProgramError
+from pyrolvm.plates import DATA_PLATE, current_rows
+
+
+def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Model and guide as two callables of the same arguments; raises `ProgramError` for anything else."""
+    pair = isinstance(model, nn.Module) and callable(getattr(model, "model", None))
+    program = model.model if pair else model
+    if not callable(program):
+        raise ProgramError(
+            f"model must be a LatentVariableModel or a callable, not {type(model).__name__}: "
+            "pass an instance such as PPCA(data_dim=4, latent_dim=2) or a function"
+        )
+    if inspect.isclass(program):
+        raise ProgramError(
+            f"model is the class {program.__name__}: pass an instance, {program.__name__}(...)"
+        )
+    if guide is None:
+        guide = getattr(model, "guide", None) if pair else None
+    if guide is None:
+        raise ProgramError(
+            "this model brings no guide: pass guide=..., a function of the model's arguments or an "
+            "AutoGuide such as pyro.infer.autoguide.AutoNormal"
+        )
+    if isinstance(guide, type):
+        guide = guide(program)  # an AutoGuide class
+    if isinstance(guide, AutoGuide) and guide.create_plates is None:
+        guide.create_plates = _RowPlates(guide)
+    if not callable(guide):
+        raise ProgramError(f"guide must be callable, not {type(guide).__name__}")
+    return program, guide
+
+
+class _RowPlates:
+    """The data plate of an AutoGuide, over the rows of the batch.
+
+    Left to itself an AutoGuide subsamples at random, so that the parameters of other rows than those of
+    the batch would be trained on it.
+    """
+
+    def __init__(self, guide: AutoGuide) -> None:
+        self.guide = weakref.ref(guide)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[pyro.plate]:
+        guide, rows = self.guide(), current_rows()
+        if guide is None or rows is None:
+            return []
+        frames = [f for f in guide._prototype_frames.values() if f.full_size == rows.total]
+        frames.sort(key=lambda f: (f.name != DATA_PLATE, f.dim))
+        return [pyro.plate(f.name, rows.total, subsample=rows.indices, dim=f.dim) for f in frames[:1]]
+
+
+def modules_of(source: Any, model: Any, guide: Any) -> dict[str, nn.Module]:
+    """Prefix -> module, each module once; a pair that is one module has no prefix."""
+    owners = [source, getattr(model, "__self__", model), getattr(guide, "__self__", guide)]
+    found: list[tuple[str, nn.Module]] = []
+    for role, owner in zip(("model.", "model.", "guide."), owners, strict=True):
+        if isinstance(owner, nn.Module) and all(owner is not m for _, m in found):
+            found.append((role, owner))
+    if len(found) == 1:
+        return {"": found[0][1]}
+    return dict(found)
+
+
+def leaves(root: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that `root` was computed from and that ask for a gradient."""
+    stack, seen = [root.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def explain_unregistered(leaf: Tensor, functions: tuple[Callable[..., Any], ...]) -> str:
+    """Why a leaf would never be trained, and what to type."""
+    for function in functions:
+        for name, module in reachable_modules(function):
+            if any(leaf is p for p in module.parameters()):
+                return (
+                    f"the network '{name}' ({type(module).__name__}) is used but no site registers it, so it "
+                    f"would never be trained: write pyro.module('{name}', {name}) in the model or guide"
+                )
+    return (
+        f"a tensor of shape {tuple(leaf.shape)} that asks for a gradient is used but no site registers it, "
+        "so it would never be trained: make it a pyro.param, or call .requires_grad_(False) on it"
+    )
+
+
+def reachable_modules(function: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that a plain function sees: its closure, and the globals it names."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    if not inspect.isfunction(function):
+        return
+    closure = inspect.getclosurevars(function)
+    for name, value in {**closure.globals, **closure.nonlocals}.items():
+        if isinstance(value, nn.Module):
+            yield name, value
