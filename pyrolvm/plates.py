@@ -55,7 +55,10 @@ def data_rows(total: int, indices: Tensor) -> Iterator[Rows]:
 
 
 def current_rows() -> Rows | None:
-    """The enclosing `data_rows`, or None. Inside it the trainer owns the parameters, so models must not register them."""
+    """The enclosing `data_rows`, or None.
+
+    Inside it the trainer owns the parameters, so models must not register them.
+    """
     return _current.get()
 
 
