@@ -57,6 +57,7 @@ def check_precision(
     if not (x.ndim and len(x)):
         return
     values = _sample(x)  # [rows, columns]
+    values = np.where(np.isfinite(values), values, np.nan)
     low, high, spread = _range(values)  # [columns]
     largest, eps = np.fmax(-low, high), torch.finfo(dtype).eps
     rounded = ((values == np.rint(values)) | np.isnan(values)).all(0) & (largest > 2 / eps)

@@ -193,7 +193,7 @@ TEXT = pd.DataFrame({"length": [1.0, 2.0], "species": ["setosa", "virginica"]})
         (np.zeros((3, 0)), "is empty"),
         (pd.DataFrame({"a": []}), "is empty"),
         (object(), "Python objects"),
-        (np.array([1.0, 1e300]), r"1e\+300 at index \[1\], beyond torch.float32: type dtype=torch.float64"),
+        (np.array([1.0, 1e300]), r"1e\+300 at index \[1\], beyond torch.float32: use dtype=float64"),
         (np.array([2**64 - 1], dtype=np.uint64), "18446744073709551615.*beyond"),
     ],
 )

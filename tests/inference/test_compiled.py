@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -709,6 +710,17 @@ def test_what_the_code_depends_on_is_in_the_key(monkeypatch):
     assert key("tempered") != first
     monkeypatch.setattr(native.cache, "_surroundings", lambda: "another machine")
     assert key("ppca") != first
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0+cpu", "3.0.0a1"])
+def test_another_torch_runs_eagerly_and_says_so(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    sentence = f"the compiled engine knows torch 2.11 to 2.13, and this is torch {version}"
+    engine, note = choose_engine("auto", make("ppca")[0], 10**6)
+    assert engine.name == "eager"
+    assert note == f"eager engine: {sentence}"
+    with pytest.raises(SettingError, match=re.escape(sentence)):
+        choose_engine("compiled", make("ppca")[0], 100)
 
 
 # ---------------------------------------------------------------- CUDA

@@ -177,7 +177,7 @@ def test_an_autoguide_is_a_start_and_a_point_is_not():
     )
     assert abs(difference.mean()) < 4 * error + 0.01
     point = pyrolvm.fit(poisson_gamma, x, guide=AutoDelta, **STILL)
-    with pytest.raises(SettingError, match="for rate: use start='prior'"):
+    with pytest.raises(SettingError, match="point estimate of 'rate'"):
         point.log_evidence(x, "ais", num_steps=2, start="guide")
     difference, error = errors(
         evidence_table(point.pair(x), "ais", 64, num_steps=40, num_leapfrog=5), negative_binomial(x)
@@ -316,7 +316,7 @@ def test_bidirectional_closes_on_simulated_data():
 
 def test_what_is_simulated_is_an_exact_posterior_draw(misled):
     """(z* - E[z | x]) / sd is standard normal, over data simulated with it."""
-    ((run, held, exact),) = _simulated(misled, 4000, 1, seed=0)
+    ((run, held, exact),) = _simulated(misled.pair(X), 4000, 1, seed=0)
     (x,) = run.batch.args
     mean, scale_tril = misled.model.exact_posterior(x)
     standard = torch.linalg.solve_triangular(scale_tril, (exact["z"][0] - mean).unsqueeze(-1), upper=False)
@@ -337,9 +337,9 @@ def test_bidirectional_of_a_constrained_latent():
 
 
 def test_bidirectional_of_the_guide_and_in_parts(misled, monkeypatch):
-    from pyrolvm.inference.posterior.evidence import runs
+    from pyrolvm.inference.posterior.evidence import chunks
 
-    monkeypatch.setattr(runs, "BUDGET", 16 * 7 * 15)
+    monkeypatch.setattr(chunks, "BUDGET", 16 * 7 * 15)
     mean, scale_tril = misled.model.exact_posterior(X)
     z = dist.MultivariateNormal(mean.detach(), scale_tril=scale_tril.detach()).sample((16,))
     exact = misled.log_evidence(X, "exact").detach().numpy()
@@ -376,10 +376,10 @@ def test_discrete_latents_no_latents_and_unvectorised_programs_are_refused(misle
     summed = pyrolvm.fit(discrete_enumerated, X[:, 0], guide=lambda x: None, objective=enumerating(), **STILL)
     with pytest.raises(ProgramError, match="'k' is enumerated"):
         summed.log_evidence(X[:, 0], "ais")
-    misled._vectorized = False
+    misled.program.vectorized = False
     with pytest.raises(SettingError, match="cannot be taken under a further plate"):
         misled.log_evidence(X, "ais")
-    misled._vectorized = None
+    misled.program.vectorized = None
 
 
 def discrete_enumerated(x):

@@ -217,4 +217,4 @@ def test_the_evidence_of_a_datum_knows_no_weight():
     fitted = pyrolvm.fit(model, X, guide=guide, num_steps=1, **QUIET)
     exact = dist.Normal(0.0, math.sqrt(2)).log_prob(X)
     assert (fitted.log_evidence(X, num_samples=3000) - exact).abs().max() < 0.1
-    assert fitted.structure.tempered
+    assert not fitted.structure.tempered  # rows count more or less, but no likelihood has a power

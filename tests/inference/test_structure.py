@@ -239,3 +239,40 @@ def test_impossible_starting_values_are_refused():
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(SettingError, match=message):
         fit(two_latents, AutoNormal, **options)
+
+
+def shaped(model_events=1, data_events=1, width=3):
+    """A factor model whose two sites have so many event dimensions."""
+
+    def model(x):
+        W = pyro.param("W", torch.ones(2, width))
+        with data_plate(x):
+            zeros = x.new_zeros(len(x), 2)
+            z = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(model_events))
+            pyro.sample("x", dist.Normal(z @ W, 1.0).to_event(data_events), obs=x)
+
+    def guide(x):
+        a = pyro.param("a", torch.zeros(3, 2))
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x @ a, 1.0).to_event(1))
+
+    return model, guide
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"model_events": 0},
+            r"'z' has 2 entries where the plate 'data' has 10 rows.*write .to_event\(1\) at 'z'",
+        ),
+        ({"data_events": 0}, r"write .to_event\(1\) at 'x'"),
+        ({"model_events": 2}, r"'z' has event shape \(10, 2\) in the model and \(2,\) in the guide"),
+        ({"data_events": 2}, r"'x' stands in the plate 'data', but its value .* count once for every row"),
+        ({"width": 1}, r"observed at 'x' has the shape \[10, 3\].*event shape \(1,\)"),
+    ],
+)
+def test_the_commonest_mistakes_of_shape_are_explained(options, message):
+    model, guide = shaped(**options)
+    with pytest.raises(ProgramError, match=f"(?s){message}"):
+        pyrolvm.fit(model, torch.randn(50, 3), guide=guide, num_steps=1, batch_size=10, progress=False)

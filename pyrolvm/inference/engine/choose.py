@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError, SettingError
@@ -22,6 +23,8 @@ COMPILE_SECONDS = 5.0
 TRACE_SECONDS = 1.0
 """The least that compiling takes, and tracing a step that was compiled before; shorter runs stay eager."""
 FEW_STEPS = 20
+KNOWN_TORCH = ((2, 11), (2, 13))
+"""The versions of torch whose private parts the compiled engine knows (see `graphs`): first and last."""
 
 
 class Engine(Protocol):
@@ -123,8 +126,20 @@ def _best(problem: Problem, num_steps: int, on_compile: Callable[[str], None] | 
 def _obstacle(problem: Problem, *, may_be_cached: bool = False) -> str | None:
     """Why no program can be compiled here, or None."""
     device = problem.program.device.type
+    if (unknown := _unknown_torch()) is not None:
+        return unknown
     if device not in DEVICES:
         return f"there is no compiled engine for {device}"
     if device == "cpu" and not may_be_cached and not has_compiler():
         return "no C++ compiler was found (install g++ or clang++)"
     return None
+
+
+def _unknown_torch() -> str | None:
+    """A sentence if this torch is outside the range that the compiled engine knows."""
+    first, last = KNOWN_TORCH
+    here = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if first <= here <= last:
+        return None
+    known = " to ".join(".".join(map(str, version)) for version in KNOWN_TORCH)
+    return f"the compiled engine knows torch {known}, and this is torch {torch.__version__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import pyro
 import torch
@@ -38,6 +39,8 @@ def inspect_program(program: Program, batch: Batch) -> Structure:
     program.complete_guide(left)
     _check_mixed(structure)
     _check_shapes(model, guide, structure.sites)
+    _check_events(model, guide)
+    _check_values(model, structure)
     _check_scale(structure, batch)
     if structure.data_plate is not None and len(batch.indices) < batch.total_rows:
         _check_other_size(program, batch)
@@ -102,6 +105,39 @@ def _check_shapes(model_trace: Trace, guide_trace: Trace, sites: tuple[Site, ...
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip().replace("\n", "\n  ")
             raise ProgramError(f"the {role}'s shapes do not fit:\n  {reason}\n{site_table(sites)}") from error
+
+
+def _check_events(model: Trace, guide: Trace) -> None:
+    """A latent must have the same event shape in model and guide."""
+    for site in sample_sites(guide):
+        other: Any = model.nodes.get(site["name"])
+        if other is not None and other["fn"].event_shape != site["fn"].event_shape:
+            shapes = [tuple(s["fn"].event_shape) for s in (other, site)]
+            raise ProgramError(
+                f"'{site['name']}' has event shape {shapes[0]} in the model and {shapes[1]} in the guide: give its "
+                "distribution the same .to_event(...) and size in both"
+            )
+
+
+def _check_values(model: Trace, structure: Structure) -> None:
+    """Data must fill their site: broadcast over it, they would count several times or be compared with one number."""
+    names, plate = {s.name for s in structure.observed}, structure.data_plate
+    for site in (s for s in sample_sites(model) if s["name"] in names):
+        event, found = tuple(site["fn"].event_shape), tuple(site["value"].shape)
+        if event and found[-len(event) :] != event:
+            raise ProgramError(
+                f"the value observed at '{site['name']}' has the shape {list(found)}, and its distribution the event "
+                f"shape {event}, so that one would be broadcast over the other: give both the same trailing shape"
+            )
+        if plate is None or not in_plate(site, plate):
+            continue
+        rows = plate.dim - len(event)
+        if len(found) < -rows or found[rows] != plate.size:
+            raise ProgramError(
+                f"'{site['name']}' stands in the plate '{plate.name}', but its value of shape {list(found)} has no "
+                f"dimension of rows beside the event shape {event}, so that it would count once for every row: take "
+                "one dimension off its .to_event(...)"
+            )
 
 
 def _check_scale(structure: Structure, batch: Batch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.plates import DATA_PLATE, Rows, current_rows, data_rows
+
+_MISMATCH = re.compile(r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)")
 
 
 class Program:
@@ -320,10 +323,8 @@ class _Completed:
 @contextmanager
 def _without_handlers() -> Iterator[None]:
     """Run inside apart from the handlers that are active outside: a user's `poutine.scale` around `fit`, say."""
-    stacks = (
-        _PYRO_STACK,
-        _DIM_ALLOCATOR._stack,
-    )  # handlers, and the dimensions that plates outside have taken
+    # handlers, and the dimensions that plates outside have taken
+    stacks: list[list[Any]] = [_PYRO_STACK, _DIM_ALLOCATOR._stack]
     active = [stack[:] for stack in stacks]
     for stack in stacks:
         stack.clear()
@@ -355,6 +356,12 @@ def explained(batch: Batch, role: str) -> Iterator[None]:
         hint = ""
         if "Multiple sample sites named" in str(error):
             hint = "\nIf that is a plate: make it once, plate = pyrolvm.data_plate(x), and write `with plate:` twice."
+        if found := _MISMATCH.search(str(error)):
+            plate, site, dim, size, other = found.groups()
+            hint = (
+                f"\nThe batch of '{site}' has {other} entries where the plate '{plate}' has {size} rows (dimension "
+                f"{dim}): if the {other} belong to one datum, write .to_event(1) at '{site}'"
+            )
         raise ProgramError(f"the {role} failed on data of {_describe(batch)}: {error}{hint}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -122,8 +123,8 @@ class Structure:
 
     @property
     def enumerated(self) -> tuple[Site, ...]:
-        """The latents that are summed out."""
-        return tuple(s for s in self.sites if s.enumerated)
+        """The latents that are summed out; those that the guide enumerates are drawn from it instead."""
+        return tuple(s for s in self.sites if s.enumerated and not s.in_guide)
 
     @property
     def local_latents(self) -> tuple[Site, ...]:
@@ -190,7 +191,7 @@ def read_structure(program: Program, batch: Batch, model: Trace, guide: Trace, m
         joint_guide=_joint(guide, plate),
         takes_any_rows=plate is not None and (plate.name in made or not whole),
         mixed=_mixed(guide, sources),
-        tempered=any(_is_tempered(s) for s in sample_sites(model) if s["is_observed"]),
+        tempered=_is_tempered(model),
     )
 
 
@@ -256,13 +257,21 @@ def _is_discrete(fn: Any) -> bool:
         return False
 
 
-def _is_tempered(site: dict[str, Any]) -> bool:
-    """Whether a scale other than that of the plates stands at a site."""
-    scale = site["scale"]
-    for frame in site["cond_indep_stack"]:
-        if frame.vectorized:
-            scale = scale / (frame.full_size / frame.size)
-    return bool((torch.as_tensor(scale, dtype=torch.float64) - 1).abs().max() > 1e-6)
+def _is_tempered(model: Trace) -> bool:
+    """Whether data are weighted otherwise than latents, apart from the plates: a power of the likelihood.
+
+    A weight of rows around the whole program is none.
+    """
+    data = [_own_scale(s) for s in sample_sites(model) if s["is_observed"]]
+    latent = [_own_scale(s) for s in sample_sites(model) if not s["is_observed"]]
+    usual = latent[0] if latent else torch.ones((), dtype=torch.float64)
+    return any(bool((scale - usual).abs().max() > 1e-6) for scale in data)
+
+
+def _own_scale(site: dict[str, Any]) -> Tensor:
+    """The scale of a site without that of its plates."""
+    plates = math.prod(f.full_size / f.size for f in site["cond_indep_stack"] if f.vectorized)
+    return torch.as_tensor(site["scale"], dtype=torch.float64) / plates
 
 
 def find_data_plate(model_trace: Trace, num_rows: int, batch_rows: int) -> Plate | None:

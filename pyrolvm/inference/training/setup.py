@@ -71,8 +71,8 @@ def set_up(
 ) -> Setup:
     """Read the data, start the model, look at the program, and take one step on trial."""
     program = Program(model, guide, device=device, dtype=dtype)
-    _warn_of_precision(data, dtype)
     batch = suited(program, as_batch(data, dtype, device))
+    _warn_of_precision(data, dtype)
     if batch_size is not None or validation is not None:
         batch.check_rows()
     batch, held_out = _split(batch, validation, program, seed)
