@@ -24,7 +24,7 @@ TRACE_SECONDS = 1.0
 """The least that compiling takes, and tracing a step that was compiled before; shorter runs stay eager."""
 FEW_STEPS = 20
 KNOWN_TORCH = ((2, 11), (2, 13))
-"""The versions of torch whose private parts the compiled engine knows (see `graphs`): first and last."""
+"""First and last version of torch that the compiled engine supports (see `graphs`)."""
 
 
 class Engine(Protocol):
@@ -136,7 +136,7 @@ def _obstacle(problem: Problem, *, may_be_cached: bool = False) -> str | None:
 
 
 def _unknown_torch() -> str | None:
-    """A sentence if this torch is outside the range that the compiled engine knows."""
+    """A sentence if this version of torch is not supported, or None."""
     first, last = KNOWN_TORCH
     here = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if first <= here <= last:
