@@ -71,12 +71,18 @@ def load(
     path : str or Path
         The run folder.
     model, guide : optional
-        Your own pair, or a model that was given networks as objects: built as they were when the run was
-        saved. Registered models are built from their recorded arguments.
+        Models of the package are rebuilt from their recorded arguments. Pass `model` (and `guide`) for your own
+        programs, and for models that were given networks as objects, constructed as they were when the run was saved.
     device : str
-        Where the parameters go.
-    example : optional
-        Some rows of the data, as `fit` took them, for programs that cannot be rebuilt without.
+        The device of the parameters.
+    example : tensor, array, DataFrame or Dataset, or a tuple or dict of them, optional
+        Rows like those the program was fitted to, for programs that cannot run without them: a run folder keeps
+        no rows.
+
+    Returns
+    -------
+    FittedModel
+        The fit with its parameters, history and settings.
 
     Raises
     ------

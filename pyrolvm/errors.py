@@ -1,4 +1,4 @@
-"""The errors a person sees: each says what was wrong, where, and what to type instead."""
+"""The errors a user sees. Each names what was wrong, where, and what to type instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that survive being killed: written beside, synced, then renamed; tensors and JSON, nothing else."""
+"""Atomic files: written beside their place, synced to disk, then renamed. Tensors and JSON only, no pickle."""
 
 from __future__ import annotations
 
@@ -25,19 +25,29 @@ Writer = Callable[[Path], Any]
 
 
 def cache_folder() -> Path:
-    """`PYROLVM_CACHE`, or `pyrolvm` in the user's cache folder: what can be made or fetched again."""
+    """`PYROLVM_CACHE`, or `pyrolvm` in the user's cache folder. For files that can be made or fetched again."""
     return Path(os.environ.get("PYROLVM_CACHE") or platformdirs.user_cache_path("pyrolvm", appauthor=False))
 
 
 def write_atomically(path: Path, write: Writer) -> None:
-    """Call `write(temporary)` and put the file in place of `path` in one step, or not at all."""
+    """Call `write(temporary)`, then rename the temporary file to `path`; if writing fails, `path` is unchanged."""
     write_together({path: write})
 
 
 def write_together(files: dict[Path, Writer]) -> None:
-    """Write all files beside their places, and only when all are whole put them there.
+    """Write all files beside their places, and rename them only when all are complete.
 
-    A disk that fills up so leaves all the old ones. Raises `OSError` that names the file.
+    If the disk fills up, all the old files remain.
+
+    Parameters
+    ----------
+    files : dict
+        Path -> function that writes the path it is called with.
+
+    Raises
+    ------
+    OSError
+        A file cannot be written; the error names it.
     """
     staged: dict[Path, Path] = {}
     try:
@@ -62,7 +72,7 @@ def _empty_beside(path: Path) -> Path:
 
 
 def _write_through(temporary: Path, write: Writer, path: Path) -> None:
-    """Write to the disk itself, with the rights that a new file has."""
+    """Write and sync to disk, with the permissions of a new file."""
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -73,7 +83,7 @@ def _write_through(temporary: Path, write: Writer, path: Path) -> None:
 
 
 def _named(error: OSError, path: Path) -> OSError:
-    """The same error, of the file that was to be written; HDF5 hides the system's number in its text."""
+    """The same error for `path`, not the temporary file; HDF5 has the system's error number in its text only."""
     hidden = re.search(r"errno = (\d+)", str(error))
     number = error.errno or (int(hidden[1]) if hidden else None)
     text = os.strerror(number) if number else " ".join(str(error).split())
@@ -92,13 +102,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_writer(value: Any) -> Writer:
-    """What writes `value` as indented JSON."""
+    """A function that writes `value` as indented JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     return lambda p: p.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a missing or damaged file is a `RunFolderError`."""
+    """Read JSON. Raises `RunFolderError` if the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -113,7 +123,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
 
 
 def tensor_writer(tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> Writer:
-    """What writes CPU tensors and a JSON-able record as one safetensors file."""
+    """A function that writes CPU tensors and a JSON-able record as one safetensors file."""
     record = {"pyrolvm": json.dumps({"format": FORMAT, **(metadata or {})}, allow_nan=False)}
     own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     data = save(own, metadata=record)
@@ -121,7 +131,18 @@ def tensor_writer(tensors: dict[str, Tensor], metadata: dict[str, Any] | None = 
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote. Raises `RunFolderError` for anything else."""
+    """Read a file of `write_tensors`.
+
+    Returns
+    -------
+    tuple of dict
+        The tensors by name, on the CPU, and the record.
+
+    Raises
+    ------
+    RunFolderError
+        The file is missing, damaged, or was not written by `write_tensors` in this format.
+    """
     if not path.is_file():
         raise RunFolderError(f"{path} does not exist: is {path.parent} the folder of a run?")
     try:

@@ -1,9 +1,9 @@
 """The data plate: the one place where a program and its trainer agree on the number of data.
 
-A program declares its data with `data_plate(x)`. Whoever runs the program may say how many rows the
+A program declares its data with `data_plate(x)`. The caller may set, by `data_rows`, how many rows the
 whole data set has and which of them `x` holds; then a minibatch of B out of N rows is scaled by N/B
-(Hoffman et al. 2013, "Stochastic variational inference", section 2.3), so that global latents and
-the prior on them keep their right weight. Run alone, the plate is an ordinary `pyro.plate`.
+(Hoffman et al. 2013, "Stochastic variational inference", section 2.3), so that the prior on global
+latents keeps the right weight. Otherwise the plate is an ordinary `pyro.plate`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ DATA_PLATE = "data"
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of how many: `indices` [batch] out of `total`; `made` are the names of the plates made."""
+    """The rows that a batch holds.
+
+    Attributes
+    ----------
+    total : int
+        N, the rows of the whole data set.
+    indices : tensor [batch], int64
+        Row numbers, below `total`.
+    made : set of str
+        Names of the data plates created under these rows.
+    """
 
     total: int
     indices: Tensor
@@ -35,7 +45,7 @@ _current: ContextVar[Rows | None] = ContextVar("pyrolvm_rows", default=None)
 
 @contextmanager
 def data_rows(total: int, indices: Tensor) -> Iterator[Rows]:
-    """Say, for the programs run inside, that their data are rows `indices` [batch] out of `total`."""
+    """Within the block, the batch holds rows `indices` of `total`."""
     rows = Rows(total, indices)
     token = _current.set(rows)
     try:
@@ -45,7 +55,10 @@ def data_rows(total: int, indices: Tensor) -> Iterator[Rows]:
 
 
 def current_rows() -> Rows | None:
-    """What `data_rows` says here; None outside it. Who says it also holds the program's parameters."""
+    """The enclosing `data_rows`, or None.
+
+    Inside it the trainer owns the parameters, so models must not register them.
+    """
     return _current.get()
 
 
@@ -54,9 +67,12 @@ def data_plate(x: Any = None, name: str = DATA_PLATE, dim: int | None = None) ->
 
     Parameters
     ----------
-    x: tensor [batch, ...], or None to generate: then as many rows as the caller asked for, or one.
-    name: the plate's name; one program has one data plate.
-    dim: the batch dimension, counted from the right as in `pyro.plate`.
+    x : tensor [batch, ...], optional
+        The data. None generates: as many rows as the enclosing `data_rows` has, or one.
+    name : str
+        The plate's name. A program has one data plate.
+    dim : int, optional
+        The batch dimension, negative, counted from the right as in `pyro.plate`.
     """
     rows = _current.get()
     size = len(x) if x is not None else (len(rows.indices) if rows else 1)
@@ -67,5 +83,5 @@ def data_plate(x: Any = None, name: str = DATA_PLATE, dim: int | None = None) ->
 
 
 def arange_rows(size: int, device: torch.device | None = None) -> Tensor:
-    """Indices [size] of rows taken in their order."""
+    """Row numbers 0, ..., size - 1: [size], int64."""
     return torch.arange(size, device=device)

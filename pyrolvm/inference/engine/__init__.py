@@ -1,4 +1,4 @@
-"""Engines run training steps: `run(state, rows) -> (state, terms)`, whatever runs them."""
+"""Engines run training steps: `run(state, rows) -> (state, terms)`."""
 
 from pyrolvm.inference.engine.choose import Engine, choose_engine
 from pyrolvm.inference.engine.problem import Problem

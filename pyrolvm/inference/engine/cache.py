@@ -1,8 +1,8 @@
 """Compiled steps on disk, in the user's own cache folder.
 
-A cached step is native code that the next process loads and runs, so the folder must be the user's alone;
-where it is not, a temporary one serves for this process. A key covers all that the code depends on: the
-graph with its shapes and types, the compiler and its flags, processor, threads, versions.
+A cached step is native code that the next process loads and runs, so only the user may write to the folder;
+otherwise this process uses a temporary one. A key covers all that the code depends on: the graph with its
+shapes and types, the compiler and its flags, processor, threads, versions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from pyrolvm.files import cache_folder
 
 KEPT = 200
-"""As many compiled steps are kept, those used last."""
+"""The number of compiled steps kept, those used last."""
 
 
 @functools.cache
@@ -43,19 +43,19 @@ def folder() -> Path:
 
 
 def _is_mine(path: Path) -> bool:
-    """Owned by this user, and nobody else may write to it; a link is not followed."""
+    """Whether this user owns the path and nobody else may write to it; a link is not followed."""
     found = path.lstat()
     owner = os.getuid() if hasattr(os, "getuid") else found.st_uid
     return not stat.S_ISLNK(found.st_mode) and found.st_uid == owner and not found.st_mode & 0o022
 
 
 def entry(key: str, suffix: str) -> Path:
-    """Where the file of `key` is or will be."""
+    """The path of the file of `key`, which need not exist."""
     return folder() / f"{key}{suffix}"
 
 
 def is_stored(path: Path) -> bool:
-    """Whether `path` is a finished file of this user's; marks it as used."""
+    """Whether `path` is a complete file that this user owns; marks it as used."""
     try:
         if not (path.is_file() and _is_mine(path)):
             return False
@@ -67,7 +67,7 @@ def is_stored(path: Path) -> bool:
 
 @contextmanager
 def storing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place if the block succeeds."""
+    """A temporary file beside `path`, renamed to it if the block succeeds."""
     temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent)) / path.name
     try:
         yield temporary
@@ -79,7 +79,7 @@ def storing(path: Path) -> Iterator[Path]:
 
 
 def _prune(newest: Path) -> None:
-    """Keep the `KEPT` files used last of the same kind as `newest`; of precompiled headers, which are large, two."""
+    """Keep the `KEPT` files used last with the suffix of `newest`; two of precompiled headers, which are large."""
     kept = 2 if newest.suffix == ".gch" else KEPT
     try:
         found = sorted(newest.parent.glob(f"*{newest.suffix}"), key=lambda p: p.stat().st_mtime)
@@ -90,7 +90,7 @@ def _prune(newest: Path) -> None:
 
 
 def digest(*parts: str) -> str:
-    """A name for `parts` on this machine with these versions."""
+    """A hash of `parts`, this machine and these versions."""
     text = "\0".join([*parts, _surroundings(), str(torch.get_num_threads())])
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
@@ -111,7 +111,7 @@ def _version(name: str) -> str:
 
 
 def processor() -> str:
-    """What the compiler's -march=native sees: the processor's model and features."""
+    """The processor's model and features, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -21,14 +21,14 @@ DEVICES = ("cpu", "cuda")
 
 COMPILE_SECONDS = 5.0
 TRACE_SECONDS = 1.0
-"""What compiling, and finding a step compiled before, take at least; a run that is shorter stays eager."""
+"""The least that compiling takes, and tracing a step that was compiled before; shorter runs stay eager."""
 FEW_STEPS = 20
 KNOWN_TORCH = ((2, 11), (2, 13))
-"""The versions of torch whose private parts the compiled engine knows (see `graphs`): first and last."""
+"""First and last version of torch that the compiled engine supports (see `graphs`)."""
 
 
 class Engine(Protocol):
-    """What `fit` asks of an engine; nothing in it knows which one runs."""
+    """The interface that `fit` uses; it does not depend on which engine runs."""
 
     @property
     def name(self) -> str:
@@ -38,17 +38,44 @@ class Engine(Protocol):
         """The state before the first step."""
 
     def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
-        """Steps over `rows` [num_steps, batch] -> the new state, terms [num_steps, terms] in nats per datum."""
+        """Take one step for each row of `rows`.
+
+        Parameters
+        ----------
+        state : TrainingState
+            The state before the first of these steps; engines may update its tensors in place.
+        rows : tensor [num_steps, batch], int64
+            The row numbers of each step.
+
+        Returns
+        -------
+        state : TrainingState
+            The state after the last step.
+        terms : tensor [num_steps, terms]
+            In nats per datum, the bound first, on the CPU.
+        """
 
 
 def choose_engine(
     name: str, problem: Problem, num_steps: int, on_compile: Callable[[str], None] | None = None
 ) -> tuple[Engine, str]:
-    """The engine for `name`, and one sentence that says which runs and why.
+    """The engine for `name`, and a sentence with the engine and the reason.
 
-    name: "eager"; "compiled", which raises `ProgramError` where it cannot; "auto", which compiles what
-    can be compiled and runs long enough to gain by it.
-    on_compile: called with a sentence before a compilation of several seconds.
+    Parameters
+    ----------
+    name : {"auto", "compiled", "eager"}
+        "auto" compiles a step that can be compiled if the run is long enough to gain by it.
+    num_steps : int
+        Steps of the run.
+    on_compile : callable, optional
+        Called with a sentence before a compilation of several seconds.
+
+    Raises
+    ------
+    SettingError
+        `name` is unknown, or "compiled" on a device or machine without it.
+    ProgramError
+        "compiled" for a program that cannot be traced.
     """
     if name not in ENGINES:
         raise SettingError(f"engine='{name}' is not known: choose from {', '.join(ENGINES)}")
@@ -97,7 +124,7 @@ def _best(problem: Problem, num_steps: int, on_compile: Callable[[str], None] | 
 
 
 def _obstacle(problem: Problem, *, may_be_cached: bool = False) -> str | None:
-    """Why nothing can be compiled here, whatever the program."""
+    """Why no program can be compiled here, or None."""
     device = problem.program.device.type
     if (unknown := _unknown_torch()) is not None:
         return unknown
@@ -109,7 +136,7 @@ def _obstacle(problem: Problem, *, may_be_cached: bool = False) -> str | None:
 
 
 def _unknown_torch() -> str | None:
-    """A sentence if this torch is outside the range that the compiled engine knows."""
+    """A sentence if this version of torch is not supported, or None."""
     first, last = KNOWN_TORCH
     here = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if first <= here <= last:

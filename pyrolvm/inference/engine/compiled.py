@@ -1,8 +1,7 @@
 """The compiled engine: steps traced once, then run without Python; on the CPU and on CUDA.
 
-The first step of a run is eager: it gives the optimiser's state the shapes and starting values that torch
-gives it. From then on the state's tensors are the buffers that the compiled step writes to, so that
-either engine can go on from the other's state.
+The first step of a run is eager, so that torch itself creates the optimiser's state. From then on the state's
+tensors are the buffers that the compiled step writes to; either engine can continue from the other's state.
 """
 
 from __future__ import annotations
@@ -31,16 +30,28 @@ class CompiledEngine:
 
     Parameters
     ----------
-    step: what is trained.
-    on_compile: called with a sentence before a compilation of several seconds.
-    fall_back: run eagerly where compiling fails, and say why in `note`; else raise `ProgramError`.
-    traced: the step, if it has been traced before.
-    loop: what runs the traced step; by default native code on the CPU, a captured graph on CUDA.
+    problem : Problem
+        The pair, data and optimiser.
+    on_compile : callable, optional
+        Called with a sentence before a compilation of several seconds.
+    fall_back : bool
+        Run eagerly where compiling fails, with the reason in `note`; otherwise raise `ProgramError`.
+    traced : TracedStep, optional
+        The step, if it has been traced before.
+    note : str
+        A sentence with the engine and the reason.
+    loop : callable, optional
+        (traced step, minibatch) -> `Loop`. By default native code on the CPU, a captured graph on CUDA.
 
     Attributes
     ----------
-    num_compilations: how often a step was compiled or captured: once, whatever the chunks' lengths.
-    note: which engine runs, and why.
+    num_compilations : int
+        How often a step was compiled or captured: once, whatever the lengths of the chunks.
+
+    Raises
+    ------
+    UntraceableError
+        The program cannot be traced.
     """
 
     def __init__(
@@ -76,7 +87,7 @@ class CompiledEngine:
         return self.eager.initial_state(random)
 
     def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
-        """As `EagerEngine.run`: one step for each row of `rows`; returns the new state and the terms."""
+        """As `Engine.run`."""
         if self._given_up or not len(rows) or rows.shape[1] != len(self._traced.rows):
             return self.eager.run(state, rows)
         done: list[Tensor] = []
@@ -92,10 +103,10 @@ class CompiledEngine:
         return all(own.keys() <= state.optimizer.get(name, {}).keys() for name, own in self._slots.items())
 
     def _first_run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
-        """Compile, and see that the first steps give what eager steps give."""
+        """Compile, and check the first steps against eager ones."""
         before = state.clone()
         _, expected = self.eager.run(state.clone(), rows[:CHECKED_STEPS])
-        self.problem.program.load(before.parameters)  # so that `state` is whole if compiling is interrupted
+        self.problem.program.load(before.parameters)  # so that `state` is intact if compiling is interrupted
         try:
             self._loop = self._compile()
             self.num_compilations += 1
@@ -152,9 +163,16 @@ class CompiledEngine:
 
 
 def probe(problem: Problem) -> tuple[Slots, Tensor, float]:
-    """Try some eager steps: the optimiser's slots after them, the rows used, seconds per step.
+    """Time some eager steps; the program, its parameters and the generators are unchanged.
 
-    The program, its parameters and the generators are left as they were.
+    Returns
+    -------
+    slots : dict
+        The optimiser's state after a step.
+    rows : tensor [batch]
+        The rows used.
+    seconds : float
+        Per step.
     """
     program = problem.program
     before = {k: v.detach().clone() for k, v in program.tensors().items()}
@@ -174,7 +192,7 @@ def probe(problem: Problem) -> tuple[Slots, Tensor, float]:
 
 
 def _slots(traced: TracedStep) -> dict[str, dict[str, tuple[Tensor, torch.device]]]:
-    """Parameter -> slot -> the tensor that the step writes to, and the device that torch keeps it on."""
+    """Parameter -> slot -> (the tensor that the step writes to, the device that torch keeps it on)."""
     found: dict[str, dict[str, tuple[Tensor, torch.device]]] = {}
     for key, tensor in zip(traced.names, traced.state, strict=True):
         kind, _, name = key.partition("/")

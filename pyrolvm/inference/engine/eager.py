@@ -1,4 +1,4 @@
-"""The eager engine: Python runs every step. Slow, and right for every program Pyro can run."""
+"""The eager engine: Python runs every step. Slow, but it runs every program that Pyro runs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ class EagerEngine:
         return self._state(0, random)
 
     def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
-        """Take one step for each row of `rows` [num_steps, batch].
-
-        Returns the new state (its tensors are the program's own, updated in place) and the terms
-        [num_steps, len(problem.terms)] in nats per datum.
-        """
+        """As `Engine.run`; the new state's tensors are the program's own, updated in place."""
         self._adopt(state)
         program, device = self.problem.program, self.problem.program.device
         controls = self.problem.controls(state.step, len(rows))
@@ -67,7 +63,7 @@ class EagerEngine:
         return self._live
 
     def _adopt(self, state: TrainingState) -> None:
-        """Make `state` the live one, unless it already is."""
+        """Load `state` into the program and the optimiser, unless it is loaded."""
         if state is self._live:
             return
         self.problem.program.load(state.parameters)

@@ -1,14 +1,14 @@
-"""torch's private and prototype parts, all that the engines use of them (torch 2.11 to 2.13).
+"""All that the engines use of torch's private and prototype parts (torch 2.11 to 2.13).
 
-    record      run a function and write down its tensor operations          (make_fx)
+    record      run a function and record its tensor operations              (make_fx)
     functional  the same graph with side effects on its inputs only, at its end (functionalize)
     cpp_source  a graph as C++ source                                        (inductor, cpp_wrapper)
     compiler_command, header                                                 (inductor's C++ builder)
     fused       a graph as fused kernels of its device                       (inductor)
     borrowed    tensors as the pointers that such C++ takes                  (torch._C._aoti)
 
-Whatever is missing in another version of torch shows as an exception from here; the engines then run
-eagerly and say so.
+A part that is missing in another version of torch raises an exception here; the engines then run
+eagerly, with the reason in `fitted.engine`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, fx
 
 from pyrolvm.inference.engine import rewrites
 
-# What makes the numbers those of eager torch, and what only makes compiling quicker.
+# Some give the numbers of eager torch, the others only make compiling quicker.
 INDUCTOR_SETTINGS: dict[str, Any] = {
     "fallback_random": True,  # draws are ATen's own, from the default generators
     "size_asserts": False,  # shapes cannot change between steps
@@ -38,14 +38,14 @@ INDUCTOR_SETTINGS: dict[str, Any] = {
     "pattern_matcher": False,  # it would join products and sums again, for BLAS, and takes time
     "cpp_wrapper": True,
 }
-# -O3 only takes longer: inductor vectorises the kernels itself
+# -O3 takes longer for no gain: inductor vectorises the kernels itself
 FLAGS = {"-O3": "-O2", "-g1": "", "-Wall": "-w", "-pedantic": ""}
 REMOVED_OPS = ("_record_function", "_linalg_check_errors")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither warnings nor log lines of torch's compiler: they speak to its developers."""
+    """Silence warnings and log lines of torch's compiler: they are for its developers."""
     loggers = [logging.getLogger(n) for n in (*logging.root.manager.loggerDict,) if n.startswith("torch._")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -62,10 +62,16 @@ def _quiet() -> Iterator[None]:
 def record(
     function: Callable[..., Any], inputs: Sequence[Tensor]
 ) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """The operations of `function(*inputs)`, run once on these very tensors, and the constants among them.
+    """The operations of `function(*inputs)`, run once on these tensors, and the constants that it reads.
 
-    Whatever route leads the function to one of `inputs`, the graph has it as that input. The other tensors it
-    reads, its constants, are further inputs behind them.
+    An input that the function reaches by another name is that input of the graph.
+
+    Returns
+    -------
+    graph : GraphModule
+        Its arguments are the inputs, then the constants.
+    constants : tuple of tensor
+        The other tensors that the function reads.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -78,7 +84,7 @@ def record(
 
 
 def _lift_constants(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Tensors that the graph holds become inputs; one that is an input by another name, that input."""
+    """Make the tensors that the graph holds inputs; one that is an input by another name becomes that input."""
     nodes = graph.graph
     placeholders = [n for n in nodes.nodes if n.op == "placeholder"]
     known = {_memory(t): p for t, p in zip(inputs, placeholders, strict=True)}
@@ -105,7 +111,7 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def written_inputs(graph: fx.GraphModule) -> list[int]:
-    """Positions of the inputs that the graph writes to in place, be it through a view."""
+    """Positions of the inputs that the graph writes to in place, directly or through a view."""
     positions = {n: i for i, n in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
     base: dict[fx.Node, fx.Node] = {}
     written = set()
@@ -123,12 +129,12 @@ def written_inputs(graph: fx.GraphModule) -> list[int]:
 
 @_quiet()
 def functional(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
-    """The operations of `function(*inputs)` in inductor's terms, none in place but the final `copy_`."""
+    """The operations of `function(*inputs)` in inductor's terms, none in place except the final `copy_`."""
     from torch._inductor import config
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    rewrites.exponential_by_inversion()  # asked before the trace, which draws no numbers
+    rewrites.exponential_by_inversion()  # called before the trace, which draws no numbers
     with config.patch(INDUCTOR_SETTINGS), torch.no_grad():
         table = rewrites.decompositions(select_decomp_table())
         pure = torch.func.functionalize(function, remove="mutations")
@@ -144,7 +150,13 @@ class _Source(BaseException):
 
 @_quiet()
 def cpp_source(graph: fx.GraphModule) -> str:
-    """C++ that defines `void inductor_entry_impl(AtenTensorHandle* inputs, AtenTensorHandle* outputs)`."""
+    """C++ that defines `void inductor_entry_impl(AtenTensorHandle* inputs, AtenTensorHandle* outputs)`.
+
+    Raises
+    ------
+    RuntimeError
+        inductor wrote no C++, or C++ with other inputs.
+    """
     from torch._inductor.codecache import CppWrapperCodeCache
 
     def capture(*args: Any, main_code: str, kernel_code: str | None = None, **kwargs: Any) -> None:
@@ -172,7 +184,7 @@ def fused(graph: fx.GraphModule) -> Callable[[Sequence[Tensor]], Any]:
 
 
 def _compile(graph: fx.GraphModule, settings: dict[str, Any]) -> Any:
-    """inductor without Dynamo and AOTAutograd before it: the graph is traced, flat and functional."""
+    """Compile by inductor alone: the graph is traced, flat and functional, so Dynamo and AOTAutograd are not needed."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -198,8 +210,14 @@ HEADERS = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n#include <torch/csr
 def compiler_command(source: Path, target: Path, header: Path | None = None) -> list[str]:
     """The command that compiles C++ `source` for this processor into the library `target`.
 
-    header: a header to include first, precompiled beside itself. With `source` a header, the command
-    precompiles it.
+    Parameters
+    ----------
+    source : Path
+        A C++ file, or a header (.h), which is precompiled.
+    target : Path
+        The library, or the precompiled header.
+    header : Path, optional
+        A header to include first, precompiled beside itself.
     """
     from torch._inductor import config
     from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
@@ -226,7 +244,7 @@ _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 @contextmanager
 def borrowed(tensors: Sequence[Tensor]) -> Iterator[Any]:
-    """The tensors as an array of `AtenTensorHandle`, valid inside."""
+    """The tensors as an array of `AtenTensorHandle`, valid within the block."""
     capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
     try:
         yield (ctypes.c_void_p * len(capsules))(*(_capsule_pointer(c, None) for c in capsules))

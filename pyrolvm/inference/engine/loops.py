@@ -1,7 +1,7 @@
-"""The traced step over static buffers, as the engines run it: in Python, or replayed on CUDA.
+"""The traced step over static buffers: run from Python, or replayed on CUDA.
 
 A loop owns the buffers of a chunk (`index`, `terms`, `controls`, `rows`) and writes to the state's tensors in place.
-`native.NativeLoop` is the same on the CPU without Python.
+`native.NativeLoop` runs it on the CPU without Python.
 """
 
 from __future__ import annotations
@@ -23,7 +23,21 @@ WARM_UPS = 3
 
 
 class Loop(Protocol):
-    """Advances the traced state in place, `capacity` steps at most at a time."""
+    """Advances the traced state in place.
+
+    Attributes
+    ----------
+    capacity : int
+        The most steps of one `run`.
+    index : tensor [], int64
+        The next step of the chunk.
+    terms : tensor [capacity, terms]
+        Written by each step, in nats per datum.
+    controls : tensor [capacity, controls], float64
+        The controls of each step, the learning rate first.
+    rows : tensor [capacity, batch], int64
+        The rows of each step; [N] if the data are taken whole.
+    """
 
     capacity: int
     index: Tensor
@@ -32,7 +46,7 @@ class Loop(Protocol):
     rows: Tensor
 
     def run(self, num_steps: int) -> None:
-        """Take `num_steps` steps from `index` on, with the controls and rows that the buffers hold."""
+        """Take `num_steps` steps from `index` on, with the controls and rows in the buffers."""
 
 
 def chunk_capacity(traced: TracedStep, minibatch: bool) -> int:
@@ -41,7 +55,7 @@ def chunk_capacity(traced: TracedStep, minibatch: bool) -> int:
 
 
 class StaticLoop:
-    """Runs the traced step from Python: for tests, and what `CudaLoop` captures."""
+    """Runs the traced step from Python, for tests; `CudaLoop` captures it."""
 
     def __init__(self, traced: TracedStep, minibatch: bool) -> None:
         self.capacity = chunk_capacity(traced, minibatch)
@@ -57,13 +71,13 @@ class StaticLoop:
 
 
 class CudaLoop(StaticLoop):
-    """Replays one captured step: nothing touches the host between the steps of a chunk.
+    """Replays one captured step, without host synchronisation between the steps of a chunk.
 
-    Noise comes from the device's default generator, whose state each replay reads and moves on.
+    Noise comes from the device's default generator, whose state each replay reads and advances.
     """
 
     def __init__(self, traced: TracedStep, minibatch: bool) -> None:
-        """Capture a step; the state and the generators are left as they were."""
+        """Capture a step; the state and the generators are unchanged."""
         super().__init__(traced, minibatch)
         self._device = self.index.device
         before = [t.clone() for t in self._written]
@@ -83,7 +97,7 @@ class CudaLoop(StaticLoop):
         self._advance(*self._inputs)
 
     def _capture(self, advance: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-        # libraries set themselves up in the first calls, which must not be captured
+        # libraries initialise in the first calls, which must not be captured
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -101,7 +115,7 @@ class CudaLoop(StaticLoop):
 
 
 def _fused(advance: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], Any] | None:
-    """The step in kernels fused by inductor, where it can; some hundred small ones otherwise."""
+    """The step as kernels fused by inductor; None where that fails."""
     if find_spec("triton") is None:
         return None
     try:

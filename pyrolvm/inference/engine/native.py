@@ -32,7 +32,7 @@ class CompilerError(RuntimeError):
 
 
 def key(traced: TracedStep) -> str:
-    """The name of the compiled step in the cache: the step, and the sources that turn it into code."""
+    """The name of the compiled step in the cache, a hash of the step and of the sources that generate its code."""
     modules = (graphs, loops, rewrites, source, tracing, sys.modules[__name__])
     sources = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
     own = [_header_text(path.name) for path in sorted(CPP.glob("*.h"))]
@@ -53,7 +53,7 @@ class NativeLoop(StaticLoop):
     """The step as a library: a chunk is one call."""
 
     def __init__(self, traced: TracedStep, minibatch: bool) -> None:
-        """Load the step from the cache, or compile it. Raises `CompilerError`."""
+        """Load the step from the cache, or compile it. Raises `CompilerError` if the compiler fails."""
         super().__init__(traced, minibatch)
         path = cache.entry(key(traced), ".so")
         if not cache.is_stored(path):
@@ -69,7 +69,7 @@ class NativeLoop(StaticLoop):
 
 
 def _load(path: Path) -> Callable[..., bytes | None]:
-    # PyDLL: the loop starts with the interpreter's lock, and lets it go while a step computes
+    # PyDLL: the loop starts with the interpreter's lock and releases it while a step computes
     function = ctypes.PyDLL(str(path)).pyrolvm_run
     function.restype = ctypes.c_char_p
     function.argtypes = [ctypes.c_int64, ctypes.c_void_p]
@@ -92,8 +92,8 @@ def _compile(advance: Callable[..., Any], inputs: Sequence[Tensor], path: Path) 
 
 
 def _whole(code: str, num_inputs: int) -> str:
-    """inductor's C++ of one step with the loop around it and the products it calls."""
-    # an operator written in Python leaves its error with the interpreter, which is asked after each step
+    """inductor's C++ of one step, with the loop around it and the matrix products it calls."""
+    # an operator written in Python leaves its error in the interpreter, which is checked after each step
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
     settings = {
         "NUM_INPUTS": num_inputs,
@@ -108,7 +108,7 @@ def _whole(code: str, num_inputs: int) -> str:
 
 
 def _blas_from() -> int:
-    """Multiplications from which BLAS is as quick as `gemm.h`; MKL's code for AMD's processors never is."""
+    """The number of multiplications from which BLAS is as quick as `gemm.h`; MKL on AMD's processors never is."""
     return 2**31 if torch.backends.mkl.is_available() and "AMD" in cache.processor() else 2**20
 
 
@@ -132,7 +132,7 @@ def _precompile(header: Path) -> None:
     with (
         contextlib.suppress(CompilerError),
         cache.storing(path) as target,
-    ):  # without it, all only takes longer
+    ):  # without it, compiling only takes longer
         _call(graphs.compiler_command(header, target))
 
 

@@ -1,7 +1,7 @@
 """torch's optimisers and schedules, described by data so that any engine can run them.
 
 One optimiser over all parameters, gradients clipped by their global norm. The learning rate of step t is
-a function of t alone: schedules are run ahead on the host and handed to the engine as numbers.
+a function of t alone: schedules are evaluated in advance on the host and passed to the engine as numbers.
 """
 
 from __future__ import annotations
@@ -36,10 +36,23 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 class OptimizerSpec:
     """How parameters are updated.
 
-    optimizer: a name of `OPTIMIZERS`, or a torch optimiser class.
-    options: its further arguments, e.g. {"betas": (0.9, 0.99)}.
-    schedule: a function of the optimiser that returns a torch scheduler, stepped once per step.
-    clip_norm: the largest global norm of the gradient of the loss per datum, None for no clipping.
+    Parameters
+    ----------
+    optimizer : str or type
+        A name of `OPTIMIZERS`, or a torch optimiser class.
+    learning_rate : float or callable
+        A positive number, or a function of the share of the run done, in (0, 1].
+    options : dict
+        Further arguments of the optimiser, e.g. {"betas": (0.9, 0.99)}.
+    schedule : callable, optional
+        Optimiser -> torch scheduler, stepped once per step.
+    clip_norm : float, optional
+        The largest global norm of the gradient of the loss per datum; None does not clip.
+
+    Raises
+    ------
+    SettingError
+        A value is not valid, or `learning_rate` is a function and there is a `schedule`.
     """
 
     optimizer: str | type[Optimizer] = "adam"
@@ -75,7 +88,7 @@ class OptimizerSpec:
         return self.optimizer if isinstance(self.optimizer, str) else self.optimizer.__name__
 
     def build(self, parameters: Sequence[Tensor]) -> Optimizer:
-        """The torch optimiser over `parameters`."""
+        """The torch optimiser over `parameters`. Raises `SettingError` if it does not accept `options`."""
         cls: Any = OPTIMIZERS[self.optimizer] if isinstance(self.optimizer, str) else self.optimizer
         try:
             rate = 1e-3 if callable(self.learning_rate) else self.learning_rate  # engines set each step's own
@@ -84,7 +97,7 @@ class OptimizerSpec:
             raise SettingError(f"optimizer_options do not suit {cls.__name__}: {error}") from error
 
     def learning_rates(self, first_step: int, num_steps: int, length: int = 1) -> list[float]:
-        """The learning rates of steps first_step, ..., first_step + num_steps - 1 of a run of `length` steps."""
+        """The learning rates of `num_steps` steps from `first_step` (counted from 0) of a run of `length` steps."""
         if callable(self.learning_rate):
             shares = [(first_step + k + 1) / length for k in range(num_steps)]
             return [value_of("learning_rate", self.learning_rate, share) for share in shares]
@@ -95,7 +108,7 @@ class OptimizerSpec:
         return self._rates[first_step : first_step + num_steps]
 
     def _advance(self) -> None:
-        """Append the next step's rate, by stepping the schedule over a parameter that never moves."""
+        """Append the next step's rate, by stepping the schedule of a dummy parameter."""
         if self._running is None:
             self._running = self._start_schedule()
         optimizer, scheduler = self._running

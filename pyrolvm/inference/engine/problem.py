@@ -1,4 +1,4 @@
-"""What is trained, on what, and how: one loss and its gradient, as every engine computes them."""
+"""The problem that engines solve: one loss and its gradient."""
 
 from __future__ import annotations
 
@@ -33,20 +33,17 @@ class Problem:
     Parameters
     ----------
     data : Batch
-        The data that rows are taken from, on the program's device.
+        The training data, on the program's device.
     minibatch : bool
-        Whether rows are taken; else every step sees the data whole.
+        Whether each step takes some rows; otherwise it uses all data.
     num_rows : int
-        N, the rows of the whole training data, which plates and the KL of global latents refer to.
+        N, the rows of the training data.
     schedules : dict
-        Control -> number, or function of the share of the run that is done. The KL weight is among them if it is used.
+        Control -> number, or function of the share of the run done. Has the KL weight only if it is not constantly 1.
     num_steps : int
-        The length of the run, which shares are shares of.
-
-    Attributes
-    ----------
+        The length of the run.
     terms : tuple of str
-        The columns of what `loss` reports, the bound first; known once `loss` has run.
+        The columns that `loss` reports, the bound first; complete once `loss` has run.
     """
 
     program: Program
@@ -64,12 +61,12 @@ class Problem:
 
     @property
     def scheduled(self) -> tuple[str, ...]:
-        """The controls that may change from step to step, the learning rate first; the others are constants."""
+        """The controls that may change between steps, the learning rate first."""
         return (LEARNING_RATE, *(name for name, value in self.schedules.items() if callable(value)))
 
     @property
     def constants(self) -> dict[str, float]:
-        """The controls that stay as they are."""
+        """The controls given as numbers."""
         return {name: float(v) for name, v in self.schedules.items() if not callable(v)}
 
     def controls(self, first_step: int, num_steps: int) -> Tensor:
@@ -88,22 +85,21 @@ class Problem:
     # ------------------------------------------------------------------ loss and gradient
 
     def batch(self, rows: Tensor) -> Batch:
-        """The data of rows [batch], which carry their numbers and N."""
+        """The data of `rows` [batch], with their row numbers and N."""
         taken = self.data.take(rows) if self.minibatch else self.data
         return replace(taken, rows=rows, total=self.num_rows)
 
     def loss(self, rows: Tensor, values: Sequence[Any] = ()) -> Loss:
-        """The loss to descend and the terms to report, both in nats per datum.
+        """The loss to minimise and the terms to report, both in nats per datum.
+
+        Call it inside `program.scope()`.
 
         Parameters
         ----------
-        rows : tensor [batch]
-        values : sequence of numbers or 0-d tensors
-            The scheduled controls but the learning rate, in the order of `scheduled`.
-
-        Notes
-        -----
-        To be called inside `program.scope()`.
+        rows : tensor [batch], int64
+            Row numbers of the batch.
+        values : sequence of numbers or tensors []
+            The scheduled controls except the learning rate, in the order of `scheduled`.
         """
         controls = {**self.constants, **dict(zip(self.scheduled[1:], values, strict=True))}
         batch, weight = self.batch(rows), controls.get(KL_WEIGHT)
@@ -124,9 +120,9 @@ class Problem:
         return Loss(result.surrogate / n, own, torch.stack([bound, *terms.values()]).detach() / n)
 
     def gradients(self, rows: Tensor, values: Sequence[Any] = ()) -> tuple[list[Tensor | None], Tensor]:
-        """The gradient of each parameter and the terms: the one place where a gradient is computed.
+        """The gradient of each parameter (None where it has none), and the terms. Arguments as of `loss`.
 
-        A reduction over processes belongs here.
+        Gradients are computed here only: a reduction over processes belongs here.
         """
         loss = self.loss(rows, values)
         leaves = list(self.program.parameters.values())
@@ -144,7 +140,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss per datum: `surrogate` for the pair, `own` for the objective's modules if they have one, [terms]."""
+    """The losses of a batch, in nats per datum.
+
+    Attributes
+    ----------
+    surrogate : tensor []
+        Its gradient is that of minus the bound.
+    own : tensor [] or None
+        The loss of the objective's own modules.
+    terms : tensor [terms]
+        The bound and the objective's terms.
+    """
 
     surrogate: Tensor
     own: Tensor | None
@@ -157,9 +163,14 @@ def schedules_of(
     given: Mapping[str, Schedule] | None,
     kl_warmup: float,
 ) -> dict[str, Schedule]:
-    """The schedules of a run: the model's and the objective's own, then what the user gives.
+    """The schedules of a run: the model's, the objective's and the user's; later ones override.
 
-    The KL weight is left out where it is constantly 1. Raises `SettingError` for a `learning_rate` among them.
+    A KL weight that is constantly 1 is left out.
+
+    Raises
+    ------
+    SettingError
+        `given` has a learning rate, or a KL weight besides `kl_warmup`.
     """
     given = dict(given or {})
     if LEARNING_RATE in given:
@@ -176,7 +187,7 @@ def schedules_of(
 
 
 class _KLWeight(Messenger):
-    """Weigh log p(z) and log q(z) of every latent site."""
+    """Multiply log p(z) and log q(z) of every latent site by a weight."""
 
     def __init__(self, weight: Any) -> None:
         super().__init__()

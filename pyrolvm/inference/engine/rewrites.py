@@ -1,10 +1,10 @@
-"""What a step's graph is made of for inductor: the same numbers in fewer or cheaper operations.
+"""Rewrites of a step's graph for inductor: the same numbers in fewer or cheaper operations.
 
     decompositions     operators in terms of others
     delay_expansions   elementwise operations before a broadcast, not after it
     hoist_scalars      costly scalars computed once
 
-Draws stay ATen's own, from the default generators.
+Draws remain ATen's own, from the default generators.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 
 def decompositions(table: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
-    """inductor's `table` without those of draws, which are not ATen's, and with our own."""
+    """inductor's `table` without its draws, which differ from ATen's, and with the ones below."""
     own = {k: v for k, v in table.items() if torch.Tag.nondeterministic_seeded not in getattr(k, "tags", ())}
     own[torch.ops.aten.multinomial.default] = _multinomial
     own[torch.ops.aten.bernoulli.default] = _bernoulli
@@ -29,7 +29,7 @@ def decompositions(table: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[.
 def _multinomial(
     weights: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None
 ) -> Any:
-    """One draw as ATen makes it, from the same noise; inductor itself would call Python for it."""
+    """One draw, from the same noise as ATen's; inductor itself would call Python for it."""
     if num_samples != 1 or generator is not None or not _is_plain(weights):
         return NotImplemented
     if exponential_by_inversion() and weights.dtype == torch.float32:
@@ -59,7 +59,7 @@ def _bernoulli(weights: Tensor, *, generator: Any = None) -> Any:
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    """A product and a sum, which joins the kernel that reads it."""
+    """A product and a sum; the sum joins the kernel that reads it."""
     if beta != 1 or alpha != 1:
         return NotImplemented
     return torch.mm(left, right) + bias
@@ -86,10 +86,7 @@ COSTLY = (
 
 
 def delay_expansions(graph: fx.GraphModule) -> None:
-    """f(expand(x)) as expand(f(x)) for elementwise f of one tensor.
-
-    The logarithm of a scale is taken once, and not for each datum.
-    """
+    """f(expand(x)) as expand(f(x)) for elementwise f of one tensor: the log of a scale is taken once, not per datum."""
     expand = torch.ops.aten.expand.default
     for node in list(graph.graph.nodes):
         sources = node.all_input_nodes
@@ -119,14 +116,14 @@ def _is_elementwise(node: fx.Node) -> bool:
 
 
 def _value(node: fx.Node, base: Any) -> Tensor:
-    """What `node` gives for `base` in the place of its only tensor, as a fake tensor."""
+    """The value of `node` for `base` as its only tensor, as a fake tensor."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: base.meta["val"])
     with base.meta["val"].fake_mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def hoist_scalars(graph: fx.GraphModule) -> None:
-    """Compute each costly scalar once, not again in the inner loop of every kernel that reads it.
+    """Compute each costly scalar once, not in the inner loop of every kernel that reads it.
 
     Adam's bias corrections are two powers; inlined, they cost as much as the matrix products of a VAE.
     """
@@ -158,7 +155,7 @@ def _is_large(node: fx.Node) -> bool:
 
 @functools.cache
 def _realized() -> Any:
-    """An operator that does nothing but have inductor keep its argument in memory."""
+    """An identity operator that makes inductor keep its argument in memory."""
     from torch._inductor.lowering import register_lowering
 
     @torch.library.custom_op("pyrolvm::realized", mutates_args=())

@@ -1,11 +1,11 @@
-"""inductor's C++ for one step, rearranged to take many: what is the same in every step is done once.
+"""inductor's C++ for one step, rearranged to take many steps per call.
 
-inductor writes a function that allocates its buffers, makes its views, runs the kernels and frees all
-again. For a small model that housekeeping is most of the time. `looped` puts the kernels into a loop and leaves
-the rest in front of it: buffers live as long as the call, and a buffer that takes over another's
-memory becomes a second name of it.
+inductor writes a function that allocates its buffers, makes its views, runs the kernels and frees everything.
+For a small model the allocations and views take most of the time. `looped` puts the kernels into a loop and leaves
+the rest before it: buffers live as long as the call, and a buffer that takes over another's memory becomes a second
+name of it.
 
-Lines are known by their form. One that is not known stays where it is, within the loop.
+Lines are recognised by their form. Any other line stays within the loop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, field
 
 LARGEST_KEPT = 2**23
-"""Buffers with more elements are allocated and freed in each step, as inductor planned: memory matters more there."""
+"""Larger buffers (elements) are allocated and freed in each step, as inductor planned, to save memory."""
 
 _BEGIN = "    py::gil_scoped_release_simple release;\n"
 _END = "} // inductor_entry_impl\n"
@@ -53,7 +53,7 @@ class _Parts:
 
 
 def looped(code: str) -> str:
-    """`code` with its entry function taking `pyrolvm::num_steps` steps. Raises `RuntimeError` for unknown code."""
+    """`code` with `pyrolvm::num_steps` steps in its entry function. Raises `RuntimeError` for code of another form."""
     head, begin, rest = code.partition(_BEGIN)
     body, end, tail = rest.partition(_END)
     if not begin or not end:
@@ -70,7 +70,7 @@ def looped(code: str) -> str:
 
 
 def _given_away(lines: list[str]) -> set[str]:
-    """Names whose tensor goes to somebody else, who frees it."""
+    """Names whose tensor another owner takes and frees."""
     names = set()
     for line in lines:
         if not (_INPUT.fullmatch(line) or _REUSED.fullmatch(line)):
@@ -108,7 +108,7 @@ def _place(line: str, parts: _Parts, given: set[str]) -> None:
 
 
 def _allocate(match: re.Match[str], parts: _Parts, given: set[str]) -> None:
-    """Before the loop, together with its declaration, unless it is large or given away."""
+    """Move an allocation and its declaration before the loop, unless the buffer is large or given away."""
     size, name = match[1], match[2]
     if name in given or parts.sizes[size] > LARGEST_KEPT:
         parts.each.append(match[0])
@@ -119,7 +119,7 @@ def _allocate(match: re.Match[str], parts: _Parts, given: set[str]) -> None:
 
 
 def _with_views(line: str, parts: _Parts) -> str:
-    """The line with views of tensors that outlive the step made before the loop."""
+    """The line, with views of tensors that outlive the step moved before the loop."""
 
     def view(match: re.Match[str]) -> str:
         if match[1] not in parts.kept:

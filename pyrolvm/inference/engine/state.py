@@ -12,12 +12,18 @@ from pyrolvm.errors import RunFolderError
 
 @dataclass
 class TrainingState:
-    """Parameters, optimiser, step and noise: what a checkpoint holds and a resumed run starts from.
+    """Parameters, optimiser, step and noise: the contents of a checkpoint, from which a run resumes.
 
-    parameters: name -> tensor, the program's parameters (unconstrained) and buffers.
-    optimizer: parameter name -> {torch's own state name -> tensor}.
-    step: steps done; batch plan, learning rate and KL weight are functions of it.
-    random: the states of the generators that Monte Carlo noise is drawn from.
+    Attributes
+    ----------
+    parameters : dict
+        Name -> tensor, the program's parameters (unconstrained) and buffers.
+    optimizer : dict
+        Parameter name -> {torch's name of a slot -> tensor}.
+    step : int
+        Steps done. Batch plan and controls are functions of it.
+    random : dict
+        Type of device -> state of its generator of Monte Carlo noise.
     """
 
     parameters: dict[str, Tensor]
@@ -26,7 +32,7 @@ class TrainingState:
     random: dict[str, Tensor]
 
     def clone(self) -> TrainingState:
-        """A copy that training does not touch."""
+        """A copy that shares no memory with this state."""
         return TrainingState(
             {k: v.detach().clone() for k, v in self.parameters.items()},
             {k: {n: v.clone() for n, v in s.items()} for k, s in self.optimizer.items()},
@@ -35,7 +41,7 @@ class TrainingState:
         )
 
     def flatten(self) -> dict[str, Tensor]:
-        """One dict of CPU tensors, for files; undone by `unflatten`."""
+        """One dict of CPU tensors, for files; `unflatten` is the inverse."""
         flat = {f"parameters/{k}": v for k, v in self.parameters.items()}
         for name, slots in self.optimizer.items():
             flat |= {f"optimizer/{slot}/{name}": v for slot, v in slots.items()}
@@ -45,7 +51,7 @@ class TrainingState:
 
     @classmethod
     def unflatten(cls, flat: dict[str, Tensor], device: torch.device) -> TrainingState:
-        """The state that `flatten` was called on, its parameters on `device`."""
+        """The state of a dict made by `flatten`, its parameters on `device`. Raises `RunFolderError`."""
         if "step" not in flat:
             raise RunFolderError("the checkpoint holds no training state: it was not written by fit")
         state = cls({}, {}, int(flat["step"]), {})
@@ -55,7 +61,7 @@ class TrainingState:
                 state.parameters[name] = value.to(device)
             elif kind == "optimizer":
                 slot, _, parameter = name.partition("/")
-                # torch keeps the count of steps on the CPU, the moments beside the parameters
+                # torch keeps the step count on the CPU, the moments beside the parameters
                 on = value if slot == "step" else value.to(device)
                 state.optimizer.setdefault(parameter, {})[slot] = on
             elif kind == "random":

@@ -1,10 +1,10 @@
 """A training step as one graph: bound, gradients, clipping and the update of torch's own optimiser.
 
-The step is run once while every tensor operation is written down; Pyro's handlers and the optimiser's
-Python are gone from what remains. Nothing of Pyro or torch.optim is implemented a second time.
+The step is run once while its tensor operations are recorded, without Pyro's handlers and the optimiser's
+Python. Nothing of Pyro or torch.optim is implemented a second time.
 
-What they ask the host for on the way is answered without it: `_static_pyro` and `_TensorScalars`. A branch
-on values cannot be written down: `UntraceableError` names the site and the line.
+`_static_pyro` and `_TensorScalars` replace the values that Pyro and the optimiser read on the host. A branch
+on values cannot be traced: `UntraceableError` names the operation and its line.
 """
 
 from __future__ import annotations
@@ -42,18 +42,29 @@ _STANDARD = str(Path(traceback.__file__).parent)
 
 
 class UntraceableError(ProgramError):
-    """The program cannot be written down as one graph; the message says what in it, and where."""
+    """The program cannot be traced as one graph; the message names the operation and its line."""
 
 
 @dataclass(frozen=True)
 class TracedStep:
     """`graph(*state, *data, rows, *controls, *constants) -> (*new values, terms)`.
 
-    The first control is the learning rate.
-
-    state: what a step may change: parameters, buffers and the optimiser's slots, in the order of `names`,
-    which are the keys of `TrainingState.flatten`. `updated` are the positions of the state that the new
-    values are of; buffers are written in place by the graph itself.
+    Attributes
+    ----------
+    names : tuple of str
+        The names of `state`, keys of `TrainingState.flatten`.
+    state : tuple of tensor
+        What a step may change: parameters, buffers and the optimiser's slots. The graph writes buffers in place.
+    updated : tuple of int
+        Positions in `state` of the new values.
+    data : tuple of tensor [N, ...]
+        The whole training data.
+    rows : tensor [batch], int64
+        An example of the rows of a step.
+    constants : tuple of tensor
+        The other tensors that the program reads.
+    num_controls : int
+        Controls of a step; the first is the learning rate.
     """
 
     graph: fx.GraphModule
@@ -71,9 +82,9 @@ class TracedStep:
         """The step as a function that only writes to its inputs, and example inputs for it.
 
         `advance(index, terms, controls, rows, *state, *data, *constants)` takes step number `index` []
-        of a chunk: its controls from `controls` [capacity, num_controls], indices from `rows` [capacity, batch]
-        (or [N], if the data are taken whole); writes the terms to `terms` [capacity, num_terms] and the new values
-        to the state, and counts `index` on.
+        of a chunk, with its row of `controls` [capacity, num_controls] and of `rows` [capacity, batch] (or all
+        `rows` [N], if the data are taken whole). It writes to `terms` [capacity, num_terms] and to the state, and
+        increments `index`.
         """
         device, dtype = self.rows.device, self.dtype
         split = len(self.state), len(self.state) + len(self.data)
@@ -109,9 +120,19 @@ class TracedStep:
 
 
 def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
-    """Write one step down. `slots` are the optimiser's after a step; `rows` [batch] are any valid ones.
+    """Trace one step; the program, its parameters and the generators are unchanged.
 
-    The program, its parameters and the generators are left as they were.
+    Parameters
+    ----------
+    slots : dict
+        The optimiser's state after a step.
+    rows : tensor [batch], int64
+        Any valid rows.
+
+    Raises
+    ------
+    UntraceableError
+        The program cannot be traced as one graph.
     """
     program, device = problem.program, problem.program.device
     state = {f"parameters/{k}": v for k, v in program.tensors().items()}
@@ -166,7 +187,7 @@ def _update(
             kind, _, slot = key.partition("/")
             slot, _, owner = slot.partition("/")
             if kind == "optimizer" and owner == name:
-                # the host computes with the count of steps in double precision
+                # the host computes with the step count in double precision
                 own = value.to(torch.float64, copy=True) if slot == "step" else value.clone()
                 optimizer.state[parameter][slot] = own
                 old[key] = value
@@ -193,7 +214,7 @@ def _update(
 
 
 class _TensorScalars(TorchFunctionMode):
-    """Numbers that an optimiser reads from tensors (`step.item()`) stay tensors, in double precision."""
+    """Keep numbers that an optimiser reads from tensors (`step.item()`) as tensors, in double precision."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
@@ -220,12 +241,12 @@ def _scaled(name: str, target: Tensor, *terms: Any) -> Tensor:
     return target.add_(term) if name.endswith("_") else target + term
 
 
-# ---------------------------------------------------------------- what Pyro asks the host for
+# ---------------------------------------------------------------- values that Pyro reads on the host
 
 
 @contextmanager
 def _static_pyro() -> Iterator[None]:
-    """Pyro without the readings and branches that it needs only for messages or speed."""
+    """Pyro without host reads and branches that serve only messages or speed."""
     replaced = {"torch_item": _as_tensor, "warn_if_nan": lambda *args, **kwargs: None}
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
@@ -253,7 +274,7 @@ def _masked_dot(weight: Tensor, cost: Tensor) -> Tensor:
 
 
 class _NoShortcuts(TorchFunctionMode):
-    """`Dice.compute_expectation` selects only if some weight is 0; `_masked_dot` need not ask."""
+    """`Dice.compute_expectation` branches on whether some weight is 0; `_masked_dot` needs no branch."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
@@ -276,7 +297,7 @@ def _called_by(function: Callable[..., Any]) -> bool:
 
 @contextmanager
 def _kept(program: Program) -> Iterator[None]:
-    """Put parameters and buffers back; a tensor that was replaced by another is an error. Inside the scope."""
+    """Restore parameters and buffers, inside `program.scope()`. Raises `UntraceableError` if one was replaced."""
     tensors = program.tensors()
     values = {k: v.detach().clone() for k, v in tensors.items()}
     store = pyro.get_param_store()

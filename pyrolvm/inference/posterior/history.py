@@ -13,16 +13,16 @@ from pyrolvm.errors import RunFolderError
 
 
 class History:
-    """Terms of every step, with the controls and seconds; the validation bound where it was computed.
+    """Terms, controls and seconds of every step, and the held-out bound where it was computed.
 
-    All bounds are in nats per datum (the total, where the program has no data plate); higher is better.
+    Bounds are in nats per datum (in total, where the program has no data plate); higher is better.
 
     Parameters
     ----------
     terms : sequence of str
-        What the objective reports, the bound first.
+        Columns that the objective reports, the bound first.
     controls : sequence of str
-        The controls that a column shows, in the order of `append`'s.
+        Columns of controls, in the order of `append`.
     """
 
     def __init__(
@@ -42,7 +42,19 @@ class History:
         return float(self._chunks[-1][-1, -1]) if self._chunks else 0.0
 
     def append(self, first_step: int, terms: Tensor, controls: Tensor, seconds: float) -> None:
-        """Add a chunk: terms [K, len(self.terms)], controls [K, len(self.controls)] and the seconds it took."""
+        """Add a chunk of K steps.
+
+        Parameters
+        ----------
+        first_step : int
+            Steps done before the chunk.
+        terms : tensor [K, len(self.terms)]
+            In nats per datum.
+        controls : tensor [K, len(self.controls)]
+            The value at each step.
+        seconds : float
+            What the chunk took.
+        """
         k = len(terms)
         steps = torch.arange(first_step + 1, first_step + k + 1, dtype=torch.float64)[:, None]
         took = self.seconds + seconds * torch.arange(1, k + 1, dtype=torch.float64)[:, None] / k
@@ -61,7 +73,7 @@ class History:
         return float(values[-num_steps:].mean())
 
     def rows(self, after: int = 0) -> Iterator[dict[str, float | int | None]]:
-        """The steps later than `after`, one dict each; None where a column has no value."""
+        """The steps after step `after`, one dict each; None where a column has no value."""
         for chunk in self._chunks:
             for row in chunk[chunk[:, 0] > after] if chunk[-1, 0] > after else ():
                 values = [None if np.isnan(v) else float(v) for v in row]
@@ -78,16 +90,21 @@ class History:
         return torch.from_numpy(values)
 
     def load(self, values: Tensor) -> None:
-        """Take the record that `tensor` gave. Raises `RunFolderError` for one of other columns."""
+        """Restore a record of `tensor`. Raises `RunFolderError` if its columns differ."""
         if values.shape[1] != len(self.columns):
             raise RunFolderError("the checkpoint's history has other columns: it is of another objective")
         self._chunks = [values.numpy().copy()] if len(values) else []
 
 
 def held_out_elbo(history: pd.DataFrame, kept_step: int | None = None) -> float:
-    """The held-out bound of the parameters kept, nats per datum: that of `kept_step`, else the last; nan if none.
+    """The held-out bound of the parameters kept, in nats per datum; nan if there is none.
 
-    history: as `History.frame` gives it. kept_step: the step whose parameters were put back, if any were.
+    Parameters
+    ----------
+    history : DataFrame
+        As returned by `History.frame`.
+    kept_step : int, optional
+        The step whose parameters were restored. By default the last evaluation counts.
     """
     if "validation_elbo" not in history:
         return float("nan")

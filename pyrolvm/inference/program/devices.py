@@ -8,7 +8,7 @@ from pyrolvm.errors import SettingError
 
 
 def resolve_device(name: str) -> str:
-    """ "auto" as the device it means; `SettingError` for one that is not known or not on this machine."""
+    """The device `name`, with "auto" resolved. Raises `SettingError` if it is unknown or not on this machine."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

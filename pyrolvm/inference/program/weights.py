@@ -1,10 +1,10 @@
 """Importance weights log p(x, z) - log q(z) per datum, from a pair of traces.
 
-The weight of a datum sums the log-densities of its sites over every dimension but those of the plates
+The weight of a datum sums the log-densities of its sites over every dimension except those of the plates
 that all sites share. The scale that all sites share (N/B of a minibatch, `poutine.scale` around the
-whole program) is kept apart, for it belongs outside a log-mean-exp: with it inside, the "bound"
-of a minibatch can exceed the evidence. So are weights of rows, a tensor scale around the whole program. A scale of some
-sites only (a power of the likelihood) stays in.
+whole program) is kept apart, because it belongs outside a log-mean-exp: with it inside, the "bound"
+of a minibatch can exceed the evidence. The same holds for weights of rows, a tensor scale around the whole program.
+A scale of some sites only (a power of the likelihood) is part of the weight.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class LogDensities:
     Attributes
     ----------
     log_prior, log_likelihood, log_guide : tensor [particles, cells]
+        log p(z), log p(x | z) and log q(z).
     score : tensor [particles, cells] or None
-        The part of log_guide that no path derivative reaches (sites that are not reparameterised).
+        The part of log_guide from sites that are not reparameterised.
     scale : float or tensor [cells]
-        What belongs outside the logarithm.
+        The factor that belongs outside the logarithm.
     """
 
     log_prior: Tensor
@@ -46,7 +47,7 @@ class LogDensities:
 
     @property
     def log_weight(self) -> Tensor:
-        """log p(x, z) - log q(z): [particles, cells]."""
+        """log p(x, z) - log q(z): [particles, cells], nats."""
         return self.log_likelihood + self.log_prior - self.log_guide
 
 
@@ -55,8 +56,17 @@ def log_densities(
 ) -> LogDensities:
     """Per-datum log-densities of a pair of traces with log_probs computed.
 
-    `skip` names sites that do not enter (global latents held fixed at the guide's draw); `keep` the shared
-    plates whose cells stay apart, all of them if None.
+    Parameters
+    ----------
+    skip : iterable of str
+        Sites to leave out (global latents held at the guide's draw).
+    keep : iterable of str, optional
+        The shared plates whose cells stay apart; all by default.
+
+    Raises
+    ------
+    SettingError
+        A latent is outside a subsampled plate, so that N/B would stay inside the exponent.
     """
     skip = set(skip)
     in_model = [s for s in sample_sites(model_trace) if s["name"] not in skip]
@@ -91,7 +101,7 @@ def _shared_frames(sites: list[dict[str, Any]]) -> list[Any]:
 def _divided_scale(
     sites: list[dict[str, Any]], shared: list[Any], dims: list[int]
 ) -> tuple[Any, Callable[[Any], Any]]:
-    """The scale that stands outside the logarithm, and what of a site's scale stays inside."""
+    """The scale outside the logarithm, and a function from a site's scale to the part inside."""
     scales = [s["scale"] for s in sites]
     if scales and all(isinstance(scale, Tensor) for scale in scales):
         rows = _by_cell(scales[0], dims)
@@ -127,7 +137,7 @@ def _ratio(scale: Tensor, outside: Tensor) -> Tensor:
 
 
 def _check_inside(sites: list[dict[str, Any]], shared: list[Any]) -> None:
-    """A subsampled plate that some latent is outside of leaves N/B inside the exponent: refuse it."""
+    """Refuse a subsampled plate with a latent outside it: N/B would stay inside the exponent."""
     kept = {f.name for f in shared}
     for site in sites:
         for frame in site["cond_indep_stack"]:
@@ -144,14 +154,14 @@ def _check_inside(sites: list[dict[str, Any]], shared: list[Any]) -> None:
 
 
 def _kept_dims(sites: list[dict[str, Any]], shared: list[Any]) -> tuple[list[int], int | None]:
-    """The batch dimensions to keep, leftmost first, and the particle dimension if there is one."""
+    """The batch dimensions to keep, leftmost first, and the particle dimension or None."""
     particle = {f.dim for s in sites for f in s["cond_indep_stack"] if f.name == PARTICLES}
     dims = sorted(particle | {f.dim for f in shared})
     return dims, (min(particle) if particle else None)
 
 
 def _cells(site: dict[str, Any], scale: Any, dims: list[int]) -> Tensor:
-    """A site's log-density under `scale` with all but `dims` summed out: one dimension for each of `dims`."""
+    """A site's scaled log-density with all dimensions but `dims` summed out."""
     log_prob = scale_and_mask(site["unscaled_log_prob"], scale=scale, mask=site["mask"])
     depth = max([log_prob.dim(), *(-d for d in dims)])
     log_prob = log_prob.reshape((1,) * (depth - log_prob.dim()) + tuple(log_prob.shape))

@@ -1,4 +1,4 @@
-"""Callbacks for `fit(callbacks=...)`: records that other programs can follow while a run is going on."""
+"""Callbacks for `fit(callbacks=...)`: records that other programs can follow during a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 
 class JSONLines:
-    """The history as a file of one JSON object per step, its columns as keys, NaN as null.
+    """The history as a file with one JSON object per step, its columns as keys, NaN as null.
 
-    The file is that of this run from its first step on: a run that is gone on with takes the place of what
-    was there, so that no step stands in it twice.
+    Resuming rewrites the file, so each step appears once.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; an existing one is replaced at the first call.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -35,7 +39,20 @@ class JSONLines:
 
 
 class TensorBoard:
-    """Write the history's columns as TensorBoard scalars; needs the package `tensorboard`."""
+    """Write the history's columns as TensorBoard scalars; needs the package `tensorboard`.
+
+    Resuming rewrites the record, so each step appears once.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The log directory.
+
+    Raises
+    ------
+    SettingError
+        The package `tensorboard` is not installed.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         try:
@@ -44,7 +61,7 @@ class TensorBoard:
             raise SettingError(
                 "TensorBoard records need the package tensorboard: pip install tensorboard"
             ) from None
-        # a run that is gone on with shows its whole history again: of what was there, nothing is kept
+        # a resumed run writes its whole history again, so drop what the folder shows
         self._writer: Any = SummaryWriter(str(folder), purge_step=0)
         self._written = 0
 

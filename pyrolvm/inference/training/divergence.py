@@ -1,4 +1,4 @@
-"""Where NaN began: the same steps once more, eagerly, looking at every site."""
+"""Where NaN began: the steps are repeated eagerly and every site is checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from pyrolvm.inference.program.structure import sample_sites
 
 
 def explain(problem: Problem, good: TrainingState, rows: Tensor) -> str:
-    """One sentence: at which step what stopped being finite first. `rows`: [K, batch] from `good` on."""
+    """The first step, and the site or parameter, that is not finite, as a sentence.
+
+    Parameters
+    ----------
+    good : TrainingState
+        The last state that is finite.
+    rows : tensor [K, batch]
+        The rows of the K steps after it.
+    """
     engine = EagerEngine(problem)
     state = good.clone()
     for row in rows:
@@ -32,7 +40,15 @@ def explain(problem: Problem, good: TrainingState, rows: Tensor) -> str:
 
 
 def skip_bad_steps(problem: Problem, good: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
-    """The same steps, leaving out the updates that would not be finite; their terms are nan."""
+    """Repeat the steps `rows` [K, batch] from `good`, without the updates that are not finite.
+
+    Returns
+    -------
+    state : TrainingState
+        After the K steps.
+    terms : tensor [K, terms]
+        In nats per datum, of all steps.
+    """
     engine = EagerEngine(problem)
     state, kept = good, []
     for row in rows:
@@ -43,7 +59,7 @@ def skip_bad_steps(problem: Problem, good: TrainingState, rows: Tensor) -> tuple
             bool(torch.isfinite(v).all()) for v in state.parameters.values() if v.is_floating_point()
         )
         if not finite or not torch.isfinite(terms[0, 0]):
-            # noise moves on, so that the next step is not the same one again
+            # the noise advances, so that the next step differs
             state = TrainingState(before.parameters, before.optimizer, before.step + 1, state.random)
             problem.program.load(state.parameters)
     return state, torch.cat(kept)

@@ -21,9 +21,14 @@ from torch import Tensor
 
 @dataclass
 class Plateau:
-    """Watches the held-out bound; keeps the best parameters seen. Evaluations before `first_step` do not count.
+    """The stopping rule on the held-out bound, with the best parameters so far.
 
-    patience: W, evaluations in a window.
+    Parameters
+    ----------
+    patience : int
+        W, evaluations in a window.
+    first_step : int
+        Evaluations before this step do not count.
     """
 
     patience: int
@@ -34,7 +39,7 @@ class Plateau:
     best_parameters: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, step: int, value: float, parameters: dict[str, Tensor]) -> str | None:
-        """Note an evaluation, nats per datum; returns why to stop, or None."""
+        """Add an evaluation `value`, in nats per datum. Returns the reason to stop, or None."""
         if step < self.first_step:
             return None
         self.values.append(value)
@@ -44,14 +49,14 @@ class Plateau:
         return self._verdict()
 
     def flatten(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
+        """The record as CPU tensors, for a checkpoint."""
         record = torch.tensor([self.best, self.best_step, *self.values], dtype=torch.float64)
         return {"plateau/record": record} | {
             f"plateau/best/{k}": v.cpu() for k, v in self.best_parameters.items()
         }
 
     def unflatten(self, saved: dict[str, Tensor], device: torch.device) -> None:
-        """Go on from what `flatten` gave; from nothing, if the run did not watch."""
+        """Restore the record of `flatten`; no change if the checkpoint has none."""
         if "plateau/record" not in saved:
             return
         best, best_step, *self.values = saved["plateau/record"].tolist()

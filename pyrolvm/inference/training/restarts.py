@@ -33,23 +33,37 @@ def fit_restarts(
 
     Parameters
     ----------
-    build: seed -> a new model (or a pair (model, guide)), its starting values drawn from that seed alone.
-    data: as for `fit`, which is called with the same seed, so that a row of the table can be had again by
+    build : callable
+        seed -> a new model, or a pair (model, guide), whose starting values depend on that seed alone.
+    data : tensor, array, DataFrame or Dataset, or a tuple or dict of them
+        As for `fit`, which is called with the seed of `build`, so that a row of the table can be reproduced by
         `fit(build(seed), data, seed=seed, ...)`.
-    num_restarts: how many.
-    seed: of the first; it also decides which rows a share `validation` holds out, the same for all.
-    fit_options: of `fit`. With `checkpoint`, each restart keeps its own folder `restart-<number>` there.
+    num_restarts : int
+        How many fits.
+    seed : int
+        Of the first fit. It also decides which rows a share `validation` holds out, the same for all fits.
+    **fit_options
+        Of `fit`. With `checkpoint`, each restart has a folder `restart-<number>` of its own there.
 
     Returns
     -------
-    The best fit, and one row per restart, best first: `restart`, `seed`, `bound` in nats per datum (nan if
-    it diverged), `steps`, `seconds`, `outcome`. The bound is that of the held-out data under the same noise
-    for all restarts if `validation` is given, else the mean over the last tenth of the steps.
+    best : FittedModel
+        The fit with the highest bound.
+    table : DataFrame
+        One row per restart, best first: `restart`, `seed`, `bound` in nats per datum (nan if it diverged), `steps`,
+        `seconds`, `outcome`. With `validation` the bound is that of the held-out data, under the same noise for all
+        restarts; otherwise the mean over the last tenth of the steps.
 
     Raises
     ------
-    SettingError: `num_restarts` is not a positive whole number; and all that `fit` raises, where a
-        `DivergenceError` is raised only if every restart diverged.
+    SettingError
+        `num_restarts` is not a positive whole number.
+    DivergenceError
+        Every restart diverged.
+
+    Notes
+    -----
+    Other errors are those of `fit`.
     """
     num_restarts = count("num_restarts", num_restarts)
     data, fit_options = _hold_out(data, fit_options, seed)
@@ -63,7 +77,7 @@ def fit_restarts(
 
 @dataclass
 class _Contest:
-    """The restarts so far, and the best of them; the others are not kept in memory."""
+    """The restarts so far. Only the best fit is kept in memory."""
 
     data: Any
     options: dict[str, Any]
@@ -106,13 +120,13 @@ class _Contest:
         return float(elbo.tail(max(1, round(LAST_SHARE * len(elbo)))).mean())
 
     def _held_out_bound(self, fitted: FittedModel) -> float:
-        """The bound of the fit's parameters, by the noise of the first seed: the same for all restarts."""
+        """The held-out bound of the fit's parameters, under the noise of the first seed for all restarts."""
         batch = fitted.batch(self.options["validation"])
         return bound_of(fitted, batch, self.seed, self.options.get("objective"))
 
 
 def _hold_out(data: Any, options: dict[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
-    """Take a share `validation` out of the data once, so that all restarts are judged by the same rows."""
+    """Hold out a share `validation` once, so that all restarts are judged by the same rows."""
     share = options.get("validation")
     if not isinstance(share, float):
         return data, options

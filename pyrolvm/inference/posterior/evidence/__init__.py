@@ -47,7 +47,13 @@ def log_evidence(
     progress: bool = True,
     **annealing: Any,
 ) -> Tensor:
-    """log p(x) of each datum, [rows], nats. `annealing`: the arguments of `Annealing`, for method="ais"."""
+    """log p(x) of each datum. Arguments and errors as of `evidence_table`.
+
+    Returns
+    -------
+    tensor [rows]
+        In nats.
+    """
     parts = _parts(pair, method, num_samples, num_particles, annealing, seed, tails=False, progress=progress)
     return torch.cat([part["log_evidence"] for part in parts])
 
@@ -63,19 +69,40 @@ def evidence_table(
     progress: bool = True,
     **annealing: Any,
 ) -> pd.DataFrame:
-    """log p(x) of each datum and how far it can be trusted: one row per datum.
+    """log p(x) of each datum, with standard errors and diagnostics.
 
-    Arguments as in `FittedModel.log_evidence`, whose values are the first column. Columns:
+    Parameters
+    ----------
+    pair : Pair
+        The program on the data: `fitted.pair(x)`.
+    method : {"exact", "importance", "iwae", "prior", "ais"}
+        The estimator.
+    num_samples : int, optional
+        S, draws per datum (100 if None); chains for "ais" (16).
+    num_particles : int, optional
+        K, draws in a group, for "iwae"; a divisor of S.
+    seed : int
+        Of the draws.
+    **annealing
+        Arguments of `Annealing`, for "ais".
 
-    - log_evidence: nats.
-    - standard_error: of it, nats, by the delta method; of L_K over its groups. 0 if exact.
-    - effective_sample_size: (sum w)^2 / sum w^2 of the S weights, between 1 and S; over chains for "ais".
-    - k_hat: the shape of the weights' tail, for "importance", "iwae" and "prior" of at least 21 draws. Above
-      `khat_threshold(num_samples)` trust neither the value nor its error: the guide or the model is
-      poor there. See `pyrolvm.inference.posterior.evidence.psis`.
-    - acceptance: of the Hamiltonian moves, for "ais"; meant to be 0.65.
+    Returns
+    -------
+    DataFrame
+        One row per datum. Columns that a method does not provide are NaN.
 
-    Columns that a method does not provide are NaN. Raises as `FittedModel.log_evidence` does.
+        - log_evidence: in nats.
+        - standard_error: of log_evidence, in nats, by the delta method; for "iwae" over the groups; 0 if exact.
+        - effective_sample_size: (sum w)^2 / sum w^2 of the S weights, between 1 and S; over chains for "ais".
+        - k_hat: the shape of the weights' tail, for "importance", "iwae" and "prior" with at least 21 draws. Above
+          `khat_threshold(num_samples)` neither the value nor its error is reliable: the guide or the model is
+          poor there.
+        - acceptance: mean acceptance of the Hamiltonian moves, for "ais"; the target is 0.65.
+
+    Raises
+    ------
+    SettingError
+        An argument is not valid, or the method cannot be used for this program.
     """
     parts = list(
         _parts(pair, method, num_samples, num_particles, annealing, seed, tails=True, progress=progress)
@@ -100,7 +127,7 @@ def _parts(
     tails: bool,
     progress: bool,
 ) -> Iterator[dict[str, Tensor]]:
-    """Some rows' columns at a time."""
+    """The columns of some rows at a time."""
     one_of("method", method, METHODS)
     if annealing and method != "ais":
         raise SettingError(f"{', '.join(annealing)} is for method='ais' only, not '{method}'")

@@ -1,16 +1,16 @@
-"""Annealed importance sampling: a lower bound on log p(x) that need not trust the guide.
+"""Annealed importance sampling: a lower bound on log p(x) that does not depend on the guide.
 
 From z_0 ~ p_0, the prior or the guide, through f_t = p_0^(1 - beta_t) p(x, z)^beta_t, 0 = beta_0 < ... < beta_T = 1,
 
     log w = sum_t (beta_t - beta_{t-1}) [log p(x, z_{t-1}) - log p_0(z_{t-1})],      z_t ~ T_t(. | z_{t-1})
 
 with T_t a move of Hamiltonian Monte Carlo that leaves f_t invariant. Then E[w] = p(x), and the log of the
-mean of w over chains underestimates log p(x) on average, the less the more steps and chains. Run backwards
+mean of w over chains underestimates log p(x) on average, and less with more steps and chains. Run backwards
 from an exact draw of p(z | x), E[1 / w] = 1 / p(x), and the same mean overestimates it
 (`pyrolvm.inference.posterior.evidence.bdmc`).
 
-Step sizes are learned by a pilot run, one for each datum and part of the path, and then held: had they been
-adapted along the way, w would not be unbiased.
+A pilot run adapts the step sizes, one for each datum and part of the path. They are then fixed: if they were
+adapted along the way, w would be biased.
 
 Neal (2001), "Annealed importance sampling", Statistics and Computing 11.
 Wu, Burda, Salakhutdinov and Grosse (2017), "On the quantitative analysis of decoder-based generative
@@ -45,12 +45,23 @@ PILOT_CHAINS, PILOT_MOVES, PILOT_WARMUP = 4, 100, 20
 
 @dataclass(frozen=True)
 class Annealing:
-    """How to anneal.
+    """The path of annealing.
 
-    num_steps: T. start: "prior" or "guide". num_leapfrog: steps of one path.
-    schedule: "sigmoid" (slow at both ends), "geometric" (from 1e-4: slow where the data begin to tell), "linear".
+    Parameters
+    ----------
+    num_steps : int
+        T, steps from p_0 to the posterior.
+    start : {"prior", "guide"}
+        p_0.
+    schedule : {"sigmoid", "geometric", "linear"}
+        "sigmoid" is slow at both ends, "geometric" at the start, where beta rises from 1e-4.
+    num_leapfrog : int
+        Leapfrog steps of one move.
 
-    Raises `SettingError` for a value that cannot be.
+    Raises
+    ------
+    SettingError
+        An argument is not valid.
     """
 
     num_steps: int = 500
@@ -83,12 +94,12 @@ class Annealing:
 
     @property
     def pilot_stride(self) -> int:
-        """Every how many stops of the path the pilot run makes a move."""
+        """The pilot run makes a move at every `pilot_stride`-th temperature."""
         return max(1, -(-(self.num_steps - 1) // PILOT_MOVES))
 
     @property
     def num_moves(self) -> int:
-        """Of the pilot run and of the chains themselves."""
+        """Moves of the pilot run and of the chains together."""
         stops = self.num_steps - 1
         return stops and PILOT_WARMUP + -(-stops // self.pilot_stride) + stops
 
@@ -96,7 +107,7 @@ class Annealing:
 def ais_evidence(
     pair: Pair, num_chains: int, annealing: Annealing, seed: int, *, progress: bool = True
 ) -> Iterator[dict[str, Tensor]]:
-    """For some rows at a time: log_evidence, standard_error, effective_sample_size and acceptance, each [rows]."""
+    """Yield log_evidence, standard_error, effective_sample_size and acceptance, each [rows], of some rows at a time."""
     check_annealable(pair, annealing)
     total = len(pair.batch.indices) * annealing.num_moves
     with progress_bar("log p(x), ais", total, enabled=progress, unit="moves", after=PATIENCE) as bar:
@@ -122,27 +133,27 @@ Watch = Callable[[], None]
 
 
 def _alone() -> None:
-    """Nobody watches."""
+    """No progress is shown."""
 
 
 def forward(
     target: Target, annealing: Annealing, step_sizes: Tensor, watch: Watch = _alone
 ) -> tuple[Tensor, Tensor]:
-    """(log w [chains, rows] float64, mean acceptance [rows]) of chains from the start to the posterior."""
+    """Chains from the start to the posterior: log w [chains, rows] in nats, float64, and mean acceptance [rows]."""
     return _anneal(target, annealing, step_sizes, target.initial, 1, watch)
 
 
 def backward(
     target: Target, annealing: Annealing, step_sizes: Tensor, u: Tensor, watch: Watch = _alone
 ) -> tuple[Tensor, Tensor]:
-    """The same of chains from exact posterior draws u [chains, rows, dim] back to the start."""
+    """As `forward`, for chains from exact posterior draws u [chains, rows, dim] back to the start."""
     return _anneal(target, annealing, step_sizes, u, -1, watch)
 
 
 def _anneal(
     target: Target, annealing: Annealing, step_sizes: Tensor, u: Tensor, direction: int, watch: Watch
 ) -> tuple[Tensor, Tensor]:
-    """Weigh, move, weigh, ..., weigh: T weights and the T - 1 moves between them."""
+    """T weights with T - 1 moves between them."""
     betas = annealing.betas
     increments = [b - a for a, b in itertools.pairwise(betas)][::direction]
     stops = list(zip(betas[1:-1], step_sizes, strict=True))[::direction]
@@ -159,7 +170,7 @@ def _anneal(
 def pilot(
     pair: Pair, annealing: Annealing, held: dict[str, Tensor] | None = None, watch: Watch = _alone
 ) -> Tensor:
-    """Step sizes [num_steps - 1, rows] whose acceptance is near its target, from a shorter run of few chains."""
+    """Step sizes [num_steps - 1, rows] near the target acceptance, from a shorter run of few chains."""
     betas = annealing.betas[1:-1]
     if not betas:
         return torch.empty(0, pair.num_rows, device=pair.device)
@@ -180,7 +191,7 @@ def pilot(
 
 
 def check_annealable(pair: Pair, annealing: Annealing) -> None:
-    """Raise where chains cannot run at once, or there is nothing to start from."""
+    """Raise `SettingError` if chains cannot run at once, or there is no density to start from."""
     refuse_enumeration(pair.structure, "method='ais'")
     check_guide(pair.structure, "ais", annealing.start == "prior")
     if not pair.vectorized:

@@ -5,8 +5,8 @@ the start to the posterior bounds log p(x) from below, and the same chain run ba
 
     E[log (1/S) sum_s w_s]  <=  log p(x)  <=  E[-log (1/S) sum_s 1 / w_s],
 
-so that their gap bounds the error of both: a proof, on simulated data, of how good the estimates of
-method="ais" with these settings are.
+so that their gap bounds the error of both: it measures, on simulated data, the error of method="ais" with
+these settings.
 
 Grosse, Ghahramani and Adams (2015), "Sandwiching the marginal likelihood using bidirectional Monte Carlo".
 Grosse, Ancha and Roy (2016), "Measuring the reliability of MCMC inference with bidirectional Monte Carlo".
@@ -51,16 +51,25 @@ def bidirectional(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Bounds on log p(x) from both sides, one row per datum, nats.
+    """Lower and upper bounds on log p(x), one row per datum, in nats.
 
-    Of `num_rows` data simulated from the fitted model, the pair's own rows giving only their shape; or of the pair's
-    rows, if draws of their posterior are known. Latents outside the data plate are held at one draw from the guide:
-    the bounds are on log p(x | that draw).
+    The data are `num_rows` rows simulated from the fitted model; with `exact_draws`, the pair's own rows. Latents
+    outside the data plate are held at one draw from the guide: the bounds are on log p(x | that draw).
 
     Parameters
     ----------
+    pair : Pair
+        The program on some rows, which set the shape of the simulated data: `fitted.pair(x)`.
+    num_rows : int
+        Data to simulate.
     exact_draws : dict, optional
         Latent site -> draws of p(z | x), [num_chains, rows, ...].
+    num_chains : int
+        S, chains per datum in each direction.
+    num_steps, start, schedule, num_leapfrog
+        As of `Annealing`.
+    seed : int
+        Of the simulated data and the chains.
 
     Returns
     -------
@@ -71,8 +80,8 @@ def bidirectional(
     Raises
     ------
     SettingError
-        Programs that `method="ais"` refuses, or that cannot be simulated (several arguments or observed sites, a
-        likelihood to a power).
+        `method="ais"` cannot be used for the program, or its data cannot be simulated (several arguments or observed
+        sites, a likelihood to a power).
     """
     annealing = Annealing(num_steps, start, schedule, num_leapfrog)
     check_annealable(pair, annealing)
@@ -190,7 +199,7 @@ def _simulate(pair: Pair, observed: str, held: dict[str, Tensor], num_chains: in
 
 
 def _check_scales(trace: Trace, held: dict[str, Tensor]) -> None:
-    """A likelihood to a power is no distribution of x, so that the draw that made x is none of the posterior."""
+    """Refuse a likelihood to a power: it is not a density of x, so the z that generated x is no posterior draw."""
     scales = {s["name"]: s["scale"] for s in sample_sites(trace) if s["name"] not in held}
     first = next(iter(scales.values()))
     for name, scale in scales.items():

@@ -1,4 +1,4 @@
-"""How much of an estimate is done at once: some rows, some draws, within a budget of numbers."""
+"""Chunks of an estimate: some rows and draws at a time, within a memory budget."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ACCELERATED = 64
 
 
 def evidence_chunks(pair: Pair, num_samples: int) -> Iterator[tuple[Pair, int]]:
-    """(the pair on some rows, draws at once) for all rows."""
+    """Yield (the pair on some rows, draws at once) until all rows are done."""
     rows, at_once = chunk_sizes(pair, len(pair.batch.indices), num_samples)
     if not pair.vectorized and not pair.can_repeat:
         at_once = 1
@@ -27,9 +27,9 @@ def evidence_chunks(pair: Pair, num_samples: int) -> Iterator[tuple[Pair, int]]:
 def chunk_sizes(pair: Pair, num_rows: int, num_samples: int) -> tuple[int, int]:
     """(rows, draws) of one evaluation of `num_rows` rows like the pair's, within the budget.
 
-    Few rows and many draws: the guide's network sees a row once for all its draws. Global latents are
-    drawn once per draw, not per row: with them, as many rows as make up for their size. Programs that take
-    no other number of rows get all rows.
+    Few rows and many draws, because the guide's network runs once per row for all its draws. Global latents are
+    drawn once per draw, not per row: with them, enough rows to match their size. Programs that run on no other
+    number of rows get all rows.
     """
     structure, device = pair.structure, pair.device
     budget = BUDGET * (1 if device.type == "cpu" else ACCELERATED)

@@ -3,7 +3,7 @@
     log p(x_n) = log sum_k p(k) p(x_n | k)
 
 with the sums done by Pyro's plated variable elimination (Obermeyer et al. 2019, "Tensor variable
-elimination for plated factor graphs"): chains and nested plates cost no more than they must.
+elimination for plated factor graphs"), which exploits chains and nested plates.
 """
 
 from __future__ import annotations
@@ -29,9 +29,17 @@ from pyrolvm.inference.program.weights import PARTICLES
 def summed_out(
     pair: Pair, num_samples: int | None, given: dict[str, Tensor], held: dict[str, Tensor]
 ) -> Tensor:
-    """log of the sum of p(x, z) over every latent that `given` fixes no value of: [draws, rows] nats.
+    """log sum p(x, z) over every latent without a value in `given`.
 
-    Raises `ProgramError` if the sum joins data together.
+    Returns
+    -------
+    tensor [draws, rows]
+        In nats.
+
+    Raises
+    ------
+    ProgramError
+        The sum couples data.
     """
     first_free = -2 - pair.structure.max_plate_nesting
     handlers = (
@@ -57,7 +65,7 @@ def summed_out(
 
 
 def enumerable(fn: Any) -> bool:
-    """Whether a distribution can list its values: finitely many, and not a vector of independent ones."""
+    """Whether a distribution is discrete and can enumerate its values; vectors of independent ones cannot."""
     if getattr(fn, "reinterpreted_batch_ndims", 0) > 0:
         return False
     return bool(getattr(fn, "has_enumerate_support", False))
@@ -68,7 +76,7 @@ def _enumerate_in_parallel(site: Any) -> Any:
 
 
 def _contracted(pair: Pair, trace: Trace, held: dict[str, Tensor]) -> dict[frozenset, list[Tensor]]:
-    """Plates -> log-factors in which nothing is left to sum out."""
+    """Plates -> log-factors with all enumerated latents summed out."""
     plate, sizes = pair.structure.data_plate, dict[str, int]()
     factors: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
     for site in sample_sites(trace):
@@ -86,7 +94,7 @@ def _contracted(pair: Pair, trace: Trace, held: dict[str, Tensor]) -> dict[froze
 
 
 def _aligned(term: Any, sizes: dict[str, int]) -> Tensor:
-    """A packed term with all but the dimensions in `sizes` summed out, in their order and of full size."""
+    """A packed term with all dimensions except `sizes` summed out, expanded and in their order."""
     dims = term._pyro_dims
     others = [i for i, d in enumerate(dims) if d not in sizes]
     term = term.sum(others) if others else term

@@ -17,10 +17,15 @@ from pyrolvm.seeds import Purpose, derived_seed
 
 
 def exact_evidence(pair: Pair, seed: int) -> Iterator[dict[str, Tensor]]:
-    """For some rows at a time: log_evidence [rows], nats. Raises `SettingError` if it is not known.
+    """Yield log_evidence [rows], in nats, of some rows at a time.
 
-    A model's `log_marginal` if it has one. Else every latent inside the data plate must be discrete with
+    By the model's `log_marginal` if it has one. Otherwise every latent inside the data plate must be discrete with
     finitely many values, and those outside it point masses in the guide.
+
+    Raises
+    ------
+    SettingError
+        Neither is the case.
     """
     program = pair.program
     for index, (part, _) in enumerate(evidence_chunks(pair, 1)):

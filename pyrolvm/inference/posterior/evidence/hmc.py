@@ -26,7 +26,7 @@ JITTER = 0.2
 
 @dataclass(frozen=True)
 class State:
-    """Where the chains are: u [chains, rows, dim], with its log-densities [chains, rows]."""
+    """Positions of the chains, u [chains, rows, dim], with their log-densities [chains, rows]."""
 
     u: Tensor
     log_start: Tensor
@@ -59,10 +59,23 @@ def slope_of(densities: LogDensities) -> Slope:
 def hmc_move(
     slope: Slope, state: State, beta: float, step_size: Tensor, num_leapfrog: int
 ) -> tuple[State, Tensor]:
-    """One move of every chain at inverse temperature beta: the new state, and acceptance [chains, rows].
+    """One move of every chain at inverse temperature beta.
 
-    `step_size` [rows] is scaled at random by up to a fifth, alike for the whole path, lest a path closes on
-    itself. A path that leaves where the density is finite is rejected.
+    Trajectories that reach a density that is not finite are rejected.
+
+    Parameters
+    ----------
+    step_size : tensor [rows]
+        Jittered by up to 20 % per trajectory to avoid periodic orbits.
+    num_leapfrog : int
+        L.
+
+    Returns
+    -------
+    state : State
+        After the move.
+    acceptance : tensor [chains, rows]
+        Acceptance probabilities.
     """
     chains, rows, _ = state.u.shape
     jitter = 1 + JITTER * (2 * torch.rand(chains, rows, device=state.u.device) - 1)
@@ -98,5 +111,5 @@ def _where(accepted: Tensor, new: State, old: State) -> State:
 
 
 def adapted(step_size: Tensor, acceptance: Tensor, rate: float = 0.5) -> Tensor:
-    """A larger step [rows] where acceptance [chains, rows] was above its target, a smaller where below."""
+    """Step sizes [rows], larger where the acceptance [chains, rows] exceeds its target, smaller where it is below."""
     return step_size * (rate * (acceptance.mean(0) - TARGET_ACCEPTANCE)).exp()

@@ -44,10 +44,10 @@ def importance_evidence(
     tails: bool = True,
     progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
-    """For some rows at a time: log_evidence, standard_error, effective_sample_size and k_hat, each [rows].
+    """Yield log_evidence, standard_error, effective_sample_size and k_hat, each [rows], of some rows at a time.
 
-    The last two are of all S weights, whatever the groups. Memory does not grow with S, but for the
-    3 sqrt(S) largest weights of each datum of which k-hat is computed if `tails`.
+    The last two are of all S weights, also with groups. Memory does not grow with S, except for the
+    3 sqrt(S) largest weights of each datum, kept for k-hat if `tails`.
     """
     group_size = check_samples(method, num_samples, num_particles)
     for like, parts in streams_of_weights(pair, method, num_samples, seed, progress=progress):
@@ -65,7 +65,7 @@ def importance_evidence(
 def streams_of_weights(
     pair: Pair, method: str, num_samples: int, seed: int, *, progress: bool
 ) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
-    """For some rows at a time, ([1, rows] zeros, their log-weights in parts [some draws, rows])."""
+    """Yield, for some rows at a time, (zeros [1, rows], their log-weights in parts [some draws, rows])."""
     from_prior = method == "prior"
     check_guide(pair.structure, method, from_prior)
     total = len(pair.batch.indices) * num_samples
@@ -77,7 +77,7 @@ def streams_of_weights(
 
 @dataclass
 class _Stream:
-    """The weights of some rows, some draws at a time, all from one stream of noise that is apart from all others."""
+    """The weights of some rows, some draws at a time, from a stream of noise of its own."""
 
     pair: Pair
     seed: int
@@ -85,7 +85,7 @@ class _Stream:
     bar: Bar
 
     def parts(self, counts: list[int]) -> Iterator[Tensor]:
-        """Log-weights [some draws, rows]; the generators are the caller's between two of them."""
+        """Yield log-weights [some draws, rows]; between two of them the generators are the caller's."""
         for index, number in enumerate(counts):
             with seeded(derived_seed(self.seed, Purpose.EVIDENCE, index), self.pair.device):
                 found = log_weights(self.pair, number, from_prior=self.from_prior)
@@ -102,12 +102,30 @@ def iwae_bounds(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The bounds L_K of each datum for several K, all of the same draws, one row per datum, nats.
+    """The bounds L_K of each datum for several K, from the same draws.
 
-    num_samples: S, draws per datum; num_particles: the Ks, divisors of S. L_1 is the ELBO, and on average L_K
-    rises with K to log p(x) (Burda et al. 2016, theorem 1). Columns: "L_1", "L_50", ..., and `k_hat` of the S weights.
+    L_1 is the ELBO, and on average L_K rises with K to log p(x) (Burda et al. 2016, theorem 1).
 
-    Raises `SettingError` if a K does not divide S, or where "iwae" cannot answer.
+    Parameters
+    ----------
+    pair : Pair
+        The program on the data: `fitted.pair(x)`.
+    num_samples : int
+        S, draws per datum.
+    num_particles : sequence of int
+        The values of K, divisors of S.
+    seed : int
+        Of the draws.
+
+    Returns
+    -------
+    DataFrame
+        One row per datum: columns "L_1", "L_50", ..., in nats, and `k_hat` of the S weights.
+
+    Raises
+    ------
+    SettingError
+        A K does not divide S, or "iwae" cannot be used for this program.
     """
     sizes = [check_samples("iwae", num_samples, K) for K in num_particles]
     tables = []
@@ -138,7 +156,7 @@ def _columns(
 
 
 def check_samples(method: str, num_samples: int, num_particles: int | None) -> int:
-    """K, the draws of one group. Raises `SettingError` for numbers that cannot be."""
+    """K, the draws of one group. Raises `SettingError` for numbers that are not valid."""
     num_samples = count("num_samples", num_samples)
     if method != "iwae":
         return num_samples
@@ -149,7 +167,7 @@ def check_samples(method: str, num_samples: int, num_particles: int | None) -> i
 
 
 def check_guide(structure: Structure, method: str, from_prior: bool) -> None:
-    """Raise where the guide, or the prior, has no density for each datum."""
+    """Raise `SettingError` if the guide, or the prior, has no density for each datum."""
     if from_prior:
         refuse_enumeration(structure, f"method='{method}'")
         return
@@ -167,13 +185,13 @@ def check_guide(structure: Structure, method: str, from_prior: bool) -> None:
 
 
 def split(total: int, part: int) -> list[int]:
-    """`total` in parts of at most `part`, nearly equal."""
+    """Nearly equal parts of `total`, each at most `part`."""
     number = math.ceil(total / part)
     return [total // number + (i < total % number) for i in range(number)]
 
 
 def log_weights(pair: Pair, num_samples: int, *, from_prior: bool) -> Tensor:
-    """log p(x, z) - log q(z | x), or log p(x | z) of z from the prior: [num_samples, rows] nats."""
+    """log p(x, z) - log q(z | x), or log p(x | z) for z from the prior: [num_samples, rows], nats."""
     weigh = _prior_weights if from_prior else _guide_weights
     if pair.vectorized:
         return weigh(pair, num_samples)

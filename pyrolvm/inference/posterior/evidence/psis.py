@@ -1,12 +1,12 @@
 """k-hat: how heavy the tail of a datum's importance weights is (Pareto-smoothed importance sampling).
 
-The M largest of S weights, less the next one, are taken for draws of a generalised Pareto distribution
+The M largest of S weights, minus the next one, are modelled as draws from a generalised Pareto distribution
 
     p(w) = (1 / sigma) (1 + k w / sigma)^(-1 / k - 1),    M = ceil(min(S / 5, 3 sqrt(S))),
 
-whose shape k says how many moments the weights have: 1 / k. Below 1/2 the variance is finite and the central
-limit theorem holds; up to `khat_threshold(S)` the estimate can be relied on at S draws; above it the
-estimate, its standard error and its effective sample size cannot be.
+whose shape k gives the number of moments of the weights, 1 / k. Below 1/2 the variance is finite and the central
+limit theorem holds; up to `khat_threshold(S)` the estimate is reliable at S draws; above it the
+estimate, its standard error and its effective sample size are not.
 
 For p = Normal(0, 1) and a too narrow q = Normal(0, s^2), s < 1, the weight is w(z) ~ exp(z^2 (1/s^2 - 1) / 2)
 and P_q(w > t) ~ P(|z| > a), a^2 = 2 log t / (1/s^2 - 1), falls as exp(-a^2 / (2 s^2)) = t^(-1 / (1 - s^2)):
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 SHORTEST_TAIL = 5
-MEMORY = 2**20  # numbers that the fit may hold at once
+MEMORY = 2**20  # numbers in memory at once
 
 SAME = 1e-3
-"""Log-weights that differ by less, in nats, are taken for the same: the guide is then exact for every purpose."""
+"""Log-weights within this range, in nats, count as equal: the guide is then exact for every purpose."""
 
 
 def tail_length(num_samples: int) -> int:
-    """M = ceil(min(S / 5, 3 sqrt(S))): how many of the largest weights make the tail."""
+    """M = ceil(min(S / 5, 3 sqrt(S))), the number of weights in the tail."""
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
@@ -42,10 +42,18 @@ def khat_threshold(num_samples: int) -> float:
 
 
 def pareto_khat(log_weight: Tensor) -> Tensor:
-    """k-hat of each datum from all its log-weights: [draws, rows] -> [rows], float64.
+    """k-hat of each datum.
 
-    NaN with fewer than 21 draws, whose tail holds fewer than five; -inf for weights that are all the same to
-    within rounding, as those of an exact guide are.
+    Parameters
+    ----------
+    log_weight : tensor [draws, rows]
+        All log-weights, in nats.
+
+    Returns
+    -------
+    tensor [rows], float64
+        NaN with fewer than 21 draws, whose tail has fewer than five; -inf if the weights are equal up to rounding,
+        as those of an exact guide are.
     """
     M = tail_length(len(log_weight))
     return khat_of_largest(log_weight.topk(min(M + 1, len(log_weight)), dim=0).values, M)
@@ -64,16 +72,13 @@ def khat_of_largest(largest: Tensor, length: int) -> Tensor:
 
 
 def _differ(largest: Tensor) -> Tensor:
-    """Whether the log-weights [M + 1, rows] differ by more than rounding: bool [rows].
-
-    The tail of what sums of log-densities are rounded by is not that of the weights.
-    """
+    """Whether the log-weights [M + 1, rows] differ by more than rounding error: bool [rows]."""
     top = largest.amax(0)
     return top - largest.amin(0) > SAME + 16 * torch.finfo(largest.dtype).eps * top.abs()
 
 
 def generalized_pareto_shape(x: Tensor) -> Tensor:
-    """k of a generalised Pareto distribution for each row of x [rows, M], rising and positive: [rows].
+    """k of a generalised Pareto distribution for each row of x [rows, M], ascending and positive: [rows].
 
     Zhang and Stephens (2009): with b = -k / sigma, the profile likelihood has
 

@@ -1,9 +1,9 @@
-"""A function of tensors that is called many times: its operations, without the Python that led to them.
+"""Record a tensor function's operations once and replay them without Python.
 
 Pyro's handlers take a millisecond per run, which is most of the time of a small program. After some calls with
-tensors of the same shapes the operations of one are written down (`pyrolvm.inference.engine.graphs.record`) and
-repeated. The record must give what the function itself gives for the same noise; where it does not, or where
-Python branches on values, the function goes on being called.
+tensors of the same shapes, the operations of one call are recorded (`pyrolvm.inference.engine.graphs.record`) and
+replayed from then on. The record must give the function's own result for the same noise; if it does not, or if
+Python branches on values, the function itself is called.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ from pyrolvm.inference.engine import graphs
 from pyrolvm.inference.program.noise import kept_generators
 
 PATIENCE = 30
-"""Calls before one is written down: recording takes about as long."""
+"""Calls before one is recorded: recording takes about as long."""
 
 Outputs = tuple[Tensor, ...]
 Function = Callable[..., Outputs]
 
 
 class Recorded:
-    """`function(*inputs)`, for any function of the same program; one record for each key and shapes of inputs.
+    """Calls functions of tensors, with one record for each key and shapes of inputs.
 
-    What the function depends on besides its inputs must stay the same tensors from call to call, or change its
-    `key`. Records are kept as long as this object.
+    Other tensors that a function reads must stay the same from call to call, or its `key` must change. Records
+    live as long as this object.
+
+    Parameters
+    ----------
+    patience : int, optional
+        Calls before one is recorded; 30 by default.
     """
 
     def __init__(self, patience: int | None = None) -> None:
@@ -40,7 +45,7 @@ class Recorded:
         self.replays: dict[Any, Function | None] = {}
 
     def __call__(self, function: Function, *inputs: Tensor, key: Any = None) -> Outputs:
-        """The tensors that `function` returns."""
+        """`function(*inputs)`, by a replay where there is a record."""
         key = (key, *((t.shape, t.dtype, t.device) for t in inputs))
         self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] > self.patience and key not in self.replays:
@@ -49,9 +54,9 @@ class Recorded:
 
 
 def _replay(function: Function, inputs: Outputs) -> Function | None:
-    """The record of one call if it does what the call does, else None. Generators are left as found."""
+    """The record of one call, or None if it differs from the call. The generators are unchanged."""
     device = inputs[0].device if inputs else torch.device("cpu")
-    with suppress(Exception), warnings.catch_warnings():  # whatever cannot be recorded is called
+    with suppress(Exception), warnings.catch_warnings():  # a function that cannot be recorded is called
         warnings.simplefilter("ignore")
         with kept_generators(device):
             wanted = function(*inputs)
@@ -72,7 +77,7 @@ def _replay(function: Function, inputs: Outputs) -> Function | None:
 
 @torch.no_grad()
 def _settled(graph: fx.GraphModule, num_inputs: int, constants: Outputs) -> Outputs:
-    """Compute once what does not depend on the inputs; the constants that the rest of the graph takes."""
+    """Compute once what does not depend on the inputs; returns the constants of the rest of the graph."""
     nodes = list(graph.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     known: dict[fx.Node, Any] = dict(zip(placeholders[num_inputs:], constants, strict=True))
@@ -95,7 +100,7 @@ def _settled(graph: fx.GraphModule, num_inputs: int, constants: Outputs) -> Outp
 
 
 def _acts(node: fx.Node) -> bool:
-    """Whether an operation draws or writes, or is not one of torch's."""
+    """Whether an operation draws, writes in place, or is not one of torch's."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return target is not operator.getitem

@@ -15,7 +15,12 @@ from pyrolvm.inference.posterior.evidence.psis import khat_of_largest, tail_leng
 class StreamingLogMeanExp:
     """log of a mean of exponentials over draws that come in chunks.
 
-    Also the sum of squares, for the standard error and the effective sample size of the weights.
+    Attributes
+    ----------
+    log_sum, log_squares : tensor [cells], float64
+        log sum w and log sum w^2.
+    count : int
+        Draws so far.
     """
 
     log_sum: Tensor
@@ -37,7 +42,7 @@ class StreamingLogMeanExp:
 
     @property
     def value(self) -> Tensor:
-        """log mean exp: [cells]."""
+        """log mean exp: [cells], nats."""
         return self.log_sum - math.log(self.count)
 
     @property
@@ -47,16 +52,25 @@ class StreamingLogMeanExp:
 
     @property
     def standard_error(self) -> Tensor:
-        """Of `value`, by the delta method: the relative standard error of the mean weight, [cells]."""
+        """Of `value` by the delta method, the relative standard error of the mean weight: [cells], nats."""
         relative = (self.count / self.effective_sample_size - 1.0).clamp_min(0.0)
         return (relative / max(self.count - 1, 1)).sqrt()
 
 
 @dataclass
 class StreamingBound:
-    """The mean over groups of K draws of each group's log mean exp: the K-sample bound L_K.
+    """The K-sample bound L_K: the mean over groups of K draws of each group's log mean exp.
 
-    `mean` and `squares` (of the distances from it) are over the `count` groups that are full.
+    Attributes
+    ----------
+    group_size : int
+        K.
+    group : StreamingLogMeanExp
+        The group that is not full yet.
+    mean, squares : tensor [cells], float64
+        Mean, and sum of squared deviations from it, over the full groups, in nats.
+    count : int
+        Full groups.
     """
 
     group_size: int
@@ -89,7 +103,7 @@ class StreamingBound:
             self.group.add(log_weight[whole * K :])
 
     def _merge(self, values: Tensor) -> None:
-        """Take in the log mean exp [groups, cells] of groups that are full (Chan et al. 1979)."""
+        """Add the log mean exp [groups, cells] of full groups (Chan et al. 1979)."""
         total = self.count + len(values)
         mean = values.mean(0)
         step = mean - self.mean
@@ -100,12 +114,12 @@ class StreamingBound:
 
     @property
     def value(self) -> Tensor:
-        """L_K: [cells]."""
+        """L_K: [cells], nats."""
         return self.mean
 
     @property
     def standard_error(self) -> Tensor:
-        """Of `value`, [cells]; NaN of a single group."""
+        """Of `value`: [cells], nats; NaN for a single group."""
         if self.count < 2:
             return torch.full_like(self.mean, math.nan)
         return (self.squares / (self.count * (self.count - 1))).sqrt()
@@ -124,7 +138,7 @@ class LargestWeights:
         self.values = seen.topk(self.size, dim=0, sorted=False).values if len(seen) > self.size else seen
 
     def k_hat(self, num_samples: int) -> Tensor:
-        """k-hat of the `num_samples` draws seen, [cells]."""
+        """k-hat of the `num_samples` draws so far: [cells]."""
         if self.values is None:
             raise ValueError("no draws were added")
         return khat_of_largest(self.values, tail_length(num_samples))

@@ -1,4 +1,4 @@
-"""A Pyro program as the densities that annealing moves between, in unconstrained coordinates.
+"""A Pyro program as the two densities of annealing, in unconstrained coordinates.
 
 Each local latent z is T(u) with T = `biject_to(support)`, so that with start p_0(z) = p(z) or q(z | x)
 
@@ -28,9 +28,12 @@ STARTS = ("prior", "guide")
 
 
 def bijection(site: Any) -> Any:
-    """T from all real numbers to a site's support; a mixture has that of its components.
+    """T from the real numbers to a site's support; a mixture has that of its components.
 
-    Raises `SettingError` for a support that torch knows no such map to.
+    Raises
+    ------
+    SettingError
+        torch has no such map for the support.
     """
     support = site["fn"].support
     try:
@@ -47,7 +50,7 @@ def _mixed(support: Any) -> bool:
 
 
 class Unconstrained(Messenger):
-    """Give sites the values T(u), and keep log |T'(u)| of each."""
+    """Set sites to T(u), and record log |T'(u)| of each."""
 
     def __init__(self, u: dict[str, Tensor]) -> None:
         super().__init__()
@@ -65,12 +68,28 @@ class Unconstrained(Messenger):
 
 
 class Target:
-    """`start` ("prior" or "guide") and joint density of a pair's rows for `chains` chains.
+    """Start and joint density of a pair's rows, for many chains at once.
 
-    held: values of the latents outside the data plate, drawn from the guide if None.
-    initial: u [chains, rows, dim] drawn from the start.
+    Parameters
+    ----------
+    pair : Pair
+        The program on the rows.
+    chains : int
+        Chains per datum.
+    start : {"prior", "guide"}
+        p_0.
+    held : dict, optional
+        Values of the latents outside the data plate; drawn from the guide by default.
 
-    Raises `SettingError` for discrete latents, none at all, or a guide without a density to start from.
+    Attributes
+    ----------
+    initial : tensor [chains, rows, dim]
+        u drawn from the start.
+
+    Raises
+    ------
+    SettingError
+        A latent is discrete, there are none, or the guide has no density to start from.
     """
 
     def __init__(
@@ -90,12 +109,12 @@ class Target:
         self._recorded, self._slope = Recorded(), slope_of(self.densities)
 
     def slope(self, u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient of log f_beta at u [chains, rows, dim], and `densities`: thousands of calls of one shape."""
+        """The gradient [chains, rows, dim] of log f_beta at u, and `densities`; recorded, since called often."""
         gradient, log_start, log_ratio = self._recorded(self._slope, u, beta)
         return gradient, log_start, log_ratio
 
     def coordinates(self, values: dict[str, Tensor]) -> Tensor:
-        """u [chains, rows, dim] of latents' values [chains, rows, ...]."""
+        """u [chains, rows, dim] of the latents' values [chains, rows, ...]."""
         u = {}
         for name, site in self.sites.items():
             value = values[name].reshape(site["value"].shape)
@@ -115,7 +134,7 @@ class Target:
         return found.log_prior + jacobian, found.log_likelihood
 
     def _guide_at(self, place: Unconstrained) -> Trace:
-        """The guide with its draws at the place: an AutoGuide's are made at the auxiliary site."""
+        """The guide with its draws set to the place; for an AutoGuide, at the auxiliary sites."""
         values = dict(self.held)
         for name, value in place.values.items():
             auxiliary = f"{name}_unconstrained"
@@ -124,7 +143,7 @@ class Target:
         return self.pair.guide(self.chains, given=values)
 
     def _check_guide(self, guide: Trace) -> None:
-        """Its density at its own draws must be the one it said when it drew them."""
+        """The density at its own draws must equal the one reported when they were drawn."""
         said = self.pair.log_guide(guide, self.held)
         place = Unconstrained(self._by_site(self.initial))
         self.pair.model(self.chains, place, given=self.held)
@@ -141,7 +160,7 @@ class Target:
 
     @property
     def _row_dim(self) -> int | None:
-        """Which dimension of a value [chains, plates..., event...] the data are along."""
+        """The data's dimension of a value [chains, plates..., event...]; None without a data plate."""
         plate = self.pair.structure.data_plate
         return None if plate is None else 1 + self.pair.structure.max_plate_nesting + plate.dim
 
@@ -151,7 +170,7 @@ class Target:
         return t.reshape(self.chains, self.pair.num_rows, -1)
 
     def _by_site(self, u: Tensor) -> dict[str, Tensor]:
-        """[chains, rows, dim] -> each latent's coordinates in the shape the program gives them."""
+        """[chains, rows, dim] -> each latent's coordinates in the shape of its site."""
         sizes = [math.prod(s) // (self.chains * self.pair.num_rows) for s in self.shapes.values()]
         found = {}
         for (name, shape), part in zip(self.shapes.items(), u.split(sizes, -1), strict=True):
@@ -162,7 +181,7 @@ class Target:
         return found
 
     def _full(self, t: Tensor) -> Tensor:
-        """A tensor over the plates only, with all of their dimensions."""
+        """A tensor over the plates, padded on the left to all of their dimensions."""
         plates = 1 + self.pair.structure.max_plate_nesting
         return t.reshape((1,) * (plates - t.dim()) + tuple(t.shape))
 
