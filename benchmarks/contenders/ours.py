@@ -9,23 +9,23 @@ from benchmarks.contenders.base import Runner, UnavailableError
 from benchmarks.rows import Case
 from pyrolvm.data.arrays import as_batch
 from pyrolvm.errors import PyrolvmError
-from pyrolvm.inference.engine import Engine, Step, choose_engine
+from pyrolvm.inference.engine import Engine, Problem, choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import prepare
+from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.structure import inspect_program
 
 
-def make_step(case: Case) -> Step:
+def make_problem(case: Case) -> Problem:
     """What `fit` makes of a program before it chooses an engine."""
     batch = as_batch(case.data, device=case.device)
     program = Program(*case.row.pyro(case.start()), device=case.device)
     rows = case.rows(0, 1)[0]
     first = batch.take(rows) if case.row.batch_size is not None else batch
-    program.initialise(first, (case.num_rows, rows), case.seed)
-    structure = inspect_program(program, first, (case.num_rows, rows))
-    return Step(
+    program.initialise(first, case.seed)
+    structure = inspect_program(program, first)
+    return Problem(
         program,
         structure,
         prepare(case.row.elbo(), structure),
@@ -49,7 +49,7 @@ class Eager(Runner):
 
     def _choose(self, case: Case) -> Engine:
         try:
-            return choose_engine(self.name, make_step(case), 10**6)[0]
+            return choose_engine(self.name, make_problem(case), 10**6)[0]
         except PyrolvmError as error:
             raise UnavailableError(str(error)) from error
 

@@ -119,15 +119,10 @@ def _check_events(model: Trace, guide: Trace) -> None:
 
 
 def _check_values(model: Trace, structure: Structure) -> None:
-    """Data must fill their site: broadcast over it, they would count several times or be compared with one number."""
+    """Data must fill the rows of their plate: broadcast over them, they would count once for every row."""
     names, plate = {s.name for s in structure.observed}, structure.data_plate
     for site in (s for s in sample_sites(model) if s["name"] in names):
         event, found = tuple(site["fn"].event_shape), tuple(site["value"].shape)
-        if event and found[-len(event) :] != event:
-            raise ProgramError(
-                f"the value observed at '{site['name']}' has the shape {list(found)}, and its distribution the event "
-                f"shape {event}, so that one would be broadcast over the other: give both the same trailing shape"
-            )
         if plate is None or not in_plate(site, plate):
             continue
         rows = plate.dim - len(event)
