@@ -1,5 +1,6 @@
 """Fits are apart from the process around them: handlers, threads, gradients, conditioned sites, hidden parameters."""
 
+import math
 import threading
 
 import pyro
@@ -11,6 +12,7 @@ from pyro.infer import RenyiELBO, TraceEnum_ELBO
 
 import pyrolvm
 from pyrolvm import RunFolderError, SettingError, data_plate
+from pyrolvm.inference.program.handlers import location, most_probable
 
 X = torch.randn(60, generator=torch.Generator().manual_seed(0)) + 1.0
 QUIET = {"progress": False, "engine": "eager"}
@@ -233,3 +235,63 @@ def test_numpys_numbers_are_numbers():
     fitted = pyrolvm.fit(program.model, X, guide=program.guide, **options, **QUIET)
     assert fitted.num_rows == 45
     assert len(fitted.history) == 5
+
+
+# ---------------------------------------------------------------- guides by name, masks, means
+
+
+def test_guides_go_by_their_names():
+    program = GlobalMean()
+    fits = [
+        pyrolvm.fit(program.model, X, guide=guide, num_steps=20, **QUIET)
+        for guide in ("AutoNormal", pyro.infer.autoguide.AutoNormal)
+    ]
+    assert same(*map(values, fits))
+    with pytest.raises(SettingError, match=r"AutoNormale.*AutoLowRankMultivariateNormal"):
+        pyrolvm.fit(program.model, X, guide="AutoNormale", **QUIET)
+
+
+def partly_observed(x, present):
+    with data_plate(x):
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x, obs_mask=present)
+
+
+def test_what_the_model_masks_the_guide_must_mask():
+    """With obs_mask the missing entries are latents; a guide that draws all of them pays for the observed ones too."""
+    present = torch.arange(60) < 40
+
+    def whole(x, present):
+        with data_plate(x):
+            pyro.sample("x_unobserved", dist.Normal(0.0, pyro.param("s", torch.tensor(1.0))))
+
+    def masked(x, present):
+        with data_plate(x), pyro.poutine.mask(mask=~present):
+            pyro.sample("x_unobserved", dist.Normal(0.0, pyro.param("s", torch.tensor(1.0))))
+
+    options = {"num_steps": 5, "learning_rate": 1e-9, **QUIET}
+    with pytest.raises(pyrolvm.ProgramError, match="'x_unobserved' is masked otherwise"):
+        pyrolvm.fit(partly_observed, (X, present), guide=whole, **options)
+    fitted = pyrolvm.fit(partly_observed, (X, present), guide=masked, **options)
+    exact = dist.Normal(0.0, 1.0).log_prob(X[:40]).sum().item() / 60
+    assert fitted.elbo == pytest.approx(exact, abs=1e-5)
+    with pytest.raises(pyrolvm.ProgramError, match="obs_mask"):
+        pyrolvm.fit(partly_observed, (X, present), guide=lambda x, present: None, **options)
+
+
+def test_means_of_binary_data_are_means_whatever_their_shape():
+    """One logit at 0 changes nothing, and pixels by themselves are treated as pixels of an image are."""
+    probs = torch.tensor([0.9, 0.8, 0.1, 0.5])
+    assert torch.equal(location(dist.Bernoulli(probs)), probs)
+    assert torch.equal(location(dist.Bernoulli(probs).to_event(1)), probs)
+    assert most_probable(dist.Bernoulli(probs)).tolist()[:3] == [1.0, 1.0, 0.0]
+    assert most_probable(dist.Categorical(torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]]))).tolist() == [
+        1,
+        0,
+    ]
+
+
+def test_a_cauchy_has_a_location():
+    torch.manual_seed(0)
+    found = location(dist.Cauchy(torch.tensor([-3.0, 5.0]), 0.1))
+    error = 0.1 * math.pi / 2 / math.sqrt(256)  # of the median of a Cauchy
+    assert (found - torch.tensor([-3.0, 5.0])).abs().max() < 4 * error

@@ -39,6 +39,7 @@ def inspect_program(program: Program, batch: Batch) -> Structure:
     _check_mixed(structure)
     _check_shapes(model, guide, structure.sites)
     _check_events(model, guide)
+    _check_masks(model, guide)
     _check_values(model, structure)
     _check_scale(structure, batch)
     if structure.data_plate is not None and len(batch.indices) < batch.total_rows:
@@ -61,7 +62,7 @@ def _check_match(model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:
                 f"{', '.join(latents) or 'none'}): give both the same name; if '{name}' is an auxiliary draw that "
                 f"the latents are computed from, mark it infer={{'is_auxiliary': True}}"
             )
-    plate = find_data_plate(model_trace, batch.total_rows, len(batch.indices))
+    plate = find_data_plate(model_trace, len(batch.indices))
     for name in latents:
         site = in_model[name]
         infer = site["infer"]
@@ -116,6 +117,23 @@ def _check_events(model: Trace, guide: Trace) -> None:
                 f"'{site['name']}' has event shape {shapes[0]} in the model and {shapes[1]} in the guide: give its "
                 "distribution the same .to_event(...) and size in both"
             )
+
+
+def _check_masks(model: Trace, guide: Trace) -> None:
+    """What the model masks the guide must mask: else log q counts where log p does not."""
+    for site in sample_sites(guide):
+        other: Any = model.nodes.get(site["name"])
+        if other is not None and not _same_mask(other["mask"], site["mask"]):
+            raise ProgramError(
+                f"'{site['name']}' is masked otherwise in the guide than in the model, so that its log q would count "
+                "where its log p does not: put the same `with pyro.poutine.mask(mask=...):` around it in both"
+                + (" (of an obs_mask, its negation)" if site["name"].endswith("_unobserved") else "")
+            )
+
+
+def _same_mask(one: Any, other: Any) -> bool:
+    one, other = (torch.tensor(True) if m is None else torch.as_tensor(m) for m in (one, other))
+    return bool((one == other).all())
 
 
 def _check_values(model: Trace, structure: Structure) -> None:

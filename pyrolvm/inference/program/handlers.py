@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,8 +29,7 @@ class Means(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample) and msg["value"] is None:
             fn = msg["fn"]
-            listed = getattr(fn, "has_enumerate_support", False)
-            msg["value"], msg["done"] = most_probable(fn) if listed else location(fn), True
+            msg["value"], msg["done"] = most_probable(fn) if _lists_values(fn) else location(fn), True
 
 
 class Undone(Messenger):
@@ -48,17 +47,23 @@ class Undone(Messenger):
 def location(fn: Any) -> Tensor:
     """The mean of a distribution, whatever wraps it: a scalar Bernoulli and an image of them alike.
 
-    A categorical variable has no mean: its most probable value. An average of draws where no closed form is known.
+    A categorical variable has no mean: its most probable value. Where a mean does not exist (a Cauchy), the median of
+    draws; where no closed form is known (a flow), their average.
     """
-    mean = _known(lambda: fn.mean)
-    if mean is None and getattr(fn, "has_enumerate_support", False):
-        return most_probable(fn)
-    if mean is None:
-        return fn.sample((256,)).mean(0)
+    try:
+        mean = fn.mean
+    except (NotImplementedError, AttributeError):
+        return most_probable(fn) if _lists_values(fn) else fn.sample((256,)).mean(0)
     unknown = ~torch.isfinite(mean)
-    if bool(unknown.any()):  # of some entries only (a Cauchy, few degrees of freedom): the others keep theirs
-        mean = torch.where(unknown, fn.sample((256,)).median(0).values.to(mean.dtype), mean)
-    return mean
+    if not bool(unknown.any()):
+        return mean
+    if _lists_values(fn):
+        return most_probable(fn)
+    return torch.where(unknown, fn.sample((256,)).median(0).values.to(mean.dtype), mean)
+
+
+def _lists_values(fn: Any) -> bool:
+    return bool(getattr(fn, "has_enumerate_support", False))
 
 
 def most_probable(fn: Any) -> Tensor:
@@ -69,12 +74,3 @@ def most_probable(fn: Any) -> Tensor:
         1, *fn.batch_shape, *fn.event_shape
     )
     return support.gather(0, index)[0]
-
-
-def _known(read: Callable[[], Tensor]) -> Tensor | None:
-    try:
-        value = read()
-    except (NotImplementedError, AttributeError):
-        return None
-    # torch gives NaN for the means of categorical variables
-    return None if bool(torch.isnan(value).all()) else value

@@ -41,7 +41,7 @@ def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, set[str]
 
 def read_structure(program: Program, batch: Batch, model: Trace, guide: Trace, made: set[str]) -> Structure:
     """The structure that a pair of traces shows; `made` are the names of the data plates that the program made."""
-    plate = find_data_plate(model, batch.total_rows, len(batch.indices))
+    plate = find_data_plate(model, len(batch.indices))
     drawn = {s["name"]: s for s in sample_sites(guide)}
     sources = _sources(program, batch, guide)
     whole = len(batch.indices) == batch.total_rows

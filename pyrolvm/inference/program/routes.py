@@ -9,11 +9,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
+import pyro.infer.autoguide
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pyrolvm.errors import ProgramError
+from pyrolvm.errors import ProgramError, one_of
 from pyrolvm.plates import DATA_PLATE, current_rows
+
+AUTOGUIDES = tuple(
+    name
+    for name, kind in vars(pyro.infer.autoguide).items()
+    if isinstance(kind, type) and issubclass(kind, AutoGuide) and name not in ("AutoGuide", "AutoContinuous")
+)
+"""The guides that go by their names."""
 
 
 def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -36,6 +44,8 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
             "this model brings no guide: pass guide=..., a function of the model's arguments or an "
             "AutoGuide such as pyro.infer.autoguide.AutoNormal"
         )
+    if isinstance(guide, str):
+        guide = getattr(pyro.infer.autoguide, one_of("guide", guide, AUTOGUIDES))
     if isinstance(guide, type):
         guide = guide(program)  # an AutoGuide class
     if isinstance(guide, AutoGuide) and guide.create_plates is None:

@@ -162,16 +162,10 @@ def base(fn: Any) -> Any:
     return fn
 
 
-def find_data_plate(model_trace: Trace, num_rows: int, batch_rows: int) -> Plate | None:
+def find_data_plate(model_trace: Trace, batch_rows: int) -> Plate | None:
     """The outermost plate of an observed site that runs over the rows of the data."""
     frames = {f for s in sample_sites(model_trace) if s["is_observed"] for f in s["cond_indep_stack"]}
-    over_rows = [
-        f
-        for f in frames
-        if f.vectorized
-        and f.size == batch_rows
-        and (f.full_size in (num_rows, batch_rows) or f.size < f.full_size)
-    ]
+    over_rows = [f for f in frames if f.vectorized and f.size == batch_rows]
     if not over_rows:
         return None
     frame = min(over_rows, key=lambda f: f.dim)

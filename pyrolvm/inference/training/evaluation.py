@@ -70,7 +70,7 @@ class HeldOutBound:
         batch = problem.batch(rows)
         with seeded(self.seed, problem.program.device):
             trace = Pair(problem.program, problem.structure, batch).model()
-        plate = find_data_plate(trace, problem.num_rows, len(rows))
+        plate = find_data_plate(trace, len(rows))
         return replace(problem, structure=replace(problem.structure, data_plate=plate))
 
 

@@ -70,8 +70,8 @@ def fit(
     data : tensor, array, DataFrame or Dataset
         A tuple (positional) or dict (keyword) of them for a program of several arguments. Floating values are cast to
         `dtype`; integers stay integers.
-    guide : callable, AutoGuide instance or AutoGuide class, optional
-        Of the model's arguments.
+    guide : callable, AutoGuide instance, AutoGuide class or name of one, optional
+        Of the model's arguments; e.g. `AutoNormal` or "AutoNormal".
     objective : pyro.infer.ELBO, optional
         A Pyro ELBO object; `Trace_ELBO()` by default, `TraceEnum_ELBO()` if the model enumerates,
         `TraceGraph_ELBO()` if it samples discrete latents. `RenyiELBO` is the bound of each datum, the plate's scale
