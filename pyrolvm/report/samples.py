@@ -31,7 +31,6 @@ def image_shape(run: SavedRun, given: Any) -> tuple[int, ...] | None:
 
     Raises `SettingError` if the shape given is not that of a row.
     """
-    recipe = run.recipe
     shape = run.row_shape
     if given is not None:
         if not all(isinstance(n, int) and n > 0 for n in given) or math.prod(given) != math.prod(shape):
@@ -39,45 +38,40 @@ def image_shape(run: SavedRun, given: Any) -> tuple[int, ...] | None:
         return tuple(given)
     if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)):
         return shape
-    columns = recipe.columns or run.fitted.columns or []
-    named = str(recipe.record.get("source", "")).replace("-", "_") in PICTURE_SETS
-    pixels = bool(columns) and all(str(c).lower().startswith("pixel") for c in columns)
+    named = str(run.recipe.record.get("source", "")).replace("-", "_") in PICTURE_SETS
+    pixels = bool(run.columns) and all(str(c).lower().startswith("pixel") for c in run.columns)
     side = math.isqrt(shape[0]) if len(shape) == 1 else 0
-    return (side, side) if (named or pixels) and len(shape) == 1 and side * side == shape[0] else None
+    return (side, side) if (named or pixels) and shape == (side * side,) else None
 
 
 def _pictures(found: Findings, shape: tuple[int, ...]) -> list[Part]:
-    made = found.recipe.undo(found.fitted.sample(PICTURES, mean=True, seed=found.seed))
-    size = " by ".join(map(str, shape))
-    alt = f"{PICTURES} pictures of {size} pixels that the model made."
-    draw = lambda: plots.plot_samples(made, shape)  # noqa: E731
-    return [figure(draw, "Means of p(x | z), z drawn from the prior", alt), *_pairs(found, shape)]
-
-
-def _pairs(found: Findings, shape: tuple[int, ...]) -> list[Part]:
-    if found.train is None or found.fitted.structure.per_datum:
-        return []
+    fitted, undo = found.fitted, found.recipe.undo
+    made = undo(fitted.sample(PICTURES, mean=True, seed=found.seed))
+    alt = f"{PICTURES} pictures of {' by '.join(map(str, shape))} pixels that the model made."
+    title = "Means of p(x | z), z drawn from the prior"
+    parts = [figure(plots.plot_samples(made, shape), title, alt)]
+    if found.train is None or fitted.structure.per_datum:
+        return parts
     few = found.train.take(np.arange(min(PAIRS, found.train.num_rows)))
-    x, again = map(found.recipe.undo, (few.values, found.fitted.reconstruct(few, seed=found.seed)))
+    x, again = undo(few.values), undo(fitted.reconstruct(few, seed=found.seed))
     alt = f"Above, {len(x)} pictures of the data; below, their reconstructions by the model."
-    draw = lambda: plots.plot_reconstructions(x, again, shape, count=PAIRS)  # noqa: E731
-    return [figure(draw, "Data, and the mean of p(x | z) at their codes", alt)]
+    drawn = plots.plot_reconstructions(x, again, shape, count=PAIRS)
+    return [*parts, figure(drawn, "Data, and the mean of p(x | z) at their codes", alt)]
 
 
 def _moments(found: Findings) -> list[Part]:
     made = found.fitted.sample(DRAWS, seed=found.seed)
     sites = made if isinstance(made, dict) else {found.fitted.structure.observed[0].name: made}
-    columns = [_site_moments(found, name, value, len(sites) == 1) for name, value in sites.items()]
-    return [table(pd.concat(columns), f"{DRAWS:,} samples of the model", "column")]
-
-
-def _site_moments(found: Findings, name: str, values: Any, only: bool) -> pd.DataFrame:
-    rows = found.recipe.undo(values).reshape(len(values), -1)
-    names = found.columns
-    index = names if len(names) == rows.shape[1] and only else [f"{name}[{i}]" for i in range(rows.shape[1])]
-    columns = {"mean of samples": rows.mean(0), "sd of samples": rows.std(0)}
-    if only and found.train is not None:
+    rows = {site: found.recipe.undo(values).reshape(len(values), -1) for site, values in sites.items()}
+    frames = []
+    for site, x in rows.items():
+        index = (
+            found.names(x.shape[1], site) if len(rows) == 1 else [f"{site}[{i}]" for i in range(x.shape[1])]
+        )
+        frames.append(pd.DataFrame({"mean of samples": x.mean(0), "sd of samples": x.std(0)}, index))
+    frame = pd.concat(frames)
+    if len(rows) == 1 and found.train is not None:
         x = found.recipe.undo(found.train.values).reshape(found.train.num_rows, -1)
-        if x.shape[1] == rows.shape[1]:
-            columns |= {"mean of data": x.mean(0), "sd of data": x.std(0)}
-    return pd.DataFrame(columns, index=index)
+        if x.shape[1] == len(frame):
+            frame = frame.assign(**{"mean of data": x.mean(0), "sd of data": x.std(0)})
+    return [table(frame, f"{DRAWS:,} samples of the model", "column")]

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from pyrolvm import plots
-from pyrolvm.diagnostics.guide_quality import Diagnosis
 from pyrolvm.inference.posterior.saving import versions
 from pyrolvm.models import REGISTRY
 from pyrolvm.report.findings import Findings
 from pyrolvm.report.model import model_parts
 from pyrolvm.report.parts import Part, Section, facts, figure, number, table
-from pyrolvm.report.quality import evidence, evidence_name, guide, predictive, standard_error
+from pyrolvm.report.quality import GUIDE, evidence, evidence_name, measured, standard_error
 from pyrolvm.report.samples import samples
 from pyrolvm.runs import still_rising
 
 LAST = 100
 """Steps that the bound is averaged over, as `FittedModel.elbo` has it."""
 MOST_NAMES = 20
+TERMS = {"elbo": "ELBO", "log_likelihood": "expected log-likelihood", "kl": "KL"}
 
 
 def all_sections(found: Findings) -> list[Section]:
@@ -32,8 +31,8 @@ def all_sections(found: Findings) -> list[Section]:
         "Model": model_parts(found),
         "Training": _training(found),
         "Evidence": evidence(found),
-        "Guide": guide(found),
-        "Predictive checks": predictive(found),
+        "Guide": measured(found, *GUIDE),
+        "Predictive checks": measured(found, "predictive check"),
         "Samples": samples(found),
         "Data": _data(found),
         "Settings": _settings(found),
@@ -65,7 +64,7 @@ def _summary(found: Findings) -> list[Part]:
         ("rows", _rows(found)),
         (f"ELBO, {found.unit}", f"{number(fitted.elbo)} (mean of the last {LAST} steps)"),
         ("ELBO, held out", fitted.held_out_elbo if "validation_elbo" in fitted.history else None),
-        (f"{evidence_name(diagnosis)}, nats per datum", _mean_evidence(diagnosis)),
+        *_mean_evidence(found),
         ("engine", fitted.engine),
         ("stopped", fitted.stopped_because),
     )
@@ -84,19 +83,14 @@ def _source(found: Findings) -> str:
     return f"{found.recipe.record.get('source')}{f' ({_keywords(options)})' if options else ''}"
 
 
-def _last(history: pd.DataFrame, column: str) -> float | None:
-    """The last value of a column; None if there is none."""
-    if column not in history or history[column].isna().all():
-        return None
-    return float(history[column].dropna().iloc[-1])
-
-
-def _mean_evidence(diagnosis: Diagnosis | None) -> str | None:
-    if diagnosis is None or diagnosis.evidence is None:
-        return None
-    values = diagnosis.evidence["log_evidence"]
+def _mean_evidence(found: Findings) -> list[tuple[str, str]]:
+    report = found.reports.get("log p(x)")
+    if report is None:
+        return []
+    values = report.table["log_evidence"]
     mean, error = (number(v, 3) for v in (values.mean(), standard_error(values)))
-    return f"{mean} ± {error} ({diagnosis.method}, {len(values):,} rows)"
+    words = f"{mean} ± {error} ({report.method}, {len(values):,} rows)"
+    return [(f"{evidence_name(report)}, nats per datum", words)]
 
 
 def _missing(found: Findings) -> list[Part]:
@@ -110,42 +104,26 @@ def _missing(found: Findings) -> list[Part]:
 
 
 def _training(found: Findings) -> list[Part]:
-    history = found.fitted.history
+    history, unit, file = found.fitted.history, found.unit, found.run.path / "restarts.csv"
     if not len(history):
         return [Part("text", "No step was taken.")]
-    steps, seconds = int(history["step"].iloc[-1]), _last(history, "seconds")
+    last, steps = history.tail(LAST), int(history["step"].iloc[-1])
+    seconds = history["seconds"].dropna().tail(1).tolist() if "seconds" in history else []
     end = number(found.fitted.elbo)
-    alt = f"The ELBO over {steps:,} steps; its last {LAST} steps have the mean {end} {found.unit}."
-    return [
-        facts(("steps", steps), ("seconds in steps", seconds)),
-        *_may_rise(history),
-        figure(lambda: plots.plot_elbo(history, unit=found.unit), "The bound, step by step", alt),
-        _means(history, found.unit),
-        *_restarts(found.run.path / "restarts.csv"),
+    alt = f"The ELBO over {steps:,} steps; its last {LAST} steps have the mean {end} {unit}."
+    terms = {label: last[name].agg(["mean", "std"]) for name, label in TERMS.items() if name in last}
+    means = pd.DataFrame(terms).T.rename(columns={"std": "sd over steps"})
+    parts = [
+        facts(("steps", steps), ("seconds in steps", seconds[0] if seconds else None)),
+        figure(plots.plot_elbo(history, unit=unit), "The bound, step by step", alt),
+        table(means, f"The last {len(last)} steps, {unit}", "term"),
     ]
-
-
-def _may_rise(history: pd.DataFrame) -> list[Part]:
-    rise = still_rising(history)
-    if rise is None:
-        return []
-    words = f"The ELBO rose by {number(rise)} over the last fifth of the steps and may not be done"
-    return [Part("note", f"{words}: give it more steps, or a larger learning rate.")]
-
-
-def _means(history: pd.DataFrame, unit: str) -> Part:
-    last = history.tail(LAST)
-    names = {"elbo": "ELBO", "log_likelihood": "expected log-likelihood", "kl": "KL"}
-    rows = {label: last[name].agg(["mean", "std"]) for name, label in names.items() if name in last}
-    frame = pd.DataFrame(rows).T.rename(columns={"std": "sd over steps"})
-    return table(frame, f"The last {len(last)} steps, {unit}", "term")
-
-
-def _restarts(file: Path) -> list[Part]:
-    if not file.is_file():
-        return []
-    frame = pd.read_csv(file)
-    return [table(frame.set_index(frame.columns[0]), "Restarts, best first")]
+    if rise := still_rising(history):
+        words = f"The ELBO rose by {number(rise)} over the last fifth of the steps and may not be done"
+        parts.insert(1, Part("note", f"{words}: give it more steps, or a larger learning rate."))
+    if file.is_file():
+        parts.append(table(pd.read_csv(file, index_col=0), "Restarts, best first"))
+    return parts
 
 
 def _data(found: Findings) -> list[Part]:
@@ -155,7 +133,7 @@ def _data(found: Findings) -> list[Part]:
         ("rows read", record.get("rows")),
         ("rows fitted to", fitted.num_rows),
         ("shape of a row", " × ".join(map(str, found.recipe.shape)) or None),
-        ("columns", _names(found.columns)),
+        ("columns", _names(found.run.columns)),
         ("labels", record.get("labels")),
         ("digest (SHA-256)", record.get("sha256")),
         ("transforms", ", ".join(t.kind for t in found.recipe.transforms) or "none recorded"),
@@ -176,23 +154,23 @@ def _transforms(found: Findings) -> list[Part]:
         if t.threshold is not None:
             parts.append(Part("text", f"Values above {number(t.threshold)} count as 1, others as 0."))
             continue
-        count = max(t.offset.size, t.scale.size)
-        names = found.columns
-        index = names if len(names) == count else ["every value"] if count == 1 else range(count)
-        columns = {"offset": t.offset.reshape(-1), "scale": t.scale.reshape(-1)}
-        frame = pd.DataFrame(columns, index=pd.Index(index))
+        frame = pd.DataFrame({"offset": t.offset.reshape(-1), "scale": t.scale.reshape(-1)})
+        frame.index = pd.Index(found.names(len(frame)) if t.scale.ndim else ["every value"])
         parts.append(table(frame, f"{t.kind}: (value - offset) / scale", "column"))
     return parts
 
 
 def _sites(found: Findings) -> Part:
-    roles = {}
+    rows = {}
     for s in found.fitted.structure.sites:
         role = "observed" if s.observed else ("latent of each datum" if s.local else "latent shared by all")
-        shape = " × ".join(map(str, s.event_shape)) or "a number"
-        roles[s.name] = (role, s.family + (", summed out" if s.enumerated else ""), shape)
-    columns = ["role", "distribution", "shape"]
-    return table(pd.DataFrame.from_dict(roles, orient="index", columns=columns), "Sites of the model", "site")
+        family = s.family + (", summed out" if s.enumerated else "")
+        rows[s.name] = {
+            "role": role,
+            "distribution": family,
+            "shape": " × ".join(map(str, s.event_shape)) or "a number",
+        }
+    return table(pd.DataFrame.from_dict(rows, orient="index"), "Sites of the model", "site")
 
 
 def _settings(found: Findings) -> list[Part]:

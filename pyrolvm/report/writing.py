@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyrolvm.diagnostics.guide_quality import diagnose
+from pyrolvm.diagnostics import diagnose
 from pyrolvm.errors import RunFolderError, count
 from pyrolvm.files import write_atomically
 from pyrolvm.report.findings import Findings, find_data, held_out_evidence
@@ -77,7 +77,7 @@ def write_report(
         options: dict[str, Any] = {"gaps": gaps, "reference": reference or None}
         diagnosis = diagnose(run.fitted, prepared.train, num_samples, max_rows=max_rows, seed=seed, **options)
     held_out = held_out_evidence(run.fitted, prepared, diagnosis, max_rows, seed)
-    found = Findings(run, prepared, reason, diagnosis, held_out, shape, seed)
+    found = Findings(run, prepared, reason, diagnosis, held_out, shape, num_samples, seed)
     return _write(run.path / REPORT, render(titled(found), all_sections(found)))
 
 

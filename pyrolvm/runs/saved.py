@@ -42,6 +42,11 @@ class SavedRun:
         return Recipe({"columns": self.fitted.columns, "vectors": "data_dim" in arguments})
 
     @property
+    def columns(self) -> list[str]:
+        """Names of the entries of a row; empty if they have none."""
+        return self.recipe.columns or self.fitted.columns or []
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
         """The shape of a row: of the data as they were read, else of the fit's first argument."""
         positional = (self.fitted.arguments or {}).get("positional") or [None]
