@@ -111,15 +111,24 @@ def read_config(path: Path, named: bool = True) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise RunFolderError(f"{path} is not a folder: name the folder that a run was saved in")
+    begun = _command_begun(path)
     if not (path / CONFIG).exists() and (path / CHECKPOINT / BEGUN).exists():
-        raise RunFolderError(_unfinished(path))
+        command = begun or "pyrolvm fit ..."
+        if states(path):
+            raise RunFolderError(f"the run in {path} is not finished: resume it with {command} --resume")
+        raise RunFolderError(
+            f"the run in {path} ended before its first checkpoint: start it again with {command} --overwrite"
+        )
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise RunFolderError(f"{path / CONFIG} is not the record of a run")
     for key, kind in RECORD.items():
         if key in config and not isinstance(config[key], kind):
             raise RunFolderError(f"{path / CONFIG} is damaged: {key}={config[key]!r} is of the wrong type")
-    _warn_of_unfinished(path, config)
+    if begun not in (None, _run_record(config).get("command", begun)):
+        warn_user(
+            f"these are results of the earlier run in {path}: the one begun since is not finished ({begun})"
+        )
     name = config["model"].get("name")
     if not named and name not in REGISTRY:
         text = _run_record(config).get("model", f"file.py:{name}")
@@ -130,26 +139,11 @@ def read_config(path: Path, named: bool = True) -> dict[str, Any]:
     return config
 
 
-def _unfinished(path: Path) -> str:
-    command = _command_begun(path) or "pyrolvm fit ..."
-    if states(path):
-        return f"the run in {path} is not finished: resume it with {command} --resume"
-    return f"the run in {path} ended before its first checkpoint: start it again with {command} --overwrite"
-
-
 def _command_begun(path: Path) -> str | None:
+    """The command of the run that was begun in the folder, if any."""
     begun = path / CHECKPOINT / BEGUN
     found = read_json(begun) if begun.exists() else None
     return found.get("command") if isinstance(found, dict) else None
-
-
-def _warn_of_unfinished(path: Path, config: dict[str, Any]) -> None:
-    """Warn where a run was begun in place of the one whose results are still there."""
-    command = _command_begun(path)
-    if command not in (None, _run_record(config).get("command", command)):
-        warn_user(
-            f"these are results of the earlier run in {path}: the one begun since is not finished ({command})"
-        )
 
 
 def _run_record(config: dict[str, Any]) -> dict[str, Any]:
