@@ -38,21 +38,8 @@ class Part:
     title: str = ""
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands below it."""
-
-    title: str
-    parts: list[Part]
-
-    @property
-    def anchor(self) -> str:
-        """What links to the section call it."""
-        return self.title.lower().replace(" ", "-")
-
-
-def render(title: str, sections: list[Section]) -> str:
-    """The page as HTML; all that is not the template's own is escaped."""
+def render(title: str, sections: dict[str, list[Part]]) -> str:
+    """The page as HTML, its sections by their headings; all that is not the template's own is escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import Any
 
 import pandas as pd
 
@@ -13,10 +12,10 @@ from pyrolvm.inference.posterior.saving import versions
 from pyrolvm.models import REGISTRY
 from pyrolvm.report.findings import Findings
 from pyrolvm.report.model import model_parts
-from pyrolvm.report.parts import Part, Section, facts, figure, number, table
+from pyrolvm.report.parts import Part, facts, figure, number, table
 from pyrolvm.report.quality import GUIDE, evidence, evidence_name, measured, standard_error
 from pyrolvm.report.samples import samples
-from pyrolvm.runs import still_rising
+from pyrolvm.runs import described, still_rising
 
 LAST = 100
 """Steps that the bound is averaged over, as `FittedModel.elbo` has it."""
@@ -24,9 +23,9 @@ MOST_NAMES = 20
 TERMS = {"elbo": "ELBO", "log_likelihood": "expected log-likelihood", "kl": "KL"}
 
 
-def all_sections(found: Findings) -> list[Section]:
+def all_sections(found: Findings) -> dict[str, list[Part]]:
     """The page from top to bottom."""
-    parts = {
+    return {
         "Summary": _summary(found),
         "Model": model_parts(found),
         "Training": _training(found),
@@ -39,7 +38,6 @@ def all_sections(found: Findings) -> list[Section]:
         "Versions": [_versions(found)],
         "Repeat": _repeat(found),
     }
-    return [Section(title, p) for title, p in parts.items()]
 
 
 def titled(found: Findings) -> str:
@@ -47,20 +45,15 @@ def titled(found: Findings) -> str:
     return f"{found.run.config['model']['name']}, run {found.run.path.resolve().name}"
 
 
-def described(config: dict[str, Any]) -> str:
-    """The model as it is built: PPCA(data_dim=4, latent_dim=2)."""
-    name, arguments = config["model"]["name"], config["model"]["arguments"]
-    return str(name) if arguments is None else f"{name}({_keywords(arguments)})"
-
-
-def _keywords(arguments: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+def _built(found: Findings) -> str:
+    """The model as it is built."""
+    return described(*(found.run.config["model"][k] for k in ("name", "arguments")))
 
 
 def _summary(found: Findings) -> list[Part]:
     fitted, diagnosis = found.fitted, found.diagnosis
     shown = facts(
-        ("model", described(found.run.config)),
+        ("model", _built(found)),
         ("rows", _rows(found)),
         (f"ELBO, {found.unit}", f"{number(fitted.elbo)} (mean of the last {LAST} steps)"),
         ("ELBO, held out", fitted.held_out_elbo if "validation_elbo" in fitted.history else None),
@@ -72,15 +65,14 @@ def _summary(found: Findings) -> list[Part]:
 
 
 def _rows(found: Findings) -> str:
-    split = found.recipe.record.get("split")
+    split, source = found.recipe.record.get("split"), _source(found)
     more = f" and {split['held_out']:,} held out" if split else ""
-    source = f"{_source(found)}: " if "source" in found.recipe.record else ""
-    return f"{source}{found.fitted.num_rows:,}{more}"
+    return f"{f'{source}: ' if source else ''}{found.fitted.num_rows:,}{more}"
 
 
-def _source(found: Findings) -> str:
-    options = found.recipe.record.get("options") or {}
-    return f"{found.recipe.record.get('source')}{f' ({_keywords(options)})' if options else ''}"
+def _source(found: Findings) -> str | None:
+    record = found.recipe.record
+    return described(record["source"], record.get("options") or None) if "source" in record else None
 
 
 def _mean_evidence(found: Findings) -> list[tuple[str, str]]:
@@ -129,7 +121,7 @@ def _training(found: Findings) -> list[Part]:
 def _data(found: Findings) -> list[Part]:
     record, fitted = found.recipe.record, found.fitted
     shown = facts(
-        ("source", _source(found) if "source" in record else None),
+        ("source", _source(found)),
         ("rows read", record.get("rows")),
         ("rows fitted to", fitted.num_rows),
         ("shape of a row", " × ".join(map(str, found.recipe.shape)) or None),
@@ -174,11 +166,11 @@ def _sites(found: Findings) -> Part:
 
 
 def _settings(found: Findings) -> list[Part]:
-    said = {
+    texts = {
         k: "none" if v is None else v if isinstance(v, str) else json.dumps(v)
         for k, v in found.fitted.settings.items()
     }
-    return [table(pd.Series(said, name="value").to_frame(), "What the fit was given", "setting")]
+    return [table(pd.DataFrame({"value": texts}), "What the fit was given", "setting")]
 
 
 def _versions(found: Findings) -> Part:
@@ -190,9 +182,9 @@ def _repeat(found: Findings) -> list[Part]:
     if found.run.command:
         return [Part("text", "This command repeats the run:"), Part("code", found.run.command)]
     name = found.run.config["model"]["name"]
-    built = f"pyrolvm.{described(found.run.config)}" if name in REGISTRY else "model"
+    built = f"pyrolvm.{_built(found)}" if name in REGISTRY else "model"
     settings = found.fitted.settings
     known = ("optimizer", "learning_rate", "clip_norm", "batch_size", "num_steps", "seed")
-    said = _keywords({k: settings[k] for k in known if k in settings})
+    call = ", ".join(f"{k}={settings[k]!r}" for k in known if k in settings)
     words = "The run was started from Python and no command was recorded. As far as its settings are known:"
-    return [Part("text", words), Part("code", f"pyrolvm.fit({built}, x, {said})")]
+    return [Part("text", words), Part("code", f"pyrolvm.fit({built}, x, {call})")]

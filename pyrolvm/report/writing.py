@@ -78,10 +78,7 @@ def write_report(
         diagnosis = diagnose(run.fitted, prepared.train, num_samples, max_rows=max_rows, seed=seed, **options)
     held_out = held_out_evidence(run.fitted, prepared, diagnosis, max_rows, seed)
     found = Findings(run, prepared, reason, diagnosis, held_out, shape, num_samples, seed)
-    return _write(run.path / REPORT, render(titled(found), all_sections(found)))
-
-
-def _write(file: Path, text: str) -> Path:
+    file, text = run.path / REPORT, render(titled(found), all_sections(found))
     try:
         write_atomically(file, lambda p: p.write_text(text, encoding="utf-8"))
     except OSError as error:

@@ -93,6 +93,13 @@ def as_pair(model: Any, guide: Any = None) -> Any:
     )
 
 
+def described(name: Any, arguments: dict[str, Any] | None) -> str:
+    """The model as it is built: PPCA(data_dim=4, latent_dim=2)."""
+    if arguments is None:
+        return str(name)
+    return f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+
+
 def find_model(text: str, guide: str | None = None) -> NamedModel:
     """The model (and guide) of this name. A file is executed: it is the user's own.
 

@@ -82,7 +82,7 @@ class Source:
             "key": self.ends_in(KEYED),
             "header": self.ends_in(TEXT),
         }
-        taken = {n: record.get(n) for n, has_it in has.items() if has_it and getattr(self, n) is None}
+        taken: Any = {n: record.get(n) for n, has_it in has.items() if has_it and getattr(self, n) is None}
         return replace(self, **taken)
 
 

@@ -21,6 +21,16 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, markup=False, width=UNWATCHED_WIDTH)
 
 
+def note(text: str) -> None:
+    """A line that explains what stands above it."""
+    console().print(text, style="dim")
+
+
+def caution(text: str) -> None:
+    """A line that calls for care."""
+    console().print(text, style="yellow")
+
+
 def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
     """Two columns: what, and its value."""
     table = Table.grid(padding=(0, 2))
