@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from pyrolvm import plots
 from pyrolvm.diagnostics import CollapseReport, Gaps, GlobalTail, PredictiveCheck, ReferenceComparison
 from pyrolvm.diagnostics.evidence import Evidence
 from pyrolvm.diagnostics.tails import LocalTails
-from pyrolvm.report.figures import draw_evidence, draw_replicates
+from pyrolvm.plots.style import BLUE, GREY, ORANGE, RED, axes_of, legend_above, plain
 from pyrolvm.report.findings import Findings
 from pyrolvm.report.parts import Part, facts, figure, number, row_name, table
 
@@ -56,9 +57,26 @@ def evidence(found: Findings) -> list[Part]:
     return [
         Part("text", _how(found, report)),
         _moments(found, tables),
-        figure(draw_evidence(tables), "log p of each datum", alt),
+        figure(_draw_evidence(tables), "log p of each datum", alt),
         *_noted(found),
     ]
+
+
+def _draw_evidence(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Histograms of log p of each datum, as shares of each set of rows, with their means."""
+    columns = {name: t["log_evidence"].to_numpy(float) for name, t in tables.items()}
+    values = {name: v[np.isfinite(v)] for name, v in columns.items()}
+    together = np.concatenate(list(values.values()))
+    edges = np.histogram_bin_edges(together, bins=int(np.clip(len(together) ** 0.5, 8, 30)))
+    drawn, ax = axes_of(None, 6.0, 3.0)
+    for (name, v), colour, dash in zip(values.items(), (BLUE, ORANGE), ("-", "--"), strict=False):
+        if len(v):
+            share = np.histogram(v, edges)[0] / len(v)
+            ax.stairs(share, edges, color=colour, linewidth=1.4, linestyle=dash, label=name, fill=False)
+            ax.axvline(v.mean(), color=colour, linewidth=1, linestyle=":")
+    ax.set(xlabel="log p of each datum (nats); dotted: mean", ylabel="share of the rows", ylim=(0, None))
+    legend_above(ax)
+    return drawn
 
 
 def evidence_name(report: Evidence) -> str:
@@ -185,6 +203,26 @@ def _(report: PredictiveCheck) -> list[Part]:
     title = "Grey: data made by the model; line: the data, red where extreme"
     return [
         Part("text", report.sentence),
-        figure(draw_replicates(report), title, alt),
+        figure(_draw_replicates(report), title, alt),
         table(frame, "Statistics; extreme: two-sided p-value below 0.05", "statistic"),
     ]
+
+
+def _draw_replicates(check: Any) -> Figure:
+    """A panel for each statistic: its values in data made by the model, and its value in the data."""
+    names = list(check.table.index)
+    across = min(3, len(names))
+    rows = math.ceil(len(names) / across)
+    drawn = Figure(figsize=(0.4 + 2.5 * across, 1.9 * rows), layout="constrained")
+    panels = drawn.subplots(rows, across, squeeze=False).ravel()
+    for ax, name in zip(panels, names, strict=False):
+        row = check.table.loc[name]
+        plain(ax).hist(check.replicates[name], bins=20, color=GREY, alpha=0.55)
+        ax.axvline(row["observed"], color=RED if row["extreme"] else BLUE, linewidth=2)
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+        ax.locator_params(axis="x", nbins=3)
+        ax.set_title(str(name).replace("$", r"\$"), fontsize="small", loc="left")
+    for ax in panels[len(names) :]:
+        ax.remove()
+    return drawn

@@ -8,13 +8,13 @@ import shlex
 import pandas as pd
 
 from pyrolvm import plots
+from pyrolvm.data.columns import listed
 from pyrolvm.inference.posterior.saving import versions
 from pyrolvm.models import REGISTRY
 from pyrolvm.report.findings import Findings
-from pyrolvm.report.model import model_parts
+from pyrolvm.report.model import model_parts, samples
 from pyrolvm.report.parts import Part, facts, figure, number, table
 from pyrolvm.report.quality import GUIDE, evidence, evidence_name, measured, standard_error
-from pyrolvm.report.samples import samples
 from pyrolvm.runs import described, still_rising
 
 LAST = 100
@@ -119,25 +119,18 @@ def _training(found: Findings) -> list[Part]:
 
 
 def _data(found: Findings) -> list[Part]:
-    record, fitted = found.recipe.record, found.fitted
+    record, fitted, columns = found.recipe.record, found.fitted, found.run.columns
     shown = facts(
         ("source", _source(found)),
         ("rows read", record.get("rows")),
         ("rows fitted to", fitted.num_rows),
         ("shape of a row", " × ".join(map(str, found.recipe.shape)) or None),
-        ("columns", _names(found.run.columns)),
+        ("columns", f"{listed(columns, MOST_NAMES)} ({len(columns)})" if columns else None),
         ("labels", record.get("labels")),
         ("digest (SHA-256)", record.get("sha256")),
         ("transforms", ", ".join(t.kind for t in found.recipe.transforms) or "none recorded"),
     )
     return [shown, *_transforms(found), _sites(found)]
-
-
-def _names(columns: list[str]) -> str | None:
-    if not columns:
-        return None
-    more = f" and {len(columns) - MOST_NAMES} more" if len(columns) > MOST_NAMES else ""
-    return f"{', '.join(columns[:MOST_NAMES])}{more} ({len(columns)})"
 
 
 def _transforms(found: Findings) -> list[Part]:

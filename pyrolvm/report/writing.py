@@ -10,8 +10,8 @@ from pyrolvm.diagnostics import diagnose
 from pyrolvm.errors import RunFolderError, count
 from pyrolvm.files import write_atomically
 from pyrolvm.report.findings import Findings, find_data, held_out_evidence
+from pyrolvm.report.model import image_shape as shape_of
 from pyrolvm.report.parts import render
-from pyrolvm.report.samples import image_shape as shape_of
 from pyrolvm.report.sections import all_sections, titled
 from pyrolvm.runs import open_run
 

@@ -17,7 +17,7 @@ from pyrolvm.inference.posterior.loading import load_run
 from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
 from pyrolvm.models import REGISTRY
 from pyrolvm.runs.folder import BEGUN, CHECKPOINT, EVIDENCE, states
-from pyrolvm.runs.named import as_pair, find_model, first_line
+from pyrolvm.runs.named import find_model, first_line
 from pyrolvm.runs.recipe import Recipe
 
 RECORD: dict[str, Any] = {"model": dict, "settings": dict, "columns": (list, type(None)), "num_rows": int}
@@ -35,7 +35,7 @@ class SavedRun:
     @property
     def recipe(self) -> Recipe:
         """The recipe of its data; of a fit saved from Python without one, what the fit itself knows."""
-        record = _run_record(self.config).get("data")
+        record = self.config["run"].get("data")
         if isinstance(record, dict):
             return Recipe(record)
         arguments = self.config["model"].get("arguments") or {}
@@ -56,7 +56,7 @@ class SavedRun:
     @property
     def command(self) -> str | None:
         """The command that repeats the run, if the shell recorded one."""
-        return _run_record(self.config).get("command")
+        return self.config["run"].get("command")
 
     @property
     def evidence(self) -> list[dict[str, Any]]:
@@ -96,11 +96,9 @@ def open_run(path: Path, model: Any = None, guide: Any = None, device: str = "cp
 
 def _rebuild(text: str, config: dict[str, Any]) -> tuple[Any, Any]:
     """The pair that `text` names, built with the arguments of the run."""
-    recorded = _run_record(config)
-    named = find_model(text, guide=recorded.get("guide"))
-    arguments = recorded.get("arguments")
-    arguments = config["model"].get("arguments") if arguments is None else arguments
-    built = as_pair(named.build(arguments or {})) if named.cls is not None else named.build({})
+    named = find_model(text, guide=config["run"].get("guide"))
+    arguments = config["run"].get("arguments") or config["model"].get("arguments") or {}
+    built = named.build(arguments)
     return built if isinstance(built, tuple) else (built, None)
 
 
@@ -122,16 +120,18 @@ def read_config(path: Path, named: bool = True) -> dict[str, Any]:
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise RunFolderError(f"{path / CONFIG} is not the record of a run")
+    # what was recorded beside the fit; a fit saved from Python may have nothing
+    config["run"] = config["run"] if isinstance(config.get("run"), dict) else {}
     for key, kind in RECORD.items():
         if key in config and not isinstance(config[key], kind):
             raise RunFolderError(f"{path / CONFIG} is damaged: {key}={config[key]!r} is of the wrong type")
-    if begun not in (None, _run_record(config).get("command", begun)):
+    if begun not in (None, config["run"].get("command", begun)):
         warn_user(
             f"these are results of the earlier run in {path}: the one begun since is not finished ({begun})"
         )
     name = config["model"].get("name")
     if not named and name not in REGISTRY:
-        text = _run_record(config).get("model", f"file.py:{name}")
+        text = config["run"].get("model", f"file.py:{name}")
         raise RunFolderError(
             f"the run in {path} is of '{name}', a pair of your own, and a run folder executes nothing: name the pair, "
             f"--model {text} at the shell, model=... in Python"
@@ -144,12 +144,6 @@ def _command_begun(path: Path) -> str | None:
     begun = path / CHECKPOINT / BEGUN
     found = read_json(begun) if begun.exists() else None
     return found.get("command") if isinstance(found, dict) else None
-
-
-def _run_record(config: dict[str, Any]) -> dict[str, Any]:
-    """What was recorded of the run beside the fit; empty for a fit saved from Python without it."""
-    run = config.get("run")
-    return run if isinstance(run, dict) else {}
 
 
 def count_parameters(path: Path) -> int:

@@ -27,19 +27,7 @@ PICTURES = (*ARRAYS, ".png")
 
 
 class Question:
-    """A run, and the data that it is asked about.
-
-    Parameters
-    ----------
-    run : str
-        The folder of the run.
-    shared : dict
-        What was given on the command line.
-    out, suffixes : Path, tuple of str
-        Where the answer is written, and the kinds of file that it can be.
-    data : str, optional
-        DATA.
-    """
+    """A run, the data that it is asked about, and `out`, the file of the answer: one of the kinds `suffixes`."""
 
     def __init__(
         self,
@@ -157,17 +145,14 @@ def deviations(fitted: FittedModel, x: Any) -> dict[str, torch.Tensor]:
 
 def _print_evidence(entry: dict[str, Any], shift: float) -> None:
     draws = f", {entry['num_samples']:,} draws per row" if entry["num_samples"] else ""
-    own = [("mean in the data's own units", entry["mean"] - shift)] if shift else []
     print_facts(
-        [
-            ("data", f"{entry['data']}: {entry['rows']:,} rows"),
-            ("method", entry["method"] + draws),
-            ("log p(x), mean", entry["mean"]),
-            ("standard error over rows", entry["standard_error"]),
-            ("min", entry["min"]),
-            ("max", entry["max"]),
-            *own,
-        ]
+        ("data", f"{entry['data']}: {entry['rows']:,} rows"),
+        ("method", entry["method"] + draws),
+        ("log p(x), mean", entry["mean"]),
+        ("standard error over rows", entry["standard_error"]),
+        ("min", entry["min"]),
+        ("max", entry["max"]),
+        ("mean in the data's own units", entry["mean"] - shift if shift else None),
     )
     note("nats per datum, of the standardised data" if shift else "nats per datum")
     if entry["untrusted"]:

@@ -54,14 +54,7 @@ SCHEDULES: dict[str, Callable[[int], Any]] = {
 class Job:
     """One fit: its model, data and settings, all checked before anything is trained or written.
 
-    Parameters
-    ----------
-    model, data : str
-        MODEL and DATA.
-    options : dict
-        The options of `fit`, of the data's preparation and of `read`, by parameter.
-    own, extras : dict, list of str
-        The options of the model's constructor: known to the shell, and words that it does not know.
+    `own` and `extras` are options of the model's constructor: those known to the shell, and words that are not.
     """
 
     def __init__(
@@ -239,7 +232,10 @@ def run_fit(
 ) -> None:
     """Train in the run folder `path`, write it and print what came out."""
     folder = RunFolder(path, job.identity, command, resume, overwrite)
-    _check_json(job.record | folder.identity)
+    try:  # nothing may keep the run from being written at its end
+        json.dumps(job.record | folder.identity, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"the settings cannot be written to the run folder: {error}") from None
     folder.check()
     try:
         fitted, restarts = job.run(folder, quiet)
@@ -253,14 +249,6 @@ def run_fit(
     _save(fitted, restarts, folder, job, inference_data)
     if not quiet:
         _print_result(fitted, restarts, job, path)
-
-
-def _check_json(record: dict[str, Any]) -> None:
-    """Nothing may keep the run from being written at its end."""
-    try:
-        json.dumps(record, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"the settings cannot be written to the run folder: {error}") from None
 
 
 def _stopped(folder: RunFolder, stop: BaseException) -> str:
@@ -299,20 +287,20 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job, path: Path) -> N
         console().print()
     history = fitted.history
     unit = "nats per datum" if fitted.structure.data_plate else "nats in total"
-    facts: list[tuple[str, Any]] = [
+    held_out, warmed = fitted.held_out_elbo, job.options.get("kl_warmup") and len(history)
+    own = f" --model {job.named.text}" if ".py" in job.named.text else ""
+    print_facts(
         ("model", job.named.text if job.named.cls is None else described(job.named.name, job.arguments)),
         ("data", job.rows),
         ("steps", int(history["step"].max()) if len(history) else 0),
         ("engine", fitted.engine),
         ("stopped", fitted.stopped_because),
         (f"ELBO, {unit}", fitted.elbo),
-    ]
-    if not math.isnan(fitted.held_out_elbo):
-        facts.append(("ELBO, held out", fitted.held_out_elbo))
-    if job.options.get("kl_warmup") and len(history):
-        facts.append(("KL weight at the end", float(history["kl_weight"].iloc[-1])))
-    own = f" --model {job.named.text}" if ".py" in job.named.text else ""
-    print_facts([*facts, ("run", str(path)), ("next", f"pyrolvm report {path}{own}")])
+        ("ELBO, held out", None if math.isnan(held_out) else held_out),
+        ("KL weight at the end", float(history["kl_weight"].iloc[-1]) if warmed else None),
+        ("run", str(path)),
+        ("next", f"pyrolvm report {path}{own}"),
+    )
     if rise := still_rising(history):
         words = f"the ELBO rose by {rise:.3g} over the last fifth of the steps and may not be done"
         caution(f"{words}: more --num-steps, or a larger --learning-rate")

@@ -63,7 +63,7 @@ def _of(evidence: tuple | None) -> str:
 def _facts(path: Path) -> dict[str, Any]:
     """What the files of a run hold, without building its model."""
     config, history = read_config(path), read_history(path)
-    data = (config.get("run") or {}).get("data") or {}
+    data = config["run"].get("data") or {}
     shown = {k: v for k, v in (config["model"].get("arguments") or {}).items() if k != "data_dim"}
     noted = {(e["data"], e["method"], e["num_samples"]): e["mean"] for e in read_evidence(path)}
     return {

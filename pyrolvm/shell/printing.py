@@ -31,10 +31,10 @@ def caution(text: str) -> None:
     console().print(text, style="yellow")
 
 
-def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
-    """Two columns: what, and its value."""
+def print_facts(*facts: tuple[str, Any]) -> None:
+    """Two columns: what, and its value; those that are None are left out."""
     table = Table.grid(padding=(0, 2))
-    for name, value in facts:
+    for name, value in (f for f in facts if f[1] is not None):
         table.add_row(Text(name, style="bold"), Text(shown(value)))
     console().print(table)
 
