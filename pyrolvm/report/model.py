@@ -43,10 +43,10 @@ def _parts(model: Any, found: Findings) -> list[Part]:
 @_parts.register
 def _(model: PPCA, found: Findings) -> list[Part]:
     """W = U S V': the loadings U S and the scores z V in principal axes, which the likelihood alone leaves open."""
-    U, S, Vh = torch.linalg.svd(model.loadings.double(), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(model.loadings.double().cpu(), full_matrices=False)
     sign = torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))  # [1, latent_dim]
     noise = float(model.noise_scale.double() ** 2)
-    variances = S.square().cpu().numpy()
+    variances = S.square().numpy()
     total = float(variances.sum()) + model.data_dim * noise
     axes = pd.RangeIndex(1, len(S) + 1)
     loadings = pd.DataFrame((U * S * sign).numpy(), found.names(model.data_dim), axes)
@@ -83,8 +83,8 @@ def _(model: BayesianFactorAnalysis, found: Findings) -> list[Part]:
 @_parts.register
 def _(model: GaussianMixture, found: Findings) -> list[Part]:
     unit, names = found.recipe.unit(model.data_dim), found.names(model.data_dim)
-    weights, means = model.weights.numpy(), found.recipe.undo(model.means)
-    covariances = (model.scale_tril @ model.scale_tril.mT).numpy() * unit[:, None] * unit
+    weights, means = model.weights.cpu().numpy(), found.recipe.undo(model.means)
+    covariances = (model.scale_tril @ model.scale_tril.mT).cpu().numpy() * unit[:, None] * unit
     columns = {"weight": weights}
     for d, name in enumerate(names[:MOST_COLUMNS]):
         columns |= {f"mean of {name}": means[:, d], f"sd of {name}": covariances[:, d, d] ** 0.5}
