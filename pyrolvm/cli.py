@@ -36,9 +36,8 @@ def report(
     pyrolvm report runs/iris
     """
     from pyrolvm.report import write_report
-    from pyrolvm.shell.asking import on_device, source_of
+    from pyrolvm.shell.asking import source_of
     from pyrolvm.shell.printing import console
 
     source = None if data is None else source_of(data, given(shared, READING))
-    options = given(shared, REPORT, LOADING)
-    console().print(str(write_report(run, source, **on_device(options))))
+    console().print(str(write_report(run, source, **given(shared, REPORT, LOADING))))

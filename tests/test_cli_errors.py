@@ -155,7 +155,7 @@ CASES = {
     "one particle of renyi": (PPCA.format("iris") + " --objective renyi --particles 1", "at least 2"),
     "large batch": (PPCA.format("iris") + " -b 1000", "batch_size="),
     "negative rate": (PPCA.format("iris") + " --lr -1", "learning_rate must be positive"),
-    "all held out": (PPCA.format("iris") + " --validation 1", "share of the rows"),
+    "all held out": (PPCA.format("iris") + " --validation 1", "give a share between 0 and 1"),
     "warm-up": (PPCA.format("iris") + " --kl-warmup 2", "between 0 and 1"),
     "threshold that is no number": (
         PPCA.format("good.csv") + " --binarise --threshold nan",
@@ -167,7 +167,7 @@ CASES = {
         "checkpoint_seconds must not be negative",
     ),
     "seed below zero": (PPCA.format("iris") + " --split-seed -1", "split_seed must be a whole number"),
-    "column named twice": (PPCA.format("good.csv") + " --columns age,age", "names a column twice"),
+    "column named twice": (PPCA.format("good.csv") + " --columns age,age", "column 'age' is chosen twice"),
     # the command line itself
     "options before MODEL": ("fit --depth 3 ppca iris -o out", "give MODEL and DATA first"),
     "three arguments": ("fit ppca iris faithful -o out", "unexpected argument faithful"),

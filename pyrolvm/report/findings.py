@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pyrolvm.data import Dataset
-from pyrolvm.diagnostics.guide_quality import Diagnosis
+from pyrolvm.diagnostics import Diagnosis
 from pyrolvm.errors import DataError
 from pyrolvm.inference.posterior.evidence import evidence_table
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -38,6 +38,7 @@ class Findings:
     diagnosis: Diagnosis | None
     held_out: pd.DataFrame | None
     image_shape: tuple[int, ...] | None
+    num_samples: int
     seed: int
 
     @property
@@ -51,9 +52,9 @@ class Findings:
         return self.run.recipe
 
     @property
-    def columns(self) -> list[str]:
-        """Names of the entries of a row; empty if they have none."""
-        return self.recipe.columns or self.fitted.columns or []
+    def reports(self) -> dict[str, Any]:
+        """Measure -> its report."""
+        return {} if self.diagnosis is None else self.diagnosis.reports
 
     @property
     def train(self) -> Dataset | None:
@@ -64,6 +65,19 @@ class Findings:
     def unit(self) -> str:
         """What bounds are in."""
         return "nats per datum" if self.fitted.structure.data_plate else "nats in total"
+
+    def names(self, count: int, site: str = "x") -> list[str]:
+        """Names of the `count` entries of a row."""
+        columns = list(map(str, self.run.columns))
+        unique = len(columns) == count == len(set(columns))
+        return columns if unique else [f"{site}[{i}]" for i in range(count)]
+
+    def some(self, most: int) -> Dataset | None:
+        """As many training rows, evenly spaced."""
+        if self.train is None:
+            return None
+        last = self.train.num_rows - 1
+        return self.train.take(np.unique(np.linspace(0, last, min(most, last + 1)).astype(int)))
 
     def why_not(self, *names: str) -> list[Part]:
         """Why measures are not on the page."""

@@ -1,8 +1,8 @@
-"""What the model found: its codes, loadings, components. One function per kind of model."""
+"""What the model found (codes, loadings, components; one function per kind of model), and new data from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import singledispatch
 from typing import Any
 
@@ -11,13 +11,18 @@ import pandas as pd
 import torch
 
 from pyrolvm import plots
-from pyrolvm.errors import DataError, PyrolvmError
+from pyrolvm.errors import DataError, PyrolvmError, SettingError
 from pyrolvm.models import PPCA, BayesianFactorAnalysis, GaussianMixture
 from pyrolvm.report.findings import Findings
 from pyrolvm.report.parts import Part, figure, table
+from pyrolvm.runs import SavedRun
 
 MOST_ROWS, MOST_FEATURES, MOST_COLUMNS = 2000, 24, 8
 """Rows of a scatter plot; features of a figure of loadings; columns of a table of means."""
+
+
+DRAWS, PICTURES, PAIRS = 1000, 36, 12
+PICTURE_SETS = ("digits", "mnist", "sprites")
 
 
 @torch.no_grad()
@@ -38,23 +43,26 @@ def _parts(model: Any, found: Findings) -> list[Part]:
 @_parts.register
 def _(model: PPCA, found: Findings) -> list[Part]:
     """W = U S V': the loadings U S and the scores z V in principal axes, which the likelihood alone leaves open."""
-    U, S, Vh = torch.linalg.svd(model.loadings.double(), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(model.loadings.double().cpu(), full_matrices=False)
     sign = torch.sign(U.gather(0, U.abs().argmax(0, keepdim=True)))  # [1, latent_dim]
     noise = float(model.noise_scale.double() ** 2)
-    variances = S.square().cpu().numpy()
+    variances = S.square().numpy()
     total = float(variances.sum()) + model.data_dim * noise
-    loadings = _loadings(found, (U * S * sign).numpy())
+    axes = pd.RangeIndex(1, len(S) + 1)
+    loadings = pd.DataFrame((U * S * sign).numpy(), found.names(model.data_dim), axes)
+    loadings = loadings.mul(found.recipe.unit(model.data_dim), axis=0)
+    long = pd.DataFrame({name: loadings.stack() for name in ("mean", "lower", "upper")})
     percent = ", ".join(f"{100 * v / total:.1f} %" for v in variances[:5])
     return [
         figure(
-            lambda: plots.plot_scree(variances, total=total, noise=noise),
+            plots.plot_scree(variances, total=total, noise=noise),
             "Scree: variance along the principal axes",
             f"Shares of the variance along the first axes: {percent}.",
         ),
         *_codes(found, "Scores: means of q(z | x) in principal axes", (Vh.mT * sign).float()),
-        *_drawn_loadings(found, loadings),
+        *_drawn_loadings(found, long.rename_axis(["feature", "factor"])),
         table(
-            loadings["mean"].unstack(sort=False).add_prefix("axis "),
+            loadings.add_prefix("axis "),
             "Loadings in principal axes, in the units of the data",
             "column",
         ),
@@ -63,9 +71,8 @@ def _(model: PPCA, found: Findings) -> list[Part]:
 
 @_parts.register
 def _(model: BayesianFactorAnalysis, found: Findings) -> list[Part]:
-    names = _names(found, model.data_dim)
     scale = np.repeat(found.recipe.unit(model.data_dim), model.latent_dim)[:, None]
-    loadings = model.loadings_table(columns=names) * scale
+    loadings = model.loadings_table(columns=found.names(model.data_dim)) * scale
     return [
         *_drawn_loadings(found, loadings),
         *_codes(found, "Scores: means of q(z | x)"),
@@ -75,56 +82,38 @@ def _(model: BayesianFactorAnalysis, found: Findings) -> list[Part]:
 
 @_parts.register
 def _(model: GaussianMixture, found: Findings) -> list[Part]:
-    unit = found.recipe.unit(model.data_dim)
-    weights, means = model.weights.numpy(), found.recipe.undo(model.means)
-    covariances = (model.scale_tril @ model.scale_tril.mT).numpy() * unit[:, None] * unit
-    names = _names(found, model.data_dim)
+    unit, names = found.recipe.unit(model.data_dim), found.names(model.data_dim)
+    weights, means = model.weights.cpu().numpy(), found.recipe.undo(model.means)
+    covariances = (model.scale_tril @ model.scale_tril.mT).cpu().numpy() * unit[:, None] * unit
     columns = {"weight": weights}
     for d, name in enumerate(names[:MOST_COLUMNS]):
         columns |= {f"mean of {name}": means[:, d], f"sd of {name}": covariances[:, d, d] ** 0.5}
     more = f"; the first {MOST_COLUMNS} of {len(names)} columns" if len(names) > MOST_COLUMNS else ""
     parts = [table(pd.DataFrame(columns), f"Components{more}", "component")]
-    if model.data_dim < 2 or found.train is None:
+    some = found.some(MOST_ROWS)
+    if model.data_dim < 2 or some is None:
         return parts
-    x = found.recipe.undo(_some(found.train.values))[:, :2]
-    pair = (names[0], names[1])
-
-    def draw() -> Any:
-        return plots.plot_mixture(x, weights, means[:, :2], covariances[:, :2, :2], columns=pair)
-
+    x = found.recipe.undo(some.values.astype(float))[:, :2]
+    drawn = plots.plot_mixture(x, weights, means[:, :2], covariances[:, :2, :2], columns=(names[0], names[1]))
     alt = f"{len(x)} data in {names[0]} and {names[1]}, with ellipses of the {len(weights)} components."
-    return [figure(draw, "Components: half and nine tenths of each lie within its ellipses", alt), *parts]
+    return [figure(drawn, "Components: half and nine tenths of each lie within its ellipses", alt), *parts]
 
 
 def _codes(found: Findings, title: str, rotation: torch.Tensor | None = None) -> list[Part]:
     """A scatter plot of the codes in two dimensions, with the labels if there are any."""
-    structure, train = found.fitted.structure, found.train
-    continuous = [s for s in structure.local_latents if not s.discrete]
-    if train is None or len(continuous) != 1 or len(structure.local_latents) != 1 or structure.per_datum:
+    structure, some = found.fitted.structure, found.some(MOST_ROWS)
+    latents = structure.local_latents
+    if some is None or len(latents) != 1 or latents[0].discrete or structure.per_datum:
         return []
-    rows = np.unique(np.linspace(0, train.num_rows - 1, min(MOST_ROWS, train.num_rows)).astype(int))
-    few = train.take(rows)
-    z: Any = found.fitted.encode(few, seed=found.seed)
-    z = z.reshape(len(z), -1).cpu()
+    codes: Any = found.fitted.encode(some, seed=found.seed)
+    z = codes.reshape(len(codes), -1).cpu()
     z = z if rotation is None else z @ rotation
-    name = continuous[0].name
-    return [_scatter(lambda labels: plots.plot_latents(z, labels, name=name), few.labels, len(z), title)]
-
-
-def _scatter(draw: Callable[[Any], Any], labels: Any, count: int, title: str) -> Part:
-    alt = f"{count:,} codes as points in two latent dimensions"
+    alt = f"{len(z):,} codes as points in two latent dimensions"
     try:
-        return figure(lambda: draw(labels), title, f"{alt}{', by label' if labels is not None else ''}.")
+        drawn = plots.plot_latents(z, some.labels, name=latents[0].name)
     except DataError:  # more labels than can be told apart
-        return figure(lambda: draw(None), title, f"{alt}.")
-
-
-def _loadings(found: Findings, loadings: np.ndarray) -> pd.DataFrame:
-    """Loadings [data_dim, latent_dim] as `plot_loadings` takes them, in the units of the data."""
-    D, L = loadings.shape
-    index = pd.MultiIndex.from_product([_names(found, D), range(1, L + 1)], names=["feature", "factor"])
-    mean = (loadings * found.recipe.unit(D)[:, None]).reshape(-1)
-    return pd.DataFrame({"mean": mean, "lower": mean, "upper": mean}, index)
+        return [figure(plots.plot_latents(z, name=latents[0].name), title, f"{alt}.")]
+    return [figure(drawn, title, f"{alt}{', by label' if some.labels is not None else ''}.")]
 
 
 def _drawn_loadings(found: Findings, loadings: pd.DataFrame) -> list[Part]:
@@ -133,18 +122,66 @@ def _drawn_loadings(found: Findings, loadings: pd.DataFrame) -> list[Part]:
     values = loadings["mean"].to_numpy().reshape(len(features), -1)
     alt = f"Loadings of {values.shape[1]} latent dimensions on {len(features)} features."
     if (shape := found.image_shape) is not None:
-        return [figure(lambda: plots.plot_samples(values.T, shape), "Loadings, a picture each", alt)]
+        return [figure(plots.plot_samples(values.T, shape), "Loadings, a picture each", alt)]
     if len(features) > MOST_FEATURES:
         return []
-    return [figure(lambda: plots.plot_loadings(loadings), "Loadings", alt)]
+    return [figure(plots.plot_loadings(loadings), "Loadings", alt)]
 
 
-def _names(found: Findings, data_dim: int) -> list[str]:
-    columns = list(map(str, found.columns))
-    unique = len(columns) == data_dim == len(set(columns))
-    return columns if unique else [f"x[{d}]" for d in range(data_dim)]
+def samples(found: Findings) -> list[Part]:
+    """New data from the model, in the units of the data as they were read."""
+    try:
+        return _moments(found) if found.image_shape is None else _pictures(found, found.image_shape)
+    except (PyrolvmError, RuntimeError, TypeError) as error:  # a pair of the user's own may not generate
+        return [Part("text", f"No samples: {' '.join(str(error).split())}.")]
 
 
-def _some(values: np.ndarray) -> np.ndarray:
-    rows = np.unique(np.linspace(0, len(values) - 1, min(MOST_ROWS, len(values))).astype(int))
-    return np.asarray(values[rows], dtype=float)
+def image_shape(run: SavedRun, given: Any) -> tuple[int, ...] | None:
+    """[height, width] or [channels, height, width] of a row that is a picture; None if it is none.
+
+    Raises `SettingError` if the shape given is not that of a row.
+    """
+    shape = run.row_shape
+    if given is not None:
+        if not all(isinstance(n, int) and n > 0 for n in given) or math.prod(given) != math.prod(shape):
+            raise SettingError(f"image_shape={tuple(given)} does not suit rows of shape {list(shape)}")
+        return tuple(given)
+    if len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)):
+        return shape
+    named = str(run.recipe.record.get("source", "")).replace("-", "_") in PICTURE_SETS
+    pixels = bool(run.columns) and all(str(c).lower().startswith("pixel") for c in run.columns)
+    side = math.isqrt(shape[0]) if len(shape) == 1 else 0
+    return (side, side) if (named or pixels) and shape == (side * side,) else None
+
+
+def _pictures(found: Findings, shape: tuple[int, ...]) -> list[Part]:
+    fitted, undo = found.fitted, found.recipe.undo
+    made = undo(fitted.sample(PICTURES, mean=True, seed=found.seed))
+    alt = f"{PICTURES} pictures of {' by '.join(map(str, shape))} pixels that the model made."
+    title = "Means of p(x | z), z drawn from the prior"
+    parts = [figure(plots.plot_samples(made, shape), title, alt)]
+    if found.train is None or fitted.structure.per_datum:
+        return parts
+    few = found.train.take(np.arange(min(PAIRS, found.train.num_rows)))
+    x, again = undo(few.values), undo(fitted.reconstruct(few, seed=found.seed))
+    alt = f"Above, {len(x)} pictures of the data; below, their reconstructions by the model."
+    drawn = plots.plot_reconstructions(x, again, shape, count=PAIRS)
+    return [*parts, figure(drawn, "Data, and the mean of p(x | z) at their codes", alt)]
+
+
+def _moments(found: Findings) -> list[Part]:
+    made = found.fitted.sample(DRAWS, seed=found.seed)
+    sites = made if isinstance(made, dict) else {found.fitted.structure.observed[0].name: made}
+    rows = {site: found.recipe.undo(values).reshape(len(values), -1) for site, values in sites.items()}
+    frames = []
+    for site, x in rows.items():
+        index = (
+            found.names(x.shape[1], site) if len(rows) == 1 else [f"{site}[{i}]" for i in range(x.shape[1])]
+        )
+        frames.append(pd.DataFrame({"mean of samples": x.mean(0), "sd of samples": x.std(0)}, index))
+    frame = pd.concat(frames)
+    if len(rows) == 1 and found.train is not None:
+        x = found.recipe.undo(found.train.values).reshape(found.train.num_rows, -1)
+        if x.shape[1] == len(frame):
+            frame = frame.assign(**{"mean of data": x.mean(0), "sd of data": x.std(0)})
+    return [table(frame, f"{DRAWS:,} samples of the model", "column")]

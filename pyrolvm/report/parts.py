@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -38,21 +38,8 @@ class Part:
     title: str = ""
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands below it."""
-
-    title: str
-    parts: list[Part]
-
-    @property
-    def anchor(self) -> str:
-        """What links to the section call it."""
-        return self.title.lower().replace(" ", "-")
-
-
-def render(title: str, sections: list[Section]) -> str:
-    """The page as HTML; all that is not the template's own is escaped."""
+def render(title: str, sections: dict[str, list[Part]]) -> str:
+    """The page as HTML, its sections by their headings; all that is not the template's own is escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -60,15 +47,13 @@ def render(title: str, sections: list[Section]) -> str:
     return environment.from_string(text).render(title=title, sections=sections)
 
 
-def figure(draw: Callable[[], Figure], title: str, alt: str) -> Part:
+def figure(drawn: Figure, title: str, alt: str) -> Part:
     """A drawing inside the page; `alt` describes it in words."""
-    drawn, stream = draw(), io.BytesIO()
-    for ax in drawn.axes:
-        for axis in (ax.xaxis, ax.yaxis):
-            if isinstance(formatter := axis.get_major_formatter(), ScalarFormatter):
-                formatter.set_useOffset(
-                    False
-                )  # labels are the numbers, not what is left of them above an offset
+    stream = io.BytesIO()
+    for axis in [axis for ax in drawn.axes for axis in (ax.xaxis, ax.yaxis)]:
+        if isinstance(formatter := axis.get_major_formatter(), ScalarFormatter):
+            # labels are the numbers, not what is left of them above an offset
+            formatter.set_useOffset(False)
     with matplotlib.rc_context({"svg.hashsalt": "pyrolvm"}):  # the same figure gives the same bytes
         drawn.savefig(stream, format="svg", dpi=200, metadata={"Date": None})
     source = "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()

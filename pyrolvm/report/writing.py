@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyrolvm.diagnostics.guide_quality import diagnose
+from pyrolvm.diagnostics import diagnose
 from pyrolvm.errors import RunFolderError, count
 from pyrolvm.files import write_atomically
 from pyrolvm.report.findings import Findings, find_data, held_out_evidence
+from pyrolvm.report.model import image_shape as shape_of
 from pyrolvm.report.parts import render
-from pyrolvm.report.samples import image_shape as shape_of
 from pyrolvm.report.sections import all_sections, titled
 from pyrolvm.runs import open_run
 
@@ -77,11 +77,8 @@ def write_report(
         options: dict[str, Any] = {"gaps": gaps, "reference": reference or None}
         diagnosis = diagnose(run.fitted, prepared.train, num_samples, max_rows=max_rows, seed=seed, **options)
     held_out = held_out_evidence(run.fitted, prepared, diagnosis, max_rows, seed)
-    found = Findings(run, prepared, reason, diagnosis, held_out, shape, seed)
-    return _write(run.path / REPORT, render(titled(found), all_sections(found)))
-
-
-def _write(file: Path, text: str) -> Path:
+    found = Findings(run, prepared, reason, diagnosis, held_out, shape, num_samples, seed)
+    file, text = run.path / REPORT, render(titled(found), all_sections(found))
     try:
         write_atomically(file, lambda p: p.write_text(text, encoding="utf-8"))
     except OSError as error:

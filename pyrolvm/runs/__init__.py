@@ -9,7 +9,7 @@ Shell and report stand on this room, and it knows neither. From Python::
 """
 
 from pyrolvm.runs.folder import RunFolder
-from pyrolvm.runs.named import NamedModel, find_model
+from pyrolvm.runs.named import NamedModel, described, find_model
 from pyrolvm.runs.recipe import Preparation, Prepared, Recipe, Source
 from pyrolvm.runs.saved import SavedRun, add_evidence, open_run, still_rising
 
@@ -22,6 +22,7 @@ __all__ = [
     "SavedRun",
     "Source",
     "add_evidence",
+    "described",
     "find_model",
     "open_run",
     "still_rising",

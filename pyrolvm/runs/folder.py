@@ -81,20 +81,21 @@ class RunFolder:
             raise SettingError("resume continues the run and overwrite replaces it: choose one")
         _check_writable(self.path)
         self.found = self._ages()
-        begun, there = self.checkpoint / BEGUN, self._own_files()
+        begun = self.checkpoint / BEGUN
+        there = bool(self.found) or any(file.exists() for file in (begun, *(self.path / n for n in OWN)))
         if self.resume and begun.exists():
             self._check_same(read_json(begun))
         elif self.resume:
             what = "no checkpoint" if there else "no run"
             raise RunFolderError(
-                f"{self.path} holds {what} to resume: leave resume out" + " and overwrite" * bool(there)
+                f"{self.path} holds {what} to resume: leave resume out" + " and overwrite" * there
             )
         elif there and not self.overwrite:
             raise RunFolderError(
                 f"{self.path} holds a run already: --resume continues it, --overwrite replaces it; or name another "
                 "folder"
             )
-        elif not there and (others := self._others()):
+        elif not there and (others := sorted(n.name for n in self.path.glob("*") if n.name != CHECKPOINT)):
             raise RunFolderError(
                 f"{self.path} holds other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)}): name a new or "
                 "an empty folder"
@@ -123,10 +124,10 @@ class RunFolder:
         if self.begun:
             return
         old = [] if self.resume or keep_state else states(self.path)
-        aside = {state: state.with_name(f".{state.name}.replaced") for state in old}
-        for state, name in aside.items():
-            state.rename(name)
+        aside: dict[Path, Path] = {}
         try:
+            for state in old:
+                aside[state] = state.rename(state.with_name(f".{state.name}.replaced"))
             write_json(self.checkpoint / BEGUN, {"command": self.command, "identity": self.identity})
         except OSError:  # a full disk, say
             for state, name in aside.items():
@@ -151,14 +152,6 @@ class RunFolder:
 
     def _ages(self) -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in states(self.path)}
-
-    def _own_files(self) -> list[Path]:
-        own = [self.path / name for name in OWN] + [self.checkpoint / BEGUN]
-        return [p for p in own if p.exists()] + states(self.path)
-
-    def _others(self) -> list[str]:
-        names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-        return [n for n in names if n != CHECKPOINT]
 
 
 def states(path: Path) -> list[Path]:

@@ -57,23 +57,23 @@ class NamedModel:
     @property
     def options(self) -> dict[str, inspect.Parameter]:
         """The constructor's parameters by name, without `data_dim`, which the data give."""
-        return {k: p for k, p in self._parameters().items() if k != "data_dim"}
+        return {k: p for k, p in self.parameters.items() if k != "data_dim"}
 
     @property
     def takes_columns(self) -> bool:
         """Whether it is built with `data_dim`, hence for rows that are vectors."""
-        return "data_dim" in self._parameters()
+        return "data_dim" in self.parameters
 
-    def _parameters(self) -> dict[str, inspect.Parameter]:
-        if self.cls is None:
-            return {}
-        found = inspect.signature(self.cls).parameters
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The constructor's parameters by name; none of what is built already."""
+        found = {} if self.cls is None else inspect.signature(self.cls).parameters
         return {k: p for k, p in found.items() if p.kind is not p.VAR_POSITIONAL}
 
     def build(self, arguments: dict[str, Any]) -> Any:
         """The model, or (model, guide). Raises `SettingError` if the class refuses the arguments."""
         if self.cls is None:
-            return self.program if self.guide is None else (self.program, self.guide)
+            return as_pair(self.program, self.guide)
         try:
             model = self.cls(**arguments)
         except PyrolvmError:
@@ -86,11 +86,16 @@ class NamedModel:
 
 def as_pair(model: Any, guide: Any = None) -> Any:
     """`model` as `fit` takes it; of a plain object, its two methods."""
-    if guide is not None:
-        return model, guide
-    return (
-        model if isinstance(model, nn.Module) or not hasattr(model, "guide") else (model.model, model.guide)
-    )
+    if guide is None and not isinstance(model, nn.Module):
+        return model.model, model.guide
+    return model if guide is None else (model, guide)
+
+
+def described(name: Any, arguments: dict[str, Any] | None) -> str:
+    """The model as it is built: PPCA(data_dim=4, latent_dim=2)."""
+    if arguments is None:
+        return str(name)
+    return f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
 
 def find_model(text: str, guide: str | None = None) -> NamedModel:
@@ -126,9 +131,7 @@ def find_model(text: str, guide: str | None = None) -> NamedModel:
         raise ProgramError(
             f"{text} brings no guide: add guide=NAME, a function of {place} or an AutoGuide such as AutoNormal"
         )
-    built = as_pair(value, found)
-    program, own = built if isinstance(built, tuple) else (built, None)
-    return NamedModel(text, program=program, guide=own)
+    return NamedModel(text, program=value, guide=found)
 
 
 def registry_name(text: str) -> str:

@@ -49,8 +49,6 @@ class Source:
 
     def read(self) -> Dataset:
         """The data set; all errors are `DataError` or `SettingError`."""
-        if len(set(self.columns or [])) < len(self.columns or []):
-            raise DataError(f"columns={','.join(self.columns or [])} names a column twice: take each once")
         if self.is_named:
             dataset = load_dataset(self.text, **self.options)
             return dataset if self.columns is None else dataset.select(self.columns)
@@ -58,8 +56,9 @@ class Source:
             raise SettingError(
                 f"the options {', '.join(self.options)} are of data sets by name, not for the file {self.text}"
             )
-        chosen = {name: getattr(self, name) for name in CHOICES}
-        return read(self.text, mmap=self._is_large(), **chosen)
+        path = Path(self.text).expanduser()
+        large = self.ends_in(MAPPABLE) and path.is_file() and path.stat().st_size >= MAPPED_BYTES
+        return read(self.text, mmap=large, **{name: getattr(self, name) for name in CHOICES})
 
     @property
     def is_named(self) -> bool:
@@ -70,10 +69,6 @@ class Source:
         """Whether it is a file of one of these kinds."""
         return not self.is_named and self.text.lower().endswith(suffixes)
 
-    def _is_large(self) -> bool:
-        path = Path(self.text).expanduser()
-        return self.ends_in(MAPPABLE) and path.is_file() and path.stat().st_size >= MAPPED_BYTES
-
     def like(self, record: dict[str, Any]) -> Source:
         """With the columns, key and header of the data recorded, where none are given."""
         columns, chosen = record.get("columns"), self.columns
@@ -82,14 +77,13 @@ class Source:
                 f"columns={','.join(chosen)} are the run's columns in another order than its {','.join(columns)}: "
                 "leave columns out, they are taken by name"
             )
-        found: dict[str, Any] = {}
-        if chosen is None and (self.is_named or self.ends_in(NAMED_COLUMNS)):
-            found["columns"] = columns
-        if self.key is None and self.ends_in(KEYED):
-            found["key"] = record.get("key")
-        if self.header is None and self.ends_in(TEXT):
-            found["header"] = record.get("header")
-        return replace(self, **found)
+        has = {
+            "columns": self.is_named or self.ends_in(NAMED_COLUMNS),
+            "key": self.ends_in(KEYED),
+            "header": self.ends_in(TEXT),
+        }
+        taken: Any = {n: record.get(n) for n, has_it in has.items() if has_it and getattr(self, n) is None}
+        return replace(self, **taken)
 
 
 @dataclass(frozen=True)
@@ -126,12 +120,8 @@ class Preparation:
     def __post_init__(self) -> None:
         if self.threshold is not None and not self.binarise:
             raise SettingError("threshold is of binarise: give both")
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise SettingError(f"threshold={self.threshold} must be a finite number")
         if self.binarise and self.standardise:
             raise SettingError("standardise and binarise exclude each other: choose one")
-        if self.validation is not None and not 0 < self.validation < 1:
-            raise SettingError(f"validation={self.validation} must be a share of the rows, e.g. 0.1")
         count("split_seed", self.split_seed, least=0)
 
     def apply(self, source: Source, dataset: Dataset | None = None, as_vectors: bool = True) -> Prepared:
@@ -147,19 +137,17 @@ class Preparation:
             "sha256": fingerprint(dataset.values),
             "vectors": as_vectors,
         }
-        dataset = vectors(dataset) if as_vectors else dataset
+        dataset = dataset.as_vectors() if as_vectors else dataset
         train, held_out = _split(dataset, self.validation, self.split_seed)
-        train, transforms = self._transform(train)
-        held_out = None if held_out is None else _transformed(held_out, transforms)
-        split = {"held_out": held_out.num_rows, "seed": self.split_seed} if held_out else None
-        record |= {"split": split, "transforms": [t.to_dict() for t in transforms]}
+        transforms: list[Transform] = []
+        if self.standardise:
+            train, *transforms = train.standardise(self.per_column)
+        elif self.binarise:
+            train, *transforms = train.binarise(self.threshold)
+        held_out = _transformed(held_out, transforms)
+        record["split"] = {"held_out": held_out.num_rows, "seed": self.split_seed} if held_out else None
+        record["transforms"] = [t.to_dict() for t in transforms]
         return Prepared(train, held_out, transforms, record)
-
-    def _transform(self, train: Dataset) -> tuple[Dataset, list[Transform]]:
-        if not (self.standardise or self.binarise):
-            return train, []
-        made = train.standardise(self.per_column) if self.standardise else train.binarise(self.threshold)
-        return made[0], [made[1]]
 
 
 class Recipe:
@@ -180,22 +168,16 @@ class Recipe:
 
         Raises `DataError` if columns are missing or rows are of another shape.
         """
-        dataset = source.like(self.record).read()
-        dataset = vectors(dataset) if self.record.get("vectors") else dataset
-        self._check_shape(dataset, source.text)
+        dataset, as_vectors = source.like(self.record).read(), self.record.get("vectors")
+        dataset = dataset.as_vectors() if as_vectors else dataset
+        found, wanted = list(dataset.values.shape[1:]), [math.prod(self.shape)] if as_vectors else self.shape
+        if "shape" in self.record and found != wanted:
+            raise DataError(
+                f"{source.text} has rows of shape {found}, but the run was fitted to rows of shape {wanted}: choose "
+                "the same columns (columns=...)"
+            )
         dataset = _transformed(dataset, self.transforms)
         return replace(dataset, columns=self.columns) if self.columns else dataset
-
-    def _check_shape(self, dataset: Dataset, text: str) -> None:
-        if "shape" not in self.record:
-            return
-        found = list(dataset.values.shape[1:])
-        wanted = [math.prod(self.shape)] if self.record.get("vectors") else self.shape
-        if found != wanted:
-            raise DataError(
-                f"{text} has rows of shape {found}, but the run was fitted to rows of shape {wanted}: choose the "
-                "same columns (columns=...)"
-            )
 
     def read_again(self) -> Prepared:
         """The run's own data, split and transformed as for the fit.
@@ -207,23 +189,19 @@ class Recipe:
             raise DataError("the run folder does not name the data it was fitted to")
         chosen: Any = {name: record[name] for name in CHOICES if name in record}
         source = Source(record["source"], **chosen, options=record.get("options") or {})
-        try:
-            with (
-                warnings.catch_warnings()
-            ):  # of headers: the fingerprint shows whether they were read as before
-                warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings():  # of headers: the fingerprint shows whether they were read as before
+            warnings.simplefilter("ignore", UserWarning)
+            try:
                 dataset = source.read()
-        except PyrolvmError as error:
-            raise DataError(f"its data cannot be read again ({error})") from None
-        if fingerprint(dataset.values) != record["sha256"]:
-            raise DataError(f"the data in {source.text} are not those that the run was fitted to")
-        dataset = vectors(dataset) if record["vectors"] else dataset
-        split = record.get("split")
-        parts = (
-            _split(dataset, split["held_out"] / dataset.num_rows, split["seed"]) if split else (dataset, None)
-        )
-        done = [p if p is None else _transformed(p, self.transforms) for p in parts]
-        return Prepared(done[0], done[1], self.transforms, record)  # type: ignore[arg-type]
+            except PyrolvmError as error:
+                raise DataError(f"its data cannot be read again ({error})") from None
+            if fingerprint(dataset.values) != record["sha256"]:
+                raise DataError(f"the data in {source.text} are not those that the run was fitted to")
+            dataset = dataset.as_vectors() if record["vectors"] else dataset
+        split = record.get("split") or {"held_out": 0, "seed": 0}
+        parts = _split(dataset, split["held_out"] / dataset.num_rows or None, split["seed"])
+        train, held_out = (_transformed(part, self.transforms) for part in parts)
+        return Prepared(train, held_out, self.transforms, record)
 
     def undo(self, values: Any) -> Any:
         """Values [rows, ...], or a dict of them by site, in the units of the data as they were read."""
@@ -237,10 +215,8 @@ class Recipe:
 
     def unit(self, data_dim: int) -> np.ndarray:
         """dx / dt of each entry of a row [data_dim]: what a unit of the transformed data is in those that were read."""
-        affine = [
-            np.broadcast_to(t.scale.reshape(-1), data_dim) for t in self.transforms if t.threshold is None
-        ]
-        return np.prod([np.ones(data_dim), *affine], axis=0)
+        scales = [t.scale.reshape(-1) for t in self.transforms if t.threshold is None]
+        return math.prod(scales, start=np.ones(data_dim))
 
     def log_scale(self, data_dim: int) -> float:
         """log |dx / dt| of the transforms, nats: log p(x) = log p(t) - log |dx / dt|."""
@@ -254,17 +230,11 @@ def _split(dataset: Dataset, share: float | None, seed: int) -> tuple[Dataset, D
     return dataset.take(train.numpy()), dataset.take(held_out.numpy())
 
 
-def _transformed(dataset: Dataset, transforms: list[Transform]) -> Dataset:
-    for transform in transforms:
+def _transformed(dataset: Any, transforms: list[Transform]) -> Any:
+    """The data transformed; None stays None."""
+    for transform in transforms if dataset is not None else []:
         dataset = replace(dataset, values=transform.apply(dataset.values))
     return dataset
-
-
-def vectors(dataset: Dataset) -> Dataset:
-    """The same rows as vectors: images flattened, single numbers as one column."""
-    if dataset.values.ndim == 2:
-        return dataset
-    return replace(dataset, values=dataset.values.reshape(dataset.num_rows, -1))
 
 
 def fingerprint(values: np.ndarray) -> str:

@@ -17,7 +17,7 @@ from pyrolvm.inference.posterior.loading import load_run
 from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
 from pyrolvm.models import REGISTRY
 from pyrolvm.runs.folder import BEGUN, CHECKPOINT, EVIDENCE, states
-from pyrolvm.runs.named import as_pair, find_model, first_line
+from pyrolvm.runs.named import find_model, first_line
 from pyrolvm.runs.recipe import Recipe
 
 RECORD: dict[str, Any] = {"model": dict, "settings": dict, "columns": (list, type(None)), "num_rows": int}
@@ -35,11 +35,16 @@ class SavedRun:
     @property
     def recipe(self) -> Recipe:
         """The recipe of its data; of a fit saved from Python without one, what the fit itself knows."""
-        record = _run_record(self.config).get("data")
+        record = self.config["run"].get("data")
         if isinstance(record, dict):
             return Recipe(record)
         arguments = self.config["model"].get("arguments") or {}
         return Recipe({"columns": self.fitted.columns, "vectors": "data_dim" in arguments})
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the entries of a row; empty if they have none."""
+        return self.recipe.columns or self.fitted.columns or []
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -51,7 +56,7 @@ class SavedRun:
     @property
     def command(self) -> str | None:
         """The command that repeats the run, if the shell recorded one."""
-        return _run_record(self.config).get("command")
+        return self.config["run"].get("command")
 
     @property
     def evidence(self) -> list[dict[str, Any]]:
@@ -91,11 +96,9 @@ def open_run(path: Path, model: Any = None, guide: Any = None, device: str = "cp
 
 def _rebuild(text: str, config: dict[str, Any]) -> tuple[Any, Any]:
     """The pair that `text` names, built with the arguments of the run."""
-    recorded = _run_record(config)
-    named = find_model(text, guide=recorded.get("guide"))
-    arguments = recorded.get("arguments")
-    arguments = config["model"].get("arguments") if arguments is None else arguments
-    built = as_pair(named.build(arguments or {})) if named.cls is not None else named.build({})
+    named = find_model(text, guide=config["run"].get("guide"))
+    arguments = config["run"].get("arguments") or config["model"].get("arguments") or {}
+    built = named.build(arguments)
     return built if isinstance(built, tuple) else (built, None)
 
 
@@ -106,18 +109,29 @@ def read_config(path: Path, named: bool = True) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise RunFolderError(f"{path} is not a folder: name the folder that a run was saved in")
+    begun = _command_begun(path)
     if not (path / CONFIG).exists() and (path / CHECKPOINT / BEGUN).exists():
-        raise RunFolderError(_unfinished(path))
+        command = begun or "pyrolvm fit ..."
+        if states(path):
+            raise RunFolderError(f"the run in {path} is not finished: resume it with {command} --resume")
+        raise RunFolderError(
+            f"the run in {path} ended before its first checkpoint: start it again with {command} --overwrite"
+        )
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise RunFolderError(f"{path / CONFIG} is not the record of a run")
+    # what was recorded beside the fit; a fit saved from Python may have nothing
+    config["run"] = config["run"] if isinstance(config.get("run"), dict) else {}
     for key, kind in RECORD.items():
         if key in config and not isinstance(config[key], kind):
             raise RunFolderError(f"{path / CONFIG} is damaged: {key}={config[key]!r} is of the wrong type")
-    _warn_of_unfinished(path, config)
+    if begun not in (None, config["run"].get("command", begun)):
+        warn_user(
+            f"these are results of the earlier run in {path}: the one begun since is not finished ({begun})"
+        )
     name = config["model"].get("name")
     if not named and name not in REGISTRY:
-        text = _run_record(config).get("model", f"file.py:{name}")
+        text = config["run"].get("model", f"file.py:{name}")
         raise RunFolderError(
             f"the run in {path} is of '{name}', a pair of your own, and a run folder executes nothing: name the pair, "
             f"--model {text} at the shell, model=... in Python"
@@ -125,32 +139,11 @@ def read_config(path: Path, named: bool = True) -> dict[str, Any]:
     return config
 
 
-def _unfinished(path: Path) -> str:
-    command = _command_begun(path) or "pyrolvm fit ..."
-    if states(path):
-        return f"the run in {path} is not finished: resume it with {command} --resume"
-    return f"the run in {path} ended before its first checkpoint: start it again with {command} --overwrite"
-
-
 def _command_begun(path: Path) -> str | None:
+    """The command of the run that was begun in the folder, if any."""
     begun = path / CHECKPOINT / BEGUN
     found = read_json(begun) if begun.exists() else None
     return found.get("command") if isinstance(found, dict) else None
-
-
-def _warn_of_unfinished(path: Path, config: dict[str, Any]) -> None:
-    """Warn where a run was begun in place of the one whose results are still there."""
-    command = _command_begun(path)
-    if command not in (None, _run_record(config).get("command", command)):
-        warn_user(
-            f"these are results of the earlier run in {path}: the one begun since is not finished ({command})"
-        )
-
-
-def _run_record(config: dict[str, Any]) -> dict[str, Any]:
-    """What was recorded of the run beside the fit; empty for a fit saved from Python without it."""
-    run = config.get("run")
-    return run if isinstance(run, dict) else {}
 
 
 def count_parameters(path: Path) -> int:

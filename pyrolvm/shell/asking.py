@@ -14,56 +14,42 @@ from pyrolvm.errors import SettingError
 from pyrolvm.files import write_atomically
 from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, evidence_table, khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.inference.program.handlers import Means
-from pyrolvm.runs import Recipe, Source, add_evidence, open_run
+from pyrolvm.runs import Source, add_evidence, open_run
 from pyrolvm.runs.recipe import CHOICES
+from pyrolvm.shell.options import LOADING, PICTURE, READING
 from pyrolvm.shell.outputs import ARRAYS, check_image_shape, check_out, write_png, write_values
-from pyrolvm.shell.printing import console, print_facts, print_table
+from pyrolvm.shell.printing import caution, console, note, print_facts, print_table
+from pyrolvm.shell.signatures import given
 
 SUMMARY_ROWS = 20
 PICTURES = (*ARRAYS, ".png")
 
 
 class Question:
-    """A run, and the data that it is asked about.
-
-    Parameters
-    ----------
-    run : str
-        The folder of the run.
-    options : dict
-        What was given of LOADING, READING and `image_shape`.
-    out, suffixes : Path, tuple of str
-        Where the answer is written, and the kinds of file that it can be.
-    data : str, optional
-        DATA.
-    """
+    """A run, the data that it is asked about, and `out`, the file of the answer: one of the kinds `suffixes`."""
 
     def __init__(
         self,
         run: str,
-        options: dict[str, Any],
+        shared: dict[str, Any],
         out: Path | None = None,
         suffixes: tuple[str, ...] = ARRAYS,
         data: str | None = None,
     ) -> None:
-        self.path, self.options, self.out = Path(run), options, out
+        self.path, self.out = Path(run), out
         check_out(out, suffixes)
-        shape = check_image_shape(options.get("image_shape"), out)
-        self.saved = open_run(
-            self.path, **on_device({k: options[k] for k in ("model", "device") if k in options})
-        )
-        self.fitted: FittedModel = self.saved.fitted
-        self.recipe: Recipe = self.saved.recipe
-        recorded = self.recipe.shape[-2:] if len(self.recipe.shape) >= 2 else None
-        self.image_shape = shape or (tuple(recorded) if recorded else None)
-        self.source = Source("") if data is None else source_of(data, options)
+        shape = check_image_shape(given(shared, PICTURE).get("image_shape"), out)
+        self.saved = open_run(self.path, **given(shared, LOADING))
+        self.fitted, self.recipe = self.saved.fitted, self.saved.recipe
+        recorded = self.recipe.shape[-2:]
+        self.image_shape = shape or (tuple(recorded) if len(recorded) == 2 else None)
+        self.source = source_of(data or "", given(shared, READING))
         self.dataset: Dataset | Any = None if data is None else self.recipe.read(self.source)
 
     def write_rows(self, values: Any) -> None:
         """Rows like those of the data: a table or array under the data's columns, or a picture."""
-        values, columns = self.recipe.undo(values), self.recipe.columns or self.fitted.columns
+        values, columns = self.recipe.undo(values), self.saved.columns
         if self.out is None or self.out.suffix.lower() != ".png":
             labels = self.dataset.labels if self.source.labels else None
             write_values(values, self.out, columns, {} if labels is None else {"label": labels})
@@ -100,17 +86,17 @@ class Question:
     def _entry(self, method: str, draws: int | None, table: pd.DataFrame) -> dict[str, Any]:
         values, k_hat = (table[name].to_numpy(float) for name in ("log_evidence", "k_hat"))
         more = ", ".join(f"{k}={v}" for k, v in self.source.options.items())
-        tails = bool(np.isfinite(k_hat).any())
+        high = (k_hat > khat_threshold(draws)).sum() if draws and np.isfinite(k_hat).any() else None
         return {
             "data": Path(self.source.text).name + (f" ({more})" if more else ""),
             "method": method,
             "num_samples": draws,
             "rows": len(values),
             "mean": float(values.mean()),
-            "standard_error": float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None,
+            "standard_error": float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None,
             "min": float(values.min()),
             "max": float(values.max()),
-            "untrusted": int((k_hat > khat_threshold(draws)).sum()) if draws and tails else None,
+            "untrusted": None if high is None else int(high),
         }
 
     def diagnose(self, quick: bool = False, **options: Any) -> None:
@@ -133,18 +119,13 @@ class Question:
         write_atomically(self.path / "summary.csv", summary.to_csv)
         if names or quick:
             _print_summary(summary)
-        console().print(f"{self.path}: {', '.join([*written, 'summary.csv'])}", style="dim")
+        note(f"{self.path}: {', '.join([*written, 'summary.csv'])}")
 
 
 def source_of(data: str, options: dict[str, Any]) -> Source:
     """DATA and the options that choose among it."""
     chosen = {name: options[name] for name in CHOICES if name in options}
     return Source(data, **chosen, options=options.get("data_option", {}))
-
-
-def on_device(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, `device` as torch calls it."""
-    return options | ({"device": resolve_device(options["device"])} if "device" in options else {})
 
 
 @torch.no_grad()
@@ -164,27 +145,22 @@ def deviations(fitted: FittedModel, x: Any) -> dict[str, torch.Tensor]:
 
 def _print_evidence(entry: dict[str, Any], shift: float) -> None:
     draws = f", {entry['num_samples']:,} draws per row" if entry["num_samples"] else ""
-    facts = [
+    print_facts(
         ("data", f"{entry['data']}: {entry['rows']:,} rows"),
         ("method", entry["method"] + draws),
         ("log p(x), mean", entry["mean"]),
         ("standard error over rows", entry["standard_error"]),
         ("min", entry["min"]),
         ("max", entry["max"]),
-    ]
-    if shift:
-        facts.append(("mean in the data's own units", entry["mean"] - shift))
-    print_facts(facts)
-    unit = "nats per datum, of the standardised data" if shift else "nats per datum"
-    console().print(unit, style="dim")
+        ("mean in the data's own units", entry["mean"] - shift if shift else None),
+    )
+    note("nats per datum, of the standardised data" if shift else "nats per datum")
     if entry["untrusted"]:
-        console().print(
-            f"{entry['untrusted']:,} of {entry['rows']:,} rows have a k-hat too high to trust their estimate",
-            style="yellow",
-        )
+        rows = f"{entry['untrusted']:,} of {entry['rows']:,} rows"
+        caution(f"{rows} have a k-hat too high to trust their estimate")
 
 
 def _print_summary(summary: pd.DataFrame) -> None:
     print_table(["", *summary.columns], summary.head(SUMMARY_ROWS).reset_index().to_numpy().tolist())
     if len(summary) > SUMMARY_ROWS:
-        console().print(f"and {len(summary) - SUMMARY_ROWS:,} more in summary.csv", style="dim")
+        note(f"and {len(summary) - SUMMARY_ROWS:,} more in summary.csv")

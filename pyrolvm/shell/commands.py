@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from pyrolvm.shell.options import (
 )
 from pyrolvm.shell.signatures import given, sharing
 
+output = partial(typer.Option, rich_help_panel=OUTPUT)
 SILENT = ("resume", "overwrite", "quiet")
 """Options that do not change the numbers of a run, left out of the command that repeats it."""
 
@@ -38,22 +40,13 @@ def fit(
     context: typer.Context,
     model: ModelName,
     data: DataName,
-    out: Annotated[
-        str, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.", rich_help_panel=OUTPUT)
-    ],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a stopped run.", rich_help_panel=OUTPUT)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=OUTPUT)
-    ] = False,
+    out: Annotated[str, output("--out", "-o", metavar="RUN", help="Folder of the run.")],
+    resume: Annotated[bool, output("--resume", help="Continue a stopped run.")] = False,
+    overwrite: Annotated[bool, output("--overwrite", help="Replace the run in --out.")] = False,
     inference_data: Annotated[
-        bool,
-        typer.Option("--inference-data", help="Write inference_data.nc for ArviZ.", rich_help_panel=OUTPUT),
+        bool, output("--inference-data", help="Write inference_data.nc for ArviZ.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Errors and warnings only.", rich_help_panel=OUTPUT)
-    ] = False,
+    quiet: Annotated[bool, output("--quiet", "-q", help="Errors and warnings only.")] = False,
     **shared: Any,
 ) -> None:
     """Fit MODEL to DATA and write the run folder: `pyrolvm.fit`, with the options of the model's constructor.
@@ -109,7 +102,7 @@ def sample(run: RunName, out: Out = None, **shared: Any) -> None:
     """
     from pyrolvm.shell.asking import PICTURES, Question
 
-    question = Question(run, given(shared, LOADING, PICTURE), out, PICTURES)
+    question = Question(run, shared, out, PICTURES)
     question.write_rows(question.fitted.sample(**given(shared, SAMPLE)))
 
 
@@ -123,7 +116,7 @@ def encode(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None
     """
     from pyrolvm.shell.asking import Question
 
-    Question(run, given(shared, LOADING, READING), out, data=data).encode(**given(shared, ENCODE))
+    Question(run, shared, out, data=data).encode(**given(shared, ENCODE))
 
 
 @sharing(RECONSTRUCT, PICTURE, READING, LOADING)
@@ -136,7 +129,7 @@ def reconstruct(run: RunName, data: DataName, out: Out = None, **shared: Any) ->
     """
     from pyrolvm.shell.asking import PICTURES, Question
 
-    question = Question(run, given(shared, LOADING, PICTURE, READING), out, PICTURES, data)
+    question = Question(run, shared, out, PICTURES, data)
     question.write_rows(question.fitted.reconstruct(question.dataset, **given(shared, RECONSTRUCT)))
 
 
@@ -152,7 +145,7 @@ def evidence(run: RunName, data: DataName, out: Out = None, **shared: Any) -> No
     """
     from pyrolvm.shell.asking import Question
 
-    Question(run, given(shared, LOADING, READING), out, data=data).evidence(**given(shared, EVIDENCE))
+    Question(run, shared, out, data=data).evidence(**given(shared, EVIDENCE))
 
 
 @sharing(DIAGNOSE, READING, LOADING)
@@ -174,7 +167,7 @@ def diagnose(
     """
     from pyrolvm.shell.asking import Question
 
-    Question(run, given(shared, LOADING, READING), data=data).diagnose(quick, **given(shared, DIAGNOSE))
+    Question(run, shared, data=data).diagnose(quick, **given(shared, DIAGNOSE))
 
 
 def compare(

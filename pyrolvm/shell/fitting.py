@@ -7,6 +7,8 @@ import json
 import math
 import typing
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,11 @@ from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.plots import plot_elbo
-from pyrolvm.runs import NamedModel, Preparation, RunFolder, find_model, still_rising
+from pyrolvm.runs import NamedModel, Preparation, RunFolder, described, find_model, still_rising
 from pyrolvm.seeds import Purpose, derived_seed
 from pyrolvm.shell.asking import source_of
-from pyrolvm.shell.options import FIT, PREPARING, SCHEDULES
-from pyrolvm.shell.printing import console, print_facts, print_table
+from pyrolvm.shell.options import FIT, PREPARING
+from pyrolvm.shell.printing import caution, console, print_facts, print_table
 from pyrolvm.shell.values import annotation_text, read_as
 
 OBJECTIVES: dict[str, type] = {
@@ -41,44 +43,48 @@ OBJECTIVES: dict[str, type] = {
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LAST_RATE = 0.01
 """The exponential schedule ends at this share of the learning rate."""
+SCHEDULES: dict[str, Callable[[int], Any]] = {
+    "none": lambda steps: None,
+    "cosine": lambda steps: partial(lr_scheduler.CosineAnnealingLR, T_max=steps),
+    "exponential": lambda steps: partial(lr_scheduler.ExponentialLR, gamma=LAST_RATE ** (1 / steps)),
+}
+"""Of the learning rate, over the steps of the run."""
 
 
 class Job:
     """One fit: its model, data and settings, all checked before anything is trained or written.
 
-    Parameters
-    ----------
-    model, data : str
-        MODEL and DATA.
-    options : dict
-        The options of `fit`, of the data's preparation and of `read`, by parameter.
-    own, extras : dict, list of str
-        The options of the model's constructor: known to the shell, and words that it does not know.
+    `own` and `extras` are options of the model's constructor: those known to the shell, and words that are not.
     """
 
     def __init__(
         self, model: str, data: str, options: dict[str, Any], own: dict[str, Any], extras: list[str]
     ) -> None:
-        if model.startswith("-") or data.startswith("-"):
-            raise SettingError(
-                f"{model if model.startswith('-') else data}: give MODEL and DATA first, then options"
-            )
+        for word in (model, data):
+            if word.startswith("-"):
+                raise SettingError(f"{word}: give MODEL and DATA first, then options")
         self.options, self.text = options, data
         self.named = _named(model, own, options)
-        source = source_of(data, options)
-        dataset = source.read()
-        self.data = _preparation(options).apply(source, dataset, as_vectors=self.named.takes_columns)
+        self.data = _preparation(options).apply(source_of(data, options), as_vectors=self.named.takes_columns)
         width = int(self.data.train.values[:1].size)
         self.arguments = constructor_arguments(
             self.named, own | _extra(extras), options.get("set", {}), width
         )
         self.num_restarts = count("num_restarts", options.get("num_restarts", 1))
         self.fit_options = self._fit_options()
+        plain = _plain(self.arguments)
         self.record = {
             "model": self.named.text,
             "guide": options.get("guide"),
-            "arguments": _plain(self.arguments) if self.named.cls is not None else None,
+            "arguments": plain if self.named.cls is not None else None,
             "data": self.data.record,
+        }
+        # what must agree for a run to be resumed, beside the data and settings that `fit` compares
+        self.identity = {
+            "model": self.named.name,
+            "guide": options.get("guide"),
+            "arguments": plain,
+            "restarts": self.num_restarts,
         }
         if self.num_restarts > 1 and isinstance(self.named.program, torch.nn.Module):
             raise SettingError(
@@ -93,22 +99,10 @@ class Job:
         if "dtype" in o:
             given["dtype"] = DTYPES[one_of("dtype", o["dtype"].removeprefix("torch."), DTYPES)]
         if "schedule" in o:
-            given["schedule"] = _schedule(o["schedule"], self._num_steps())
+            epochs, plan = o.get("num_epochs"), BatchPlan(self.data.train.num_rows, o.get("batch_size"))
+            steps = plan.num_steps(epochs) if epochs else o.get("num_steps") or 1000
+            given["schedule"] = SCHEDULES[one_of("schedule", o["schedule"], SCHEDULES)](steps)
         return given | {"validation": self.data.held_out}
-
-    def _num_steps(self) -> int:
-        steps, epochs = self.options.get("num_steps"), self.options.get("num_epochs")
-        plan = BatchPlan(self.data.train.num_rows, self.options.get("batch_size"))
-        return plan.num_steps(epochs) if epochs else steps or 1000
-
-    def identity(self) -> dict[str, Any]:
-        """What must agree for a run to be resumed, beside the data and settings that `fit` compares."""
-        return {
-            "model": self.named.name,
-            "guide": self.options.get("guide"),
-            "arguments": _plain(self.arguments),
-            "restarts": self.num_restarts,
-        }
 
     def run(self, folder: RunFolder, quiet: bool) -> tuple[FittedModel, Any]:
         """Train; with the table of restarts if there are several."""
@@ -128,13 +122,6 @@ class Job:
         """The model, or (model, guide), its starting values drawn from `seed` alone."""
         with seeded(derived_seed(seed, Purpose.START), torch.device("cpu")):
             return self.named.build(self.arguments)
-
-    @property
-    def description(self) -> str:
-        """The model as it is built."""
-        if self.named.cls is None:
-            return self.named.text
-        return f"{self.named.name}({', '.join(f'{k}={v}' for k, v in self.arguments.items())})"
 
     @property
     def rows(self) -> str:
@@ -188,28 +175,16 @@ def constructor_arguments(
             raise SettingError("data_dim is taken from the data: leave it out")
         if name not in known and not free:
             raise SettingError(_unknown(named, name))
-    for name, p in known.items():
-        if (
-            p.default is p.empty
-            and p.kind is not p.VAR_KEYWORD
-            and name not in words
-            and name not in settings
-        ):
+    needed = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    for name in needed:
+        if name not in words and name not in settings:
             raise SettingError(f"{named.name} needs {_flag(name)}: e.g. {_flag(name)} 2")
-    hints = _hints(named.cls)
+    try:
+        hints = typing.get_type_hints(named.cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError, AttributeError):  # annotations that mean nothing at run time
+        hints = {}
     read = {n: read_as(n, annotation_text(hints.get(n, Parameter.empty)), w) for n, w in words.items()}
     return ({"data_dim": data_dim} if named.takes_columns else {}) | read | settings
-
-
-def _hints(cls: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(cls.__init__)
-    except (
-        NameError,
-        TypeError,
-        AttributeError,
-    ):  # annotations of the user's own that mean nothing at run time
-        return {}
 
 
 def _unknown(named: NamedModel, name: str) -> str:
@@ -227,16 +202,11 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, str | int | float | list | None) else repr(v) for k, v in arguments.items()}
 
 
-def _preparation(o: dict[str, Any]) -> Preparation:
-    overall = o.get("standardise_overall", False)
-    return Preparation(
-        standardise=o.get("standardise", False) or overall,
-        per_column=o.get("per_column", True) and not overall,
-        binarise=o.get("binarise", False),
-        threshold=o.get("threshold"),
-        validation=o.get("validation"),
-        split_seed=o.get("split_seed", o.get("seed", 0)),
-    )
+def _preparation(options: dict[str, Any]) -> Preparation:
+    chosen = {f.name: options[f.name] for f in fields(Preparation) if f.name in options}
+    if options.get("standardise_overall"):
+        chosen |= {"standardise": True, "per_column": False}
+    return Preparation(**{"split_seed": options.get("seed", 0)} | chosen)
 
 
 def _objective(name: str | None, num_particles: int | None, alpha: float | None) -> Any:
@@ -245,35 +215,27 @@ def _objective(name: str | None, num_particles: int | None, alpha: float | None)
     name = names.get(name or "", name)
     if alpha is not None and name != "renyi":
         raise SettingError("alpha is of objective=renyi: give both, or leave it out")
+    if alpha == 1.0:
+        raise SettingError("alpha=1 is the ELBO itself: take objective=trace")
     if name is None:
         if num_particles is None:
             return None
         raise SettingError(f"num_particles is of an objective: name it, {', '.join(OBJECTIVES)}")
     cls = OBJECTIVES[one_of("objective", name, OBJECTIVES)]
-    least, usual = (2, 10) if name == "renyi" else (1, 1)
+    least, usual, more = (2, 10, {"alpha": alpha or 0.0}) if name == "renyi" else (1, 1, {})
     draws = count("num_particles", usual if num_particles is None else num_particles, least)
-    options: dict[str, Any] = {"num_particles": draws, "vectorize_particles": draws > 1}
-    if alpha == 1.0:
-        raise SettingError("alpha=1 is the ELBO itself: take objective=trace")
-    return cls(**options, **({"alpha": alpha or 0.0} if name == "renyi" else {}))
-
-
-def _schedule(name: str, num_steps: int) -> Callable[[Any], Any] | None:
-    """Cosine to zero, or exponential to a hundredth, over the steps of the run."""
-    one_of("schedule", name, SCHEDULES)
-    if name == "cosine":
-        return lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_steps)
-    if name == "exponential":
-        return lambda optimizer: lr_scheduler.ExponentialLR(optimizer, gamma=LAST_RATE ** (1 / num_steps))
-    return None
+    return cls(num_particles=draws, vectorize_particles=draws > 1, **more)
 
 
 def run_fit(
     job: Job, path: Path, command: str, resume: bool, overwrite: bool, inference_data: bool, quiet: bool
 ) -> None:
     """Train in the run folder `path`, write it and print what came out."""
-    folder = RunFolder(path, job.identity(), command, resume, overwrite)
-    _check_json(job.record | folder.identity)
+    folder = RunFolder(path, job.identity, command, resume, overwrite)
+    try:  # nothing may keep the run from being written at its end
+        json.dumps(job.record | folder.identity, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"the settings cannot be written to the run folder: {error}") from None
     folder.check()
     try:
         fitted, restarts = job.run(folder, quiet)
@@ -287,14 +249,6 @@ def run_fit(
     _save(fitted, restarts, folder, job, inference_data)
     if not quiet:
         _print_result(fitted, restarts, job, path)
-
-
-def _check_json(record: dict[str, Any]) -> None:
-    """Nothing may keep the run from being written at its end."""
-    try:
-        json.dumps(record, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"the settings cannot be written to the run folder: {error}") from None
 
 
 def _stopped(folder: RunFolder, stop: BaseException) -> str:
@@ -333,23 +287,20 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job, path: Path) -> N
         console().print()
     history = fitted.history
     unit = "nats per datum" if fitted.structure.data_plate else "nats in total"
-    facts: list[tuple[str, Any]] = [
-        ("model", job.description),
+    held_out, warmed = fitted.held_out_elbo, job.options.get("kl_warmup") and len(history)
+    own = f" --model {job.named.text}" if ".py" in job.named.text else ""
+    print_facts(
+        ("model", job.named.text if job.named.cls is None else described(job.named.name, job.arguments)),
         ("data", job.rows),
         ("steps", int(history["step"].max()) if len(history) else 0),
         ("engine", fitted.engine),
         ("stopped", fitted.stopped_because),
         (f"ELBO, {unit}", fitted.elbo),
-    ]
-    if not math.isnan(fitted.held_out_elbo):
-        facts.append(("ELBO, held out", fitted.held_out_elbo))
-    if job.options.get("kl_warmup") and len(history):
-        facts.append(("KL weight at the end", float(history["kl_weight"].iloc[-1])))
-    own = f" --model {job.named.text}" if ".py" in job.named.text else ""
-    print_facts([*facts, ("run", str(path)), ("next", f"pyrolvm report {path}{own}")])
+        ("ELBO, held out", None if math.isnan(held_out) else held_out),
+        ("KL weight at the end", float(history["kl_weight"].iloc[-1]) if warmed else None),
+        ("run", str(path)),
+        ("next", f"pyrolvm report {path}{own}"),
+    )
     if rise := still_rising(history):
-        console().print(
-            f"the ELBO rose by {rise:.3g} over the last fifth of the steps and may not be done: more --num-steps, or a "
-            "larger --learning-rate",
-            style="yellow",
-        )
+        words = f"the ELBO rose by {rise:.3g} over the last fifth of the steps and may not be done"
+        caution(f"{words}: more --num-steps, or a larger --learning-rate")

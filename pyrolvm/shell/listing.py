@@ -11,33 +11,25 @@ from typing import Any
 from pyrolvm.data import DATASETS
 from pyrolvm.inference.posterior.history import held_out_elbo
 from pyrolvm.models import REGISTRY
-from pyrolvm.runs import NamedModel
+from pyrolvm.runs import NamedModel, described
 from pyrolvm.runs.saved import count_parameters, read_config, read_evidence, read_history
-from pyrolvm.shell.printing import console, print_table
+from pyrolvm.shell.printing import caution, note, print_table
 
-COMPARED = {
-    "run": "run",
-    "model": "model",
-    "parameters": "parameters",
-    "steps": "steps",
-    "elbo": "ELBO",
-    "held_out": "held out",
-    "evidence": "evidence",
-}
+COMPARED = {name: name for name in ("run", "model", "parameters", "steps")}
+COMPARED |= {"elbo": "ELBO", "held_out": "held out", "evidence": "evidence"}
 
 
 def list_models() -> None:
     """`pyrolvm models`."""
-    print_table(["model", "what it is", "options"], [_model_row(name, cls) for name, cls in REGISTRY.items()])
-
-
-def _model_row(name: str, cls: type) -> list[str]:
-    first = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("`", "")
-    options = [
-        k if p.default is p.empty else f"{k}={json.dumps(p.default, default=str)}"
-        for k, p in NamedModel(name, cls=cls).options.items()
-    ]
-    return [name, first, ", ".join(options)]
+    rows = []
+    for name, cls in REGISTRY.items():
+        first = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("`", "")
+        options = [
+            k if p.default is p.empty else f"{k}={json.dumps(p.default, default=str)}"
+            for k, p in NamedModel(name, cls=cls).options.items()
+        ]
+        rows.append([name, first, ", ".join(options)])
+    print_table(["model", "what it is", "options"], rows)
 
 
 def list_datasets() -> None:
@@ -49,15 +41,16 @@ def list_datasets() -> None:
 def compare(paths: list[Path]) -> None:
     """`pyrolvm compare`."""
     runs = [_facts(path) for path in paths]
-    evidence = _common_evidence(runs)
+    kinds = [kind for run in runs for kind in run["estimates"]]
+    evidence = max(kinds, key=kinds.count, default=None)  # (data, method, draws) that most runs have
     for run in runs:
         run["evidence"] = run["estimates"].get(evidence, math.nan)
     key = next((k for k in ("evidence", "held_out") if all(not math.isnan(r[k]) for r in runs)), "elbo")
     runs.sort(key=lambda r: -r[key] if not math.isnan(r[key]) else math.inf)
     print_table([*COMPARED.values()], [[run[k] for k in COMPARED] for run in runs])
-    console().print(f"nats per datum; sorted by {COMPARED[key]}{_of(evidence)}", style="dim")
+    note(f"nats per datum; sorted by {COMPARED[key]}{_of(evidence)}")
     if len({r["data"] for r in runs}) > 1:
-        console().print("the runs were fitted to different data: their bounds do not compare", style="yellow")
+        caution("the runs were fitted to different data: their bounds do not compare")
 
 
 def _of(evidence: tuple | None) -> str:
@@ -67,20 +60,15 @@ def _of(evidence: tuple | None) -> str:
     return f"; evidence of {data} by {method}" + (f" with {draws:,} draws" if draws else "")
 
 
-def _common_evidence(runs: list[dict[str, Any]]) -> tuple | None:
-    """The estimate (data, method, draws) that most runs have."""
-    kinds = [kind for run in runs for kind in run["estimates"]]
-    return max(kinds, key=kinds.count) if kinds else None
-
-
 def _facts(path: Path) -> dict[str, Any]:
     """What the files of a run hold, without building its model."""
     config, history = read_config(path), read_history(path)
-    data = (config.get("run") or {}).get("data") or {}
+    data = config["run"].get("data") or {}
+    shown = {k: v for k, v in (config["model"].get("arguments") or {}).items() if k != "data_dim"}
     noted = {(e["data"], e["method"], e["num_samples"]): e["mean"] for e in read_evidence(path)}
     return {
         "run": str(path),
-        "model": _described(config["model"]),
+        "model": described(config["model"].get("name"), shown or None),
         "parameters": count_parameters(path),
         "steps": int(history["step"].max()) if len(history) else 0,
         "elbo": float(history["elbo"].tail(100).mean()),
@@ -88,9 +76,3 @@ def _facts(path: Path) -> dict[str, Any]:
         "data": (data.get("sha256"), json.dumps(data.get("transforms"))),
         "estimates": noted,
     }
-
-
-def _described(model: dict[str, Any]) -> str:
-    arguments = {k: v for k, v in (model.get("arguments") or {}).items() if k != "data_dim"}
-    given = ", ".join(f"{k}={v}" for k, v in arguments.items())
-    return f"{model.get('name')}({given})" if given else str(model.get("name"))

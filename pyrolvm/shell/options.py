@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pyrolvm.shell.signatures import Option, model_options, options_of
+from pyrolvm.shell.signatures import Option, listed, model_options, options_of
 
 MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
 OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi")
@@ -18,25 +19,24 @@ def complete_model(incomplete: str) -> list[str]:
     """Names of models, and files of Python."""
     from pyrolvm.models import REGISTRY
 
-    return [n.lower() for n in REGISTRY if n.lower().startswith(incomplete.lower())] + _files(
-        incomplete, (".py",)
-    )
+    return completed(incomplete, map(str.lower, REGISTRY), (".py",))
 
 
 def complete_data(incomplete: str) -> list[str]:
     """Names of data sets, and files that can be read."""
     from pyrolvm.data import DATASETS, SUFFIXES
 
-    return [name for name in DATASETS if name.startswith(incomplete)] + _files(incomplete, SUFFIXES)
+    return completed(incomplete, DATASETS, SUFFIXES)
 
 
-def _files(incomplete: str, suffixes: tuple[str, ...]) -> list[str]:
+def completed(incomplete: str, names: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
+    """The names, folders and files of these kinds that begin so."""
     folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
     found = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
-    texts = [
-        f"{p}/" if p.is_dir() else str(p) for p in found if p.is_dir() or p.name.lower().endswith(suffixes)
-    ]
-    return sorted(t for t in texts if t.startswith(incomplete))
+    files = [str(p) for p in found if p.name.lower().endswith(suffixes) and not p.is_dir()]
+    folders = [f"{p}/" for p in found if p.is_dir()]
+    words = [*names, *sorted(files + folders)]
+    return [word for word in words if word.lower().startswith(incomplete.lower())]
 
 
 ModelName = Annotated[
@@ -61,20 +61,16 @@ Out = Annotated[
 ]
 
 FITTED = "inference/posterior/fitted.py"
-READING = options_of("data/readers.py", "read", ("source", "mmap"), DATA) | {
-    "data_option": Option("data_option", "dict", help="Of a named data set, e.g. split=test.", panel=DATA)
-}
+READING = options_of("data/readers.py", "read", ("source", "mmap"), DATA) | listed(
+    Option("data_option", "dict", help="Of a named data set, e.g. split=test.", panel=DATA)
+)
 """Options of every command that reads DATA."""
-LOADING = {
-    "model": Option(
-        "model", "str", help="The pair of your own that the run is of, FILE.PY:NAME; it is executed."
-    ),
-    "device": Option("device", "str", "cpu", "auto, cpu, cuda, cuda:N or mps."),
-}
+LOADING = listed(
+    Option("model", "str", help="The pair of your own that the run is of, FILE.PY:NAME; it is executed."),
+    Option("device", "str", "cpu", "auto, cpu, cuda, cuda:N or mps."),
+)
 """Options of every command that loads RUN."""
-PICTURE = {
-    "image_shape": Option("image_shape", "Sequence[int]", help="HEIGHT,WIDTH of a png; square by default.")
-}
+PICTURE = listed(Option("image_shape", "Sequence[int]", help="HEIGHT,WIDTH of a png; square by default."))
 FIT = options_of(
     "inference/training/fit.py",
     "fit",
@@ -89,28 +85,20 @@ FIT = options_of(
         ("validation", "float"),
     ),
 )
-ADDED = {
-    option.name: option
-    for option in (
-        Option("num_particles", "int", help="Draws per datum of the objective.", panel=TRAINING),
-        Option("alpha", "float", help="Of renyi; 0 is the importance-weighted bound.", panel=TRAINING),
-        Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
-        Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
-    )
-}
-PREPARING = {
-    option.name: option
-    for option in (
-        Option("standardise", "bool", help="Mean 0 and deviation 1.", panel=DATA),
-        Option(
-            "per_column", "bool", "True", "One mean and deviation for each column, or for all.", panel=DATA
-        ),
-        Option("standardise_overall", "bool", help="--standardise --no-per-column.", panel=DATA),
-        Option("binarise", "bool", help="0 and 1, by --threshold.", panel=DATA),
-        Option("threshold", "float", help="Halfway between the extremes by default.", panel=DATA),
-        Option("split_seed", "int", help="Of the rows held out; --seed by default.", panel=DATA),
-    )
-}
+ADDED = listed(
+    Option("num_particles", "int", help="Draws per datum of the objective.", panel=TRAINING),
+    Option("alpha", "float", help="Of renyi; 0 is the importance-weighted bound.", panel=TRAINING),
+    Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
+    Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
+)
+PREPARING = listed(
+    Option("standardise", "bool", help="Mean 0 and deviation 1.", panel=DATA),
+    Option("per_column", "bool", "True", "One mean and deviation for each column, or for all.", panel=DATA),
+    Option("standardise_overall", "bool", help="--standardise --no-per-column.", panel=DATA),
+    Option("binarise", "bool", help="0 and 1, by --threshold.", panel=DATA),
+    Option("threshold", "float", help="Halfway between the extremes by default.", panel=DATA),
+    Option("split_seed", "int", help="Of the rows held out; --seed by default.", panel=DATA),
+)
 CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
 SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
 ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))

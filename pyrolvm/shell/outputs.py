@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,35 +62,31 @@ def write_values(
         frame = pd.DataFrame(beside | _columns(arrays, names))
         if out is None:
             frame.to_csv(sys.stdout, index=False, float_format="%.7g")
-        else:
-            write_atomically(
-                out, lambda p: frame.to_csv(p, index=False, sep="," if suffix == ".csv" else "\t")
-            )
-        return
-    assert out is not None
-    if suffix == ".npy" and len(arrays) > 1:
+            return
+        write: Any = partial(frame.to_csv, index=False, sep="," if suffix == ".csv" else "\t")
+    elif suffix == ".npz":
+        named: Any = {k or "values": v for k, v in arrays.items()} | {f"{k}s": v for k, v in beside.items()}
+        write = partial(_save, np.savez, **named)
+    elif len(arrays) > 1:
         raise SettingError(f"there are several arrays ({', '.join(arrays)}), too many for .npy: use .npz")
-    named: Any = {k or "values": v for k, v in arrays.items()} | {
-        f"{k}s": np.asarray(v) for k, v in beside.items()
-    }
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:  # an open file, because numpy adds a suffix to the names of others
-            if suffix == ".npz":
-                np.savez(file, **named)
-            else:
-                np.save(file, next(iter(arrays.values())))
-
+    else:
+        write = partial(_save, np.save, arr=next(iter(arrays.values())))
+    assert out is not None
     write_atomically(out, write)
+
+
+def _save(save: Callable[..., None], path: Path, **arrays: Any) -> None:
+    """To an open file, because numpy adds a suffix to the names of others."""
+    with path.open("wb") as file:
+        save(file, **arrays)
 
 
 def _columns(arrays: dict[str, np.ndarray], names: list[str] | None) -> dict[str, np.ndarray]:
     columns: dict[str, np.ndarray] = {}
     for site, array in arrays.items():
-        flat = array.reshape(len(array), -1)
-        given = names if names is not None and len(names) == flat.shape[1] else None
-        for i in range(flat.shape[1]):
-            columns[given[i] if given else f"{site}_{i}" if site else f"column_{i}"] = flat[:, i]
+        entries = array.reshape(len(array), -1).T
+        own = names if names and len(names) == len(entries) else None
+        columns |= zip(own or [f"{site or 'column'}_{i}" for i in range(len(entries))], entries, strict=True)
     return columns
 
 

@@ -21,10 +21,20 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, markup=False, width=UNWATCHED_WIDTH)
 
 
-def print_facts(facts: Iterable[tuple[str, Any]]) -> None:
-    """Two columns: what, and its value."""
+def note(text: str) -> None:
+    """A line that explains what stands above it."""
+    console().print(text, style="dim")
+
+
+def caution(text: str) -> None:
+    """A line that calls for care."""
+    console().print(text, style="yellow")
+
+
+def print_facts(*facts: tuple[str, Any]) -> None:
+    """Two columns: what, and its value; those that are None are left out."""
     table = Table.grid(padding=(0, 2))
-    for name, value in facts:
+    for name, value in (f for f in facts if f[1] is not None):
         table.add_row(Text(name, style="bold"), Text(shown(value)))
     console().print(table)
 

@@ -90,6 +90,11 @@ class Option:
         )
 
 
+def listed(*options: Option) -> dict[str, Option]:
+    """The options by name."""
+    return {option.name: option for option in options}
+
+
 def words(choices: Iterable[str]) -> Callable[[str], list[str]]:
     """A completer among `choices`."""
     return lambda incomplete: [w for w in choices if w.startswith(incomplete)]
@@ -111,13 +116,8 @@ def options_of(
     node = _find(tree, name.split("."))
     documented = _described(ast.get_docstring(node) or "")
     function = _find(node, ["__init__"]) if isinstance(node, ast.ClassDef) else node
-    aliases = {
-        t.id: s.value
-        for s in tree.body
-        if isinstance(s, ast.Assign)
-        for t in s.targets
-        if isinstance(t, ast.Name)
-    }
+    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
+    aliases = {t.id: n.value for n in assigned for t in n.targets if isinstance(t, ast.Name)}
     found = {}
     for argument, default in _arguments(function.args):
         text = dict(written).get(argument.arg) or _annotation(argument.annotation, aliases)
@@ -135,14 +135,12 @@ def _find(node: Any, path: list[str]) -> Any:
 
 
 def _arguments(arguments: ast.arguments) -> list[tuple[ast.arg, ast.expr | None]]:
+    """The parameters but `self`, each with its default if it has one."""
     positional = [*arguments.posonlyargs, *arguments.args]
-    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
-    pairs = [*zip(positional, [*missing, *arguments.defaults], strict=True)]
-    return [
-        p
-        for p in [*pairs, *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-        if p[0].arg != "self"
-    ]
+    missing = [None] * (len(positional) - len(arguments.defaults))
+    defaults = [*missing, *arguments.defaults, *arguments.kw_defaults]
+    pairs = zip([*positional, *arguments.kwonlyargs], defaults, strict=True)
+    return [(argument, default) for argument, default in pairs if argument.arg != "self"]
 
 
 def _annotation(node: ast.expr | None, aliases: dict[str, ast.expr]) -> str:

@@ -53,20 +53,20 @@ def test_changed_data_are_not_taken_for_those_of_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"binarise": True, "threshold": float("nan")}, "threshold=nan must be a finite number"),
-        ({"binarise": True, "threshold": float("inf")}, "threshold=inf must be a finite number"),
-        ({"validation": float("nan")}, "validation=nan must be a share"),
-        ({"validation": 1.0}, "validation=1.0 must be a share"),
+        ({"binarise": True, "threshold": float("nan")}, "threshold=nan divides no values"),
+        ({"binarise": True, "threshold": float("inf")}, "threshold=inf divides no values"),
+        ({"validation": float("nan")}, "validation=nan of 150 rows"),
+        ({"validation": 1.0}, "give a share between 0 and 1"),
         ({"split_seed": -1}, "split_seed must be a whole number of at least 0"),
         ({"threshold": 1.0}, "give both"),
         ({"standardise": True, "binarise": True}, "exclude each other"),
     ],
 )
-def test_a_preparation_that_cannot_be_is_refused_at_once(options, said):
+def test_a_preparation_that_cannot_be_is_refused(options, said):
     with pytest.raises(SettingError, match=said):
-        Preparation(**options)
+        Preparation(**options).apply(Source("iris"))
 
 
 def test_a_column_is_taken_once():
-    with pytest.raises(DataError, match="names a column twice"):
+    with pytest.raises(DataError, match="is chosen twice"):
         Source("iris", columns=["petal length (cm)", "petal length (cm)"]).read()
