@@ -31,7 +31,7 @@ from pyrolvm.diagnostics.gaussians import (
     num_climbs,
     refine,
 )
-from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise
+from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise, table_of
 from pyrolvm.errors import ProgramError, SettingError, one_of
 from pyrolvm.inference.posterior import evidence as estimators
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -58,6 +58,7 @@ class Gaps(Report):
         What `log_evidence` is: see `evidence_name`.
     """
 
+    shows = "means"
     table: pd.DataFrame
     family: str
     of_guide: bool
@@ -78,21 +79,12 @@ class Gaps(Report):
         )
         if not self.of_guide:
             words += " The guide is of another family, so that the second number may be negative."
-        larger = (
-            "approximation_gap" if m["approximation_gap"] >= m["amortisation_gap"] else "amortisation_gap"
-        )
         if m["inference_gap"] < 0.05:
             return [words]
-        advice = {
-            "approximation_gap": "a richer family would help more than a larger encoder",
-            "amortisation_gap": "a larger encoder, longer training or refinement per datum would help most",
-        }
-        return [f"{words[:-1]}; {advice[larger]}."]
-
-    @property
-    def shown(self) -> str:
-        """The means."""
-        return self.means.to_string(float_format="%.3f")
+        advice = "a larger encoder, longer training or refinement per datum would help most"
+        if m["approximation_gap"] >= m["amortisation_gap"]:
+            advice = "a richer family would help more than a larger encoder"
+        return [f"{words[:-1]}; {advice}."]
 
 
 def evidence_gaps(
@@ -206,7 +198,7 @@ class _Refinement:
             "approximation_gap": log_evidence - best,
             "amortisation_gap": best - elbo,
         }
-        return pd.DataFrame({name: value.detach().cpu().numpy() for name, value in columns.items()})
+        return table_of({name: value.detach() for name, value in columns.items()})
 
     def _bound(self, q: Gaussians) -> Tensor:
         return bound(self.log_joint, q, self.noise)

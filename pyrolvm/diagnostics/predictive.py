@@ -56,6 +56,7 @@ class PredictiveCheck(Report):
         [num_samples, statistics].
     """
 
+    shows = "table"
     table: pd.DataFrame
     replicates: pd.DataFrame
 
@@ -76,11 +77,6 @@ class PredictiveCheck(Report):
             for name, row in wrong.iterrows()
         )
         return [f"The model does not make data like these: {found}."]
-
-    @property
-    def shown(self) -> str:
-        """The statistics."""
-        return self.table.to_string(float_format="%.3f")
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from pyrolvm.diagnostics.measures import Measure, Report, is_whole, measure_seed, noise
+from pyrolvm.diagnostics.measures import Measure, Report, is_whole, measure_seed, noise, table_of
 from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
@@ -50,6 +50,7 @@ class ReferenceComparison(Report):
         Divergent transitions.
     """
 
+    shows = "table"
     table: pd.DataFrame
     draws: dict[str, Tensor]
     num_divergent: int
@@ -85,11 +86,6 @@ class ReferenceComparison(Report):
         return [
             f"Against NUTS, {'; '.join(parts)}; farthest is {site}[{element}] (Wasserstein {distance:.2f} sd)."
         ]
-
-    @property
-    def shown(self) -> str:
-        """The elements, forty lines of them at most."""
-        return self.table.to_string(float_format="%.3f", max_rows=40)
 
 
 def compare_with_nuts(
@@ -212,5 +208,4 @@ def _compare(name: str, guide: Tensor, chains: Tensor) -> pd.DataFrame:
         "r_hat": split_gelman_rubin(c, 0, 1),
         "effective_sample_size": ess,
     }
-    index = pd.MultiIndex.from_product([[name], range(q.shape[1])], names=["site", "element"])
-    return pd.DataFrame({k: v.numpy() for k, v in columns.items()}, index=index)
+    return table_of(columns, name)
