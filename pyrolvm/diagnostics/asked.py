@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -30,35 +29,31 @@ a fortieth of it for programs whose draws are taken one by one."""
 
 
 class Asked(NamedTuple):
-    """What is diagnosed, and how: the fit, all rows, those looked at one by one, and the options of `diagnose`."""
+    """What is diagnosed: the fit, all rows, those looked at one by one and their numbers, and how."""
 
     fitted: FittedModel
     data: Pair
     part: Pair
-    rows: np.ndarray
+    rows: pd.Index
     num_samples: int
     reference: Any
     statistics: Mapping[str, Statistic] | None
-    gaps: bool
     options: dict[str, Any]
 
 
 def _local(asked: Asked, found: Mapping[str, Any]) -> LocalTails:
     table = local_khat(asked.fitted, asked.part.batch, asked.num_samples, **asked.options)
-    return LocalTails(table.set_axis(_row_index(asked)), asked.num_samples)
+    return LocalTails(table.set_axis(asked.rows), asked.num_samples)
 
 
 def _evidence(asked: Asked, found: Mapping[str, Any]) -> Evidence:
     tails = found["k-hat per datum"].table if "k-hat per datum" in found else None
-    options = {"num_data": asked.data.num_rows, **asked.options}
-    report = evidence_of(asked.fitted, asked.part.batch, asked.num_samples, tails, **options)
+    report = evidence_of(
+        asked.fitted, asked.part, asked.num_samples, tails, asked.data.num_rows, **asked.options
+    )
     if report.per_datum:
-        report.table.index = _row_index(asked)
+        report.table.index = asked.rows
     return report
-
-
-def _row_index(asked: Asked) -> pd.Index:
-    return pd.Index(asked.rows, name="row")
 
 
 def _global(asked: Asked, found: Mapping[str, Any]) -> GlobalTail:

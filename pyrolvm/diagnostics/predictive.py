@@ -121,7 +121,11 @@ def predictive_check(
     pair = fitted.pair(x)
     with noise(pair, seed, Measure.PREDICTIVE):
         model, _ = pair.draw()
-    sites = [_Observed(pair, model, name, chosen) for name in _names(fitted, site)]
+    names = [s.name for s in fitted.structure.observed]
+    if not names:
+        raise SettingError("the program observes no data that its model could make anew")
+    names = names if site is None else [one_of("site", site, names)]
+    sites = [_Observed(pair, model, name, chosen) for name in names]
     make = _same if latents == "same" else _new
     made = make(fitted, pair, num_samples, seed)
     made = watched(made, "predictive check", num_samples, enabled=progress, unit="data sets")
@@ -137,13 +141,6 @@ def _of_all(sites: list[_Observed], values: Values) -> dict[str, float]:
     return {k if alone else f"{name}: {k}": v for name, found in each for k, v in found.items()}
 
 
-def _names(fitted: FittedModel, site: str | None) -> list[str]:
-    names = [s.name for s in fitted.structure.observed]
-    if not names:
-        raise SettingError("the program observes no data that its model could make anew")
-    return names if site is None else [one_of("site", site, names)]
-
-
 class _Observed:
     """The statistics of one observed site, its masked values left out."""
 
@@ -151,16 +148,14 @@ class _Observed:
         self.name, self.statistics = name, statistics
         node: Any = model.nodes[name]
         self.value = tidy(pair.structure, node, node["value"])[0]
-        self.rows, self.holes = None, None
-        if (kept := observed_mask(pair, node)) is not None:
-            self.rows = kept.reshape(len(kept), -1).any(1)
-            self.holes = ~kept[self.rows]
-            self.median = self.value[self.rows][~self.holes].double().median()
+        self.kept = observed_mask(pair, node)
 
     def of(self, value: Tensor) -> dict[str, float]:
         """The statistics of values [rows, ...] of this site."""
-        if self.rows is not None and self.holes is not None:
-            value = value[self.rows].masked_fill(self.holes, self.median.to(value.dtype).item())
+        if self.kept is not None:
+            median = self.value[self.kept].double().median().to(value.dtype).item()
+            rows = self.kept.reshape(len(self.kept), -1).any(1)
+            value = value[rows].masked_fill(~self.kept[rows], median)
         return _evaluate(self.statistics, value)
 
 
