@@ -231,9 +231,10 @@ class _Part:
             guide if swap else self.other.guide(count if self.pair.vectorized else None, given=self.given)
         )
         local = [s for s in sample_sites(source) if self.pair.is_local(s)]
-        plate, order = self.pair.structure.data_plate, _another(self.pair.num_rows).to(self.pair.device)
+        plate = self.pair.structure.data_plate
         if not swap or plate is None:
             return {s["name"]: s["value"] for s in local}
+        order = _another(self.pair.num_rows).to(self.pair.device)
         dims = {s["name"]: plate.dim - len(s["fn"].event_shape) for s in local}
         return {s["name"]: s["value"].index_select(dims[s["name"]], order) for s in local}
 
