@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 
-from pyrolvm.data.arrays import Batch
 from pyrolvm.diagnostics.collapse import collapse_report
 from pyrolvm.diagnostics.evidence import Evidence, evidence_of
 from pyrolvm.diagnostics.gaps import evidence_gaps
@@ -19,7 +17,6 @@ from pyrolvm.diagnostics.tails import GlobalTail, LocalTails, global_khat, judge
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
 
-REPLICATES = 200
 GAP_ROWS = 200
 REFERENCE_ROWS = 5
 
@@ -71,26 +68,17 @@ def _reference(asked: Asked, found: Mapping[str, Any]) -> ReferenceComparison:
     if isinstance(asked.reference, ReferenceComparison):
         return asked.reference
     shared = asked.fitted.structure.global_latents
-    few = asked.data.batch if shared else _first(asked.part, REFERENCE_ROWS)
-    return compare_with_nuts(asked.fitted, few, **asked.options)
-
-
-def _first(pair: Pair, number: int) -> Batch:
-    """The data of the first rows; all, if rows cannot be taken apart."""
-    if not pair.structure.chunkable or pair.num_rows <= number:
-        return pair.batch
-    return pair.batch.take(torch.arange(number, device=pair.device))
+    few = asked.data if shared else next(asked.part.split(REFERENCE_ROWS))
+    return compare_with_nuts(asked.fitted, few.batch, **asked.options)
 
 
 MEASURES: dict[str, Callable[[Asked, Mapping[str, Any]], Report]] = {
     "k-hat per datum": _local,
     "log p(x)": _evidence,
     "k-hat of shared latents": _global,
-    "gaps": lambda a, _: evidence_gaps(a.fitted, _first(a.part, GAP_ROWS), **a.options),
+    "gaps": lambda a, _: evidence_gaps(a.fitted, next(a.part.split(GAP_ROWS)).batch, **a.options),
     "collapse": lambda a, _: collapse_report(a.fitted, a.part.batch, **a.options),
     "reference": _reference,
-    "predictive check": lambda a, _: predictive_check(
-        a.fitted, a.part.batch, a.statistics, REPLICATES, **a.options
-    ),
+    "predictive check": lambda a, _: predictive_check(a.fitted, a.part.batch, a.statistics, **a.options),
 }
 """What `diagnose` computes, by name: a function of what is asked and of the reports before it."""

@@ -117,11 +117,12 @@ class Calibration(Report):
     @property
     def sentences(self) -> list[str]:
         """The findings in plain words."""
-        wrong = self.table[self.table["verdict"] != "calibrated"]
+        verdicts = self.table["verdict"]
+        wrong = verdicts[verdicts != "calibrated"]
         about = f"{len(self.ranks)} simulations, {self.num_samples} draws each"
         if not len(wrong):
             return [f"The guide is calibrated on data of the model itself ({about})."]
-        found = ", ".join(f"{name} {verdict}" for name, verdict in wrong["verdict"].head(SHOWN).items())
+        found = ", ".join(f"{name} {verdict}" for name, verdict in wrong.head(SHOWN).items())
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         return [f"The guide is wrong on data of the model itself ({about}): {found}{more}."]
 
@@ -141,9 +142,8 @@ def calibration_of(truth: Arrays, draws: Arrays, *, seed: int = 0, alpha: float 
     for name, true in truth.items():
         z = draws[name]
         if z.shape[1:] != true.shape:
-            raise SettingError(
-                f"draws of '{name}' are {list(z.shape)}: [num_samples, *{list(true.shape)}] wanted"
-            )
+            wanted = f"[num_samples, *{list(true.shape)}] wanted"
+            raise SettingError(f"draws of '{name}' are {list(z.shape)}: {wanted}")
         num_samples, below, ties = len(z), (z < true).sum(0), (z == true).sum(0)
         rank = (below + rng.integers(0, ties + 1)).reshape(len(true), -1)
         labels = [name] if true.ndim == 1 else [f"{name}[{d}]" for d in range(rank.shape[1])]

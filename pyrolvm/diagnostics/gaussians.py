@@ -107,9 +107,8 @@ def guide_gaussians(pair: Pair) -> tuple[Gaussians, str]:
     model, guide = pair.draw(2 if pair.vectorized else None)
     for site in sites:
         _check_real(model, site.name)
-    fn = latent_node(guide, sites[0].name)["fn"] if len(sites) == 1 else None
-    found = _exact(fn, pair.num_rows) if fn is not None else None
-    return found if found is not None else (_moments(pair), "other")
+    found = _exact(pair, latent_node(guide, sites[0].name)) if len(sites) == 1 else None
+    return found or (_moments(pair), "other")
 
 
 def _check_real(model: Trace, name: str) -> None:
@@ -124,22 +123,16 @@ def _check_real(model: Trace, name: str) -> None:
         )
 
 
-def _exact(fn: Any, rows: int) -> tuple[Gaussians, str] | None:
-    full = isinstance(fn, NORMALS)
+def _exact(pair: Pair, node: Any) -> tuple[Gaussians, str] | None:
+    """The Gaussians of a guide's site, and their family; None if it is not Gaussian."""
+    fn = node["fn"]
+    full, event_dims = isinstance(fn, NORMALS), len(fn.event_shape)
     if not full and not isinstance(base_of(fn), Normal):
         return None
-    loc, scale = _rows_last(fn.mean, rows, 1), _rows_last(fn.variance.sqrt(), rows, 1)
-    tril = _rows_last(fn.scale_tril, rows, 2) if full else torch.diag_embed(scale)
-    return Gaussians(loc, tril), "full" if full else "mean_field"
-
-
-def _rows_last(value: Tensor, rows: int, event_dims: int) -> Tensor:
-    """[draws, rows, event...] or [rows, event...] of one draw as [rows, D] or [rows, D, D]."""
-    if event_dims == 2:
-        matrix = value.shape[-2:]
-        return value.expand(*value.shape[:-3], rows, *matrix).reshape(-1, rows, *matrix)[0]
-    first = value[0] if value.dim() > 1 and value.shape[0] == 2 and value.shape[1] == rows else value
-    return first.reshape(rows, -1)
+    loc, scale = (pair.spread(node, v, event_dims)[0] for v in (fn.mean, fn.variance.sqrt()))
+    if not full:
+        return Gaussians(loc, torch.diag_embed(scale)), "mean_field"
+    return Gaussians(loc, pair.spread(node, fn.scale_tril, 2)[0].reshape(*loc.shape, -1)), "full"
 
 
 def _moments(pair: Pair) -> Gaussians:
