@@ -208,10 +208,8 @@ def calibrate(
     simulated = simulations(pair, number, rebuild, rows=refit is None, seed=_seed(seed, 0))
     if refit is None:
         [simulation] = simulated
-        truth, draws = (
-            simulation.truth,
-            _posterior(fitted, names, num_samples, simulation.data, _seed(seed, 1)),
-        )
+        truth = simulation.truth
+        draws = _posterior(fitted, names, num_samples, simulation.data, _seed(seed, 1))
     else:
         every = list(simulated)
         # noise of its own for each: common noise would make the ranks depend on each other

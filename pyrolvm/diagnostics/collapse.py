@@ -174,9 +174,8 @@ def collapse_report(
     means["average_kl"] = means["mutual_information"] + means["marginal_kl"]  # to the last bit
     errors = {name: float(term.std() / math.sqrt(len(term))) for name, term in terms.items()}
     dimensions = pd.concat([_dimensions(parts, site, threshold) for site in parts[0].kl])
-    return CollapseReport(
-        dimensions, **means, standard_error=errors, num_rows=pair.num_rows, threshold=threshold
-    )
+    numbers: Any = {**means, "num_rows": pair.num_rows, "threshold": threshold}
+    return CollapseReport(dimensions, standard_error=errors, **numbers)
 
 
 def _another(rows: int) -> Tensor:
@@ -226,13 +225,12 @@ class _Part:
 
     def _values_of_others(self, guide: Trace, count: int) -> Values:
         """The local latents of other rows: drawn for them, or exchanged where rows cannot be taken apart."""
-        swap = self.other is self.pair or not self.pair.structure.chunkable
-        source = (
-            guide if swap else self.other.guide(count if self.pair.vectorized else None, given=self.given)
-        )
-        local = [s for s in sample_sites(source) if self.pair.is_local(s)]
+        draw_others = self.other is not self.pair and self.pair.structure.chunkable
+        if draw_others:
+            guide = self.other.guide(count if self.pair.vectorized else None, given=self.given)
+        local = [s for s in sample_sites(guide) if self.pair.is_local(s)]
         plate = self.pair.structure.data_plate
-        if not swap or plate is None:
+        if draw_others or plate is None:
             return {s["name"]: s["value"] for s in local}
         order = _another(self.pair.num_rows).to(self.pair.device)
         dims = {s["name"]: plate.dim - len(s["fn"].event_shape) for s in local}

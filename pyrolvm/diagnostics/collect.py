@@ -30,28 +30,6 @@ PRIOR = {"prior", "prior_predictive"}
 ROWS = ("log_p_row", "log_q_row")
 
 
-@dataclass(frozen=True)
-class Collected:
-    """Named arrays.
-
-    Attributes
-    ----------
-    arrays : dict
-        Group -> variable -> [draws, plates..., event...], without draws in "observed_data".
-    dims : dict
-        Group -> variable -> the names of its dimensions after the draws.
-    coords : dict
-        Dimension -> labels, where there are any but positions.
-    attrs : dict
-        What a netCDF file can keep: text and numbers.
-    """
-
-    arrays: Arrays
-    dims: Dims
-    coords: dict[str, Any]
-    attrs: dict[str, Any]
-
-
 @dataclass
 class _Parts:
     """Arrays of row chunks; those of sites in the data plate are joined along their rows."""
@@ -83,8 +61,14 @@ def collect(
     seed: int,
     *,
     progress: bool = True,
-) -> Collected:
-    """The wanted groups for the rows of `x`; draws that are not wanted are dropped chunk by chunk."""
+) -> tuple[Arrays, Dims, dict[str, Any], dict[str, Any]]:
+    """The wanted groups for the rows of `x`; draws that are not wanted are dropped chunk by chunk.
+
+    Returns
+    -------
+    arrays, dims, coords, attrs : dict
+        As `to_arviz` takes them.
+    """
     count("num_samples", num_samples)
     pair = fitted.pair(x)
     _check_memory(fitted, pair.num_rows, num_samples, groups)
@@ -115,7 +99,7 @@ def collect(
     plate = fitted.structure.data_plate.name if fitted.structure.data_plate else "row"
     columns = fitted.columns or pair.batch.columns
     named, coords = name_dims(arrays, layouts, dims, plate, row_names(x), columns)
-    return Collected(arrays, named, coords, attrs)
+    return arrays, named, coords, attrs
 
 
 def physical_memory() -> float:

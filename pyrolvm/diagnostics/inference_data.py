@@ -92,8 +92,7 @@ def to_inference_data(
     """
     from pyrolvm.diagnostics.collect import collect
 
-    found = collect(fitted, x, num_samples, _known(groups), dims or {}, seed, progress=progress)
-    return to_arviz(found.arrays, found.dims, found.coords, found.attrs)
+    return to_arviz(*collect(fitted, x, num_samples, _known(groups), dims or {}, seed, progress=progress))
 
 
 def _known(groups: Sequence[str]) -> tuple[str, ...]:

@@ -82,10 +82,8 @@ class ReferenceComparison(Report):
             f"{name}: means off by {row['mean_difference']:.2f} sd on average, sd {row['sd_ratio']:.2f} times right"
             for name, row in self.sites.iterrows()
         ]
-        distance = self.table["wasserstein"].max()
-        return [
-            f"Against NUTS, {'; '.join(parts)}; farthest is {site}[{element}] (Wasserstein {distance:.2f} sd)."
-        ]
+        farthest = f"{site}[{element}] (Wasserstein {self.table['wasserstein'].max():.2f} sd)"
+        return [f"Against NUTS, {'; '.join(parts)}; farthest is {farthest}."]
 
 
 def compare_with_nuts(
@@ -144,9 +142,7 @@ def _check(fitted: FittedModel, pair: Pair, num_samples: int, num_chains: int) -
     discrete = [s.name for s in structure.latents if s.discrete and (not s.enumerated or s.in_guide)]
     if discrete or not latents:
         what = f"'{discrete[0]}' is discrete" if discrete else "there are no latents"
-        raise ProgramError(
-            f"NUTS draws real latents and {what}: enumerate it in the model, or leave NUTS out"
-        )
+        raise ProgramError(f"NUTS draws real latents and {what}: enumerate it in the model, or omit NUTS")
     return [s.name for s in latents]
 
 
@@ -163,9 +159,8 @@ def _chains(
         with scope, noise(pair, seed, Measure.REFERENCE, 2 + chain), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kernel = NUTS(model, max_plate_nesting=pair.structure.max_plate_nesting)
-            mcmc = MCMC(
-                kernel, num_samples, warmup_steps, disable_progbar=True, hook_fn=lambda *_: bar.advance()
-            )
+            options: Any = {"disable_progbar": True, "hook_fn": lambda *_: bar.advance()}
+            mcmc = MCMC(kernel, num_samples, warmup_steps, **options)
             mcmc.run(*pair.batch.args, **pair.batch.kwargs)
             found.append({n: v.detach() for n, v in mcmc.get_samples().items()})
             divergent += sum(len(v) for v in mcmc.diagnostics().get("divergences", {}).values())

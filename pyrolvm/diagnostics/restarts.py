@@ -130,16 +130,16 @@ def compare_restarts(
     if any(_compared(f) != names for f in fits):
         raise SettingError("the fits have different latents: pass fits of one model")
     each = watched(fits, "bounds of restarts", len(fits), enabled=progress, unit="fits")
-    found = [_bound(f, x, num_samples, seed) for f in each]
-    bounds = pd.DataFrame(found, columns=["bound", "standard_error"]).rename_axis("fit")
+    each_bound = [_bound(f, x, num_samples, seed) for f in each]
+    bounds = pd.DataFrame(each_bound, columns=["bound", "standard_error"]).rename_axis("fit")
     bounds["below_best"] = bounds["bound"].max() - bounds["bound"]
     bounds["near_best"] = bounds["below_best"] <= tolerance + 3 * bounds["standard_error"]
     near = [f for f, good in zip(fits, bounds["near_best"], strict=True) if good]
     best = fits[int(bounds["bound"].to_numpy().argmax())]
     seeds = [measure_seed(seed, Measure.RESTARTS, 1, i) for i in range(len(near) + 1)]
-    reference = _latents(best, x, names, num_samples, seeds[-1])
-    each = watched(near, "draws of restarts", len(near), enabled=progress, unit="fits")
-    draws = [_latents(f, x, names, num_samples, s) for f, s in zip(each, seeds[:-1], strict=True)]
+    each = watched([best, *near], "draws of restarts", len(near) + 1, enabled=progress, unit="fits")
+    found = (f.posterior(x, num_samples, seed=s) for f, s in zip(each, [seeds[-1], *seeds[:-1]], strict=True))
+    reference, *draws = [{n: values[n].double() for n in names} for values in found]
     if align is not None:
         draws = [align(d, reference) for d in draws]
     tables = [_r_hat(name, torch.stack([d[name] for d in draws])) for name in names]
@@ -154,12 +154,9 @@ def _compared(fitted: FittedModel) -> list[str]:
 
 
 def _bound(fitted: FittedModel, x: Any, num_samples: int, seed: int) -> tuple[float, float]:
-    """The ELBO per datum of the rows of `x`, and its standard error.
-
-        (1/M) sum_i E_q [log p(x_i, z_i | g) - log q(z_i | x_i, g)] - KL(q(g) || p(g)) / N
-
-    with M the rows of `x`, N those of the fit, and enumerated latents summed out. All fits see the same noise.
-    """
+    """The ELBO per datum of the rows of `x`, and its standard error; all fits see the same noise."""
+    # (1/M) sum_i E_q [log p(x_i, z_i | g) - log q(z_i | x_i, g)] - KL(q(g) || p(g)) / N,
+    # with M the rows of `x`, N those of the fit, and enumerated latents summed out
     enumerated_sites(fitted.structure)  # those that cannot be summed out datum by datum are refused
     pair, parts = fitted.pair(x), []
     for draws in fitted.draw_chunks(pair.batch, num_samples, seed=measure_seed(seed, Measure.RESTARTS, 0)):
@@ -168,11 +165,6 @@ def _bound(fitted: FittedModel, x: Any, num_samples: int, seed: int) -> tuple[fl
     each = torch.stack(parts).sum(0) / pair.num_rows
     each = each + (shared[0] - shared[1]).double() / max(1, fitted.num_data)
     return float(each.mean()), float(each.std() / len(each) ** 0.5)
-
-
-def _latents(fitted: FittedModel, x: Any, names: list[str], num_samples: int, seed: int) -> Draws:
-    values = fitted.posterior(x, num_samples, seed=seed)
-    return {n: values[n].double() for n in names}
 
 
 def _r_hat(name: str, draws: Tensor) -> pd.DataFrame:

@@ -56,10 +56,8 @@ def _places(pair: Pair, seed: int) -> dict[str, str]:
     names, found = {s.name for s in pair.structure.observed}, dict[str, str]()
     for site in (s for s in sample_sites(model) if s["name"] in names):
         value = site["value"].detach().reshape(-1).double()
-        holder = next(
-            (n for n, t in pair.batch.tensors() if torch.equal(t.reshape(-1).double(), value)), None
-        )
-        if holder is None:
+        holders = (n for n, t in pair.batch.tensors() if torch.equal(t.reshape(-1).double(), value))
+        if (holder := next(holders, None)) is None:
             raise SettingError(
                 f"no argument of the model holds the values of the observed site '{site['name']}', so simulated "
                 "ones have no place: pass rebuild=lambda arguments, simulated: (...)"
