@@ -156,7 +156,7 @@ class _Observed:
             median = self.value[self.kept].double().median().to(value.dtype).item()
             rows = self.kept.reshape(len(self.kept), -1).any(1)
             value = value[rows].masked_fill(~self.kept[rows], median)
-        return _evaluate(self.statistics, value)
+        return {name: _number(name, statistic, value) for name, statistic in self.statistics.items()}
 
 
 def observed_mask(pair: Pair, node: Any) -> Tensor | None:
@@ -174,17 +174,13 @@ def _wide(mask: Any, fn: Any, value: Tensor) -> Tensor:
     return kept.reshape((*kept.shape, *(1,) * len(fn.event_shape))).expand(value.shape)
 
 
-def _evaluate(statistics: Mapping[str, Statistic], value: Tensor) -> dict[str, float]:
-    found = {}
-    for name, statistic in statistics.items():
-        result = np.asarray(statistic(value.detach().cpu()))
-        number = float(result.reshape(())) if result.size == 1 else float("nan")
-        if not np.isfinite(number):
-            raise SettingError(
-                f"the statistic '{name}' gave {result} of data {list(value.shape)}: it must be one finite number"
-            )
-        found[name] = number
-    return found
+def _number(name: str, statistic: Statistic, value: Tensor) -> float:
+    """The statistic of some data. Raises `SettingError` unless it is one finite number."""
+    found = np.asarray(statistic(value.detach().cpu()))
+    if found.size != 1 or not np.isfinite(float(found.reshape(()))):
+        what = f"gave {found} of data {list(value.shape)}"
+        raise SettingError(f"the statistic '{name}' {what}: it must be one finite number")
+    return float(found.reshape(()))
 
 
 def _same(fitted: FittedModel, pair: Pair, num_samples: int, seed: int) -> Iterator[Values]:
