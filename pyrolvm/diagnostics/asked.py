@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
-import torch
 
-from pyrolvm.data.arrays import Batch
 from pyrolvm.diagnostics.collapse import collapse_report
 from pyrolvm.diagnostics.evidence import Evidence, evidence_of
 from pyrolvm.diagnostics.gaps import evidence_gaps
@@ -20,7 +17,6 @@ from pyrolvm.diagnostics.tails import GlobalTail, LocalTails, global_khat, judge
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
 
-REPLICATES = 200
 GAP_ROWS = 200
 REFERENCE_ROWS = 5
 
@@ -30,35 +26,31 @@ a fortieth of it for programs whose draws are taken one by one."""
 
 
 class Asked(NamedTuple):
-    """What is diagnosed, and how: the fit, all rows, those looked at one by one, and the options of `diagnose`."""
+    """What is diagnosed: the fit, all rows, those looked at one by one and their numbers, and how."""
 
     fitted: FittedModel
     data: Pair
     part: Pair
-    rows: np.ndarray
+    rows: pd.Index
     num_samples: int
     reference: Any
     statistics: Mapping[str, Statistic] | None
-    gaps: bool
     options: dict[str, Any]
 
 
 def _local(asked: Asked, found: Mapping[str, Any]) -> LocalTails:
     table = local_khat(asked.fitted, asked.part.batch, asked.num_samples, **asked.options)
-    return LocalTails(table.set_axis(_row_index(asked)), asked.num_samples)
+    return LocalTails(table.set_axis(asked.rows), asked.num_samples)
 
 
 def _evidence(asked: Asked, found: Mapping[str, Any]) -> Evidence:
     tails = found["k-hat per datum"].table if "k-hat per datum" in found else None
-    options = {"num_data": asked.data.num_rows, **asked.options}
-    report = evidence_of(asked.fitted, asked.part.batch, asked.num_samples, tails, **options)
+    report = evidence_of(
+        asked.fitted, asked.part, asked.num_samples, tails, asked.data.num_rows, **asked.options
+    )
     if report.per_datum:
-        report.table.index = _row_index(asked)
+        report.table.index = asked.rows
     return report
-
-
-def _row_index(asked: Asked) -> pd.Index:
-    return pd.Index(asked.rows, name="row")
 
 
 def _global(asked: Asked, found: Mapping[str, Any]) -> GlobalTail:
@@ -76,26 +68,17 @@ def _reference(asked: Asked, found: Mapping[str, Any]) -> ReferenceComparison:
     if isinstance(asked.reference, ReferenceComparison):
         return asked.reference
     shared = asked.fitted.structure.global_latents
-    few = asked.data.batch if shared else _first(asked.part, REFERENCE_ROWS)
-    return compare_with_nuts(asked.fitted, few, **asked.options)
-
-
-def _first(pair: Pair, number: int) -> Batch:
-    """The data of the first rows; all, if rows cannot be taken apart."""
-    if not pair.structure.chunkable or pair.num_rows <= number:
-        return pair.batch
-    return pair.batch.take(torch.arange(number, device=pair.device))
+    few = asked.data if shared else next(asked.part.split(REFERENCE_ROWS))
+    return compare_with_nuts(asked.fitted, few.batch, **asked.options)
 
 
 MEASURES: dict[str, Callable[[Asked, Mapping[str, Any]], Report]] = {
     "k-hat per datum": _local,
     "log p(x)": _evidence,
     "k-hat of shared latents": _global,
-    "gaps": lambda a, _: evidence_gaps(a.fitted, _first(a.part, GAP_ROWS), **a.options),
+    "gaps": lambda a, _: evidence_gaps(a.fitted, next(a.part.split(GAP_ROWS)).batch, **a.options),
     "collapse": lambda a, _: collapse_report(a.fitted, a.part.batch, **a.options),
     "reference": _reference,
-    "predictive check": lambda a, _: predictive_check(
-        a.fitted, a.part.batch, a.statistics, REPLICATES, **a.options
-    ),
+    "predictive check": lambda a, _: predictive_check(a.fitted, a.part.batch, a.statistics, **a.options),
 }
 """What `diagnose` computes, by name: a function of what is asked and of the reports before it."""

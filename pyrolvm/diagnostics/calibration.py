@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binom
 
 from pyrolvm.diagnostics.measures import Measure, Report, measure_seed
-from pyrolvm.diagnostics.simulated import Arrays, Simulation, simulations
-from pyrolvm.diagnostics.uniformity import chi_square_p, ecdf_band, kolmogorov_p, symmetry_p
+from pyrolvm.diagnostics.simulated import Arrays, simulations
+from pyrolvm.diagnostics.uniformity import ecdf_band, p_values
 from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.progress import watched
@@ -78,7 +79,7 @@ class Calibration(Report):
     def _row(self, u: np.ndarray) -> dict[str, Any]:
         # half of a quantity's level for uniformity, shared by two tests, and half for symmetry
         symmetry = self.alpha / max(self.ranks.shape[1], 1) / 2
-        p = {"kolmogorov_p": kolmogorov_p(u), "chi_square_p": chi_square_p(u), "symmetry_p": symmetry_p(u)}
+        p = p_values(u)
         spread = float(u.std() * np.sqrt(12))
         uniform = min(p["kolmogorov_p"], p["chi_square_p"]) >= symmetry / 2
         verdict = "calibrated" if uniform else "not uniform"
@@ -95,8 +96,6 @@ class Calibration(Report):
 
     def histogram(self, quantity: Any, bins: int = 20) -> pd.DataFrame:
         """Ranks in bins of equal width: `count`, and the `lower`, `upper` that 95 % of exact ones lie in."""
-        from scipy.stats import binom
-
         u = self.uniforms[quantity].to_numpy()
         counts, edges = np.histogram(u, bins=bins, range=(0, 1))
         lower, upper = binom.ppf([0.025, 0.975], len(u), 1 / bins)
@@ -118,11 +117,12 @@ class Calibration(Report):
     @property
     def sentences(self) -> list[str]:
         """The findings in plain words."""
-        wrong = self.table[self.table["verdict"] != "calibrated"]
+        verdicts = self.table["verdict"]
+        wrong = verdicts[verdicts != "calibrated"]
         about = f"{len(self.ranks)} simulations, {self.num_samples} draws each"
         if not len(wrong):
             return [f"The guide is calibrated on data of the model itself ({about})."]
-        found = ", ".join(f"{name} {verdict}" for name, verdict in wrong["verdict"].head(SHOWN).items())
+        found = ", ".join(f"{name} {verdict}" for name, verdict in wrong.head(SHOWN).items())
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         return [f"The guide is wrong on data of the model itself ({about}): {found}{more}."]
 
@@ -142,9 +142,8 @@ def calibration_of(truth: Arrays, draws: Arrays, *, seed: int = 0, alpha: float 
     for name, true in truth.items():
         z = draws[name]
         if z.shape[1:] != true.shape:
-            raise SettingError(
-                f"draws of '{name}' are {list(z.shape)}: [num_samples, *{list(true.shape)}] wanted"
-            )
+            wanted = f"[num_samples, *{list(true.shape)}] wanted"
+            raise SettingError(f"draws of '{name}' are {list(z.shape)}: {wanted}")
         num_samples, below, ties = len(z), (z < true).sum(0), (z == true).sum(0)
         rank = (below + rng.integers(0, ties + 1)).reshape(len(true), -1)
         labels = [name] if true.ndim == 1 else [f"{name}[{d}]" for d in range(rank.shape[1])]
@@ -206,13 +205,24 @@ def calibrate(
     if refit is not None and x is None and fitted.structure.takes_any_rows:
         raise SettingError("refits need data sets of the real size: pass the training data as x")
     pair = fitted.pair(x if x is not None else fitted.example)
-    start = measure_seed(seed, Measure.CALIBRATION, 0)
-    simulated = simulations(pair, number, rebuild, rows=refit is None, seed=start)
+    simulated = simulations(pair, number, rebuild, rows=refit is None, seed=_seed(seed, 0))
     if refit is None:
-        truth, draws = _amortised(fitted, simulated, names, num_samples, seed)
+        [simulation] = simulated
+        truth = simulation.truth
+        draws = _posterior(fitted, names, num_samples, simulation.data, _seed(seed, 1))
     else:
-        truth, draws = _refitted(simulated, names, num_samples, refit, map, seed, progress)
-    return calibration_of(truth, draws, seed=seed, alpha=alpha)
+        every = list(simulated)
+        # noise of its own for each: common noise would make the ranks depend on each other
+        seeds = [_seed(seed, 2, i) for i in range(len(every))]
+        results = map(partial(_posterior, refit, names, num_samples), [s.data for s in every], seeds)
+        found = list(watched(results, "calibration", len(every), enabled=progress, unit="fits"))
+        truth = {n: np.stack([s.truth[n] for s in every]) for n in names}
+        draws = {n: np.stack([f[n] for f in found], axis=1) for n in names}
+    return calibration_of({n: truth[n] for n in names}, draws, seed=seed, alpha=alpha)
+
+
+def _seed(seed: int, *index: int) -> int:
+    return measure_seed(seed, Measure.CALIBRATION, *index)
 
 
 def _ranked(fitted: FittedModel, shared: bool) -> list[str]:
@@ -240,36 +250,12 @@ def _ranked(fitted: FittedModel, shared: bool) -> list[str]:
     return names
 
 
-def _amortised(
-    fitted: FittedModel, simulated: Iterable[Simulation], names: list[str], num_samples: int, seed: int
-) -> tuple[Arrays, Arrays]:
-    [simulation] = simulated
-    found = fitted.draws(simulation.data, num_samples, seed=measure_seed(seed, Measure.CALIBRATION, 1)).values
-    return {n: simulation.truth[n] for n in names}, {n: found[n].cpu().double().numpy() for n in names}
-
-
-def _refitted(
-    simulated: Iterable[Simulation],
-    names: list[str],
-    num_samples: int,
-    refit: Callable[[Any], FittedModel],
-    run: Callable[..., Iterable[Any]],
-    seed: int,
-    progress: bool,
-) -> tuple[Arrays, Arrays]:
-    every = list(simulated)
-    # noise of its own for each: common noise would make the ranks depend on each other
-    seeds = [measure_seed(seed, Measure.CALIBRATION, 2, i) for i in range(len(every))]
-    results = run(partial(_posterior_after, refit, names, num_samples), [s.data for s in every], seeds)
-    found = list(watched(results, "calibration", len(every), enabled=progress, unit="fits"))
-    truth = {n: np.stack([s.truth[n] for s in every]) for n in names}
-    return truth, {n: np.stack([f[n] for f in found], axis=1) for n in names}
-
-
-def _posterior_after(
-    refit: Callable[[Any], FittedModel], names: list[str], num_samples: int, data: Any, seed: int
+def _posterior(
+    of: FittedModel | Callable[[Any], FittedModel], names: list[str], num_samples: int, data: Any, seed: int
 ) -> Arrays:
-    with torch.enable_grad():
-        fitted = refit(data)
-    found = fitted.draws(data, num_samples, seed=seed).values
+    """Draws of a fit, or of the one that a function makes of the data: site -> [num_samples, rows, ...]."""
+    if not isinstance(of, FittedModel):
+        with torch.enable_grad():
+            of = of(data)
+    found = of.draws(data, num_samples, seed=seed).values
     return {n: found[n].detach().cpu().double().numpy() for n in names}

@@ -25,7 +25,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise
+from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise, table_of
 from pyrolvm.diagnostics.mixture import MixtureDraws, log_mixture
 from pyrolvm.diagnostics.sites import latent_mean, latent_node, site_kl
 from pyrolvm.errors import SettingError
@@ -61,6 +61,7 @@ class CollapseReport(Report):
         Of the active dimensions' variance, and of the collapsed dimensions' KL in nats.
     """
 
+    shows = "dimensions"
     dimensions: pd.DataFrame
     average_kl: float
     mutual_information: float
@@ -112,11 +113,6 @@ class CollapseReport(Report):
             )
         return words
 
-    @property
-    def shown(self) -> str:
-        """The dimensions, forty lines of them at most."""
-        return self.dimensions.to_string(float_format="%.3f", max_rows=40)
-
 
 @torch.no_grad()
 def collapse_report(
@@ -160,33 +156,26 @@ def collapse_report(
     given = pair.held_means()
     kept = max(1, min(num_samples // 2, round(MIXTURE_DRAWS / pair.num_rows)))
     with noise(pair, seed, Measure.COLLAPSE):
-        chunks, others = list(pair.chunks(num_samples)), list(_others(pair).chunks(num_samples))
-        parts = [
-            _Part(chunk, other, given, num_samples // 2, kept)
-            for chunk, other in zip(
-                watched(chunks, "collapse", len(chunks), enabled=progress), others, strict=True
-            )
-        ]
+        # every row replaced by another one, where rows can be taken apart
+        shuffled = pair.take(_another(pair.num_rows).to(pair.device)) if pair.structure.chunkable else pair
+        chunks, others = list(pair.chunks(num_samples)), list(shuffled.chunks(num_samples))
+        each = zip(watched(chunks, "collapse", len(chunks), enabled=progress), others, strict=True)
+        parts = [_Part(chunk, other, given, num_samples // 2, kept) for chunk, other in each]
         drawn = [d for p in parts for d in p.drawn]
         log_q = log_mixture(list(pair.chunks()), drawn, given, progress=progress)
+    own, prior = torch.cat([d.log_guide for d in drawn]), torch.cat([d.log_prior for d in drawn])
     terms = {
-        **_surgery(drawn, log_q),
-        "shuffle_loss": _mean_and_error(torch.cat([p.shuffle_loss for p in parts])),
+        "average_kl": own - prior,
+        "mutual_information": own - log_q,
+        "marginal_kl": log_q - prior,
+        "shuffle_loss": torch.cat([p.shuffle_loss for p in parts]),
     }
-    return CollapseReport(
-        dimensions=_dimensions(parts, threshold),
-        **{name: mean for name, (mean, _) in terms.items()},
-        standard_error={name: error for name, (_, error) in terms.items()},
-        num_rows=pair.num_rows,
-        threshold=threshold,
-    )
-
-
-def _others(pair: Pair) -> Pair:
-    """Every row replaced by another one, at random; the pair itself if rows cannot be taken apart."""
-    if not pair.structure.chunkable:
-        return pair
-    return pair.take(_another(pair.num_rows).to(pair.device))
+    means = {name: float(term.mean()) for name, term in terms.items()}
+    means["average_kl"] = means["mutual_information"] + means["marginal_kl"]  # to the last bit
+    errors = {name: float(term.std() / math.sqrt(len(term))) for name, term in terms.items()}
+    dimensions = pd.concat([_dimensions(parts, site, threshold) for site in parts[0].kl])
+    numbers: Any = {**means, "num_rows": pair.num_rows, "threshold": threshold}
+    return CollapseReport(dimensions, standard_error=errors, **numbers)
 
 
 def _another(rows: int) -> Tensor:
@@ -212,10 +201,9 @@ class _Part:
         self.shuffle_loss: Any = 0.0  # [rows]
         for means in self.means:
             for model, guide, count in joint_draws(pair, half, given):
-                self._add(model, guide, means, count / half)
-                self.shuffle_loss = self.shuffle_loss + self._shuffled(model, guide, count) * count / (
-                    2 * half
-                )
+                share = count / half
+                self._add(model, guide, means, share)
+                self.shuffle_loss = self.shuffle_loss + self._shuffled(model, guide, count) * share / 2
 
     def _add(self, model: Trace, guide: Trace, means: dict[str, Tensor], share: float) -> None:
         for site in self.pair.structure.local_latents:
@@ -232,61 +220,39 @@ class _Part:
         """Fall of log p(x | z) when z is that of another row: [rows], a mean over the draws."""
         values = self._values_of_others(guide, count)
         swapped = self.pair.model(count if self.pair.vectorized else None, given={**self.given, **values})
-        return (self._log_likelihood(model) - self._log_likelihood(swapped)).mean(0)
+        here, there = (self.pair.log_prob(trace, lambda s: s["is_observed"]) for trace in (model, swapped))
+        return (here - there).mean(0)
 
     def _values_of_others(self, guide: Trace, count: int) -> Values:
         """The local latents of other rows: drawn for them, or exchanged where rows cannot be taken apart."""
-        if self.other is not self.pair and self.pair.structure.chunkable:
+        draw_others = self.other is not self.pair and self.pair.structure.chunkable
+        if draw_others:
             guide = self.other.guide(count if self.pair.vectorized else None, given=self.given)
-            return {s["name"]: s["value"] for s in sample_sites(guide) if self.pair.is_local(s)}
-        plate, order = self.pair.structure.data_plate, _another(self.pair.num_rows).to(self.pair.device)
         local = [s for s in sample_sites(guide) if self.pair.is_local(s)]
-        return {
-            s["name"]: s["value"].index_select(plate.dim - len(s["fn"].event_shape), order)
-            for s in local
-            if plate
-        }
-
-    def _log_likelihood(self, trace: Trace) -> Tensor:
-        return self.pair.log_prob(trace, lambda s: s["is_observed"])
+        plate = self.pair.structure.data_plate
+        if draw_others or plate is None:
+            return {s["name"]: s["value"] for s in local}
+        order = _another(self.pair.num_rows).to(self.pair.device)
+        dims = {s["name"]: plate.dim - len(s["fn"].event_shape) for s in local}
+        return {s["name"]: s["value"].index_select(dims[s["name"]], order) for s in local}
 
 
-def _dimensions(parts: list[_Part], threshold: float) -> pd.DataFrame:
-    tables = []
-    for site in parts[0].kl:
-        kl = torch.cat([p.kl[site] for p in parts]).cpu()  # [N, D]
-        a, b = (torch.cat([p.means[half][site] for p in parts]).cpu() for half in (0, 1))
-        first = torch.cat([p.firsts[site] for p in parts])[:FIRST_ROWS].cpu()
-        variance = ((a - a.mean(0)) * (b - b.mean(0))).mean(0)
-        of_first = first.var(0, correction=0)
-        index = pd.MultiIndex.from_product([[site], range(kl.shape[1])], names=["site", "dimension"])
-        columns: dict[str, Any] = {
-            "kl": kl.mean(0).numpy(),
-            "kl_kind": parts[0].kind[site],
-            "mean_variance": variance.numpy(),
-            "active": (variance > threshold).numpy(),
-            "mean_variance_first": of_first.numpy(),
-            "active_first": (of_first > threshold).numpy(),
-            "collapsed": (kl.mean(0) < threshold).numpy(),
-        }
-        tables.append(pd.DataFrame(columns, index=index))
-    return pd.concat(tables)
-
-
-def _surgery(drawn: list[MixtureDraws], log_q: Tensor) -> dict[str, tuple[float, float]]:
-    """The average KL, the information and the marginal KL of the same draws, each with its standard error.
-
-    log_q: of the aggregated posterior at every draw, [draws].
-    """
-    own, prior = torch.cat([d.log_guide for d in drawn]), torch.cat([d.log_prior for d in drawn])
-    terms = {"mutual_information": own - log_q, "marginal_kl": log_q - prior}
-    found = {name: _mean_and_error(term) for name, term in terms.items()}
-    total = sum(mean for mean, _ in found.values())  # their sum, to the last bit
-    return {"average_kl": (total, _mean_and_error(own - prior)[1]), **found}
-
-
-def _mean_and_error(value: Tensor) -> tuple[float, float]:
-    return float(value.mean()), float(value.std() / math.sqrt(len(value)))
+def _dimensions(parts: list[_Part], site: str, threshold: float) -> pd.DataFrame:
+    """What is known of each dimension of one site."""
+    kl = torch.cat([p.kl[site] for p in parts]).mean(0)
+    a, b = (torch.cat([p.means[half][site] for p in parts]) for half in (0, 1))
+    variance = ((a - a.mean(0)) * (b - b.mean(0))).mean(0)
+    first = torch.cat([p.firsts[site] for p in parts])[:FIRST_ROWS].var(0, correction=0)
+    columns = {
+        "kl": kl,
+        "kl_kind": parts[0].kind[site],
+        "mean_variance": variance,
+        "active": variance > threshold,
+        "mean_variance_first": first,
+        "active_first": first > threshold,
+        "collapsed": kl < threshold,
+    }
+    return table_of(columns, site, "dimension")
 
 
 def _listed(names: list[Any], limit: int = 8) -> str:

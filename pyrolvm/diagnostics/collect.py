@@ -19,7 +19,7 @@ from pyrolvm.diagnostics.measures import is_whole
 from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import model_record, versions
-from pyrolvm.inference.program.draws import Draws, tidy
+from pyrolvm.inference.program.draws import tidy
 from pyrolvm.inference.program.enumerated import TOGETHER, enumerated_sites
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import Structure, sample_sites
@@ -27,31 +27,7 @@ from pyrolvm.progress import watched
 
 POSTERIOR = {"posterior", "posterior_predictive", "log_likelihood", "sample_stats"}
 PRIOR = {"prior", "prior_predictive"}
-JOINT = ("log_p", "log_q")
 ROWS = ("log_p_row", "log_q_row")
-GLOBAL = ("log_p_global", "log_q_global")
-
-
-@dataclass(frozen=True)
-class Collected:
-    """Named arrays.
-
-    Attributes
-    ----------
-    arrays : dict
-        Group -> variable -> [draws, plates..., event...], without draws in "observed_data".
-    dims : dict
-        Group -> variable -> the names of its dimensions after the draws.
-    coords : dict
-        Dimension -> labels, where there are any but positions.
-    attrs : dict
-        What a netCDF file can keep: text and numbers.
-    """
-
-    arrays: Arrays
-    dims: Dims
-    coords: dict[str, Any]
-    attrs: dict[str, Any]
 
 
 @dataclass
@@ -85,43 +61,45 @@ def collect(
     seed: int,
     *,
     progress: bool = True,
-) -> Collected:
-    """The wanted groups for the rows of `x`; draws that are not wanted are dropped chunk by chunk."""
+) -> tuple[Arrays, Dims, dict[str, Any], dict[str, Any]]:
+    """The wanted groups for the rows of `x`; draws that are not wanted are dropped chunk by chunk.
+
+    Returns
+    -------
+    arrays, dims, coords, attrs : dict
+        As `to_arviz` takes them.
+    """
     count("num_samples", num_samples)
     pair = fitted.pair(x)
     _check_memory(fitted, pair.num_rows, num_samples, groups)
     parts = _Parts({s.name for s in fitted.structure.sites if s.local} | {TOGETHER, *ROWS}, groups)
     layouts = _observe(pair, parts)
     check_dims(layouts, dims)
-    options: dict[str, Any] = {"seed": seed, "progress": progress}
-    if POSTERIOR & set(groups):
-        enumerated_sites(fitted.structure)  # those that cannot be drawn are refused, not left at the prior
-        for draws in _draws(fitted, pair, num_samples, **options):
-            parts.add("posterior", draws.values)
-            parts.add("posterior_predictive", draws.predictive)
-            parts.add("log_likelihood", draws.pointwise)
-            parts.add("sample_stats", _densities(draws))
-    if PRIOR & set(groups):
-        for draws in _draws(fitted, pair, num_samples, prior=True, **options):
-            parts.add("prior", draws.values)
-            parts.add("prior_predictive", draws.predictive)
-    arrays = {g: v for g in groups if (v := parts.whole(g))}
-    attrs = _attrs(fitted, seed)
-    if "sample_stats" in arrays:
+    for source in ("posterior", "prior"):
+        prior = source == "prior"
+        if not (PRIOR if prior else POSTERIOR) & set(groups):
+            continue
+        if not prior:
+            enumerated_sites(
+                fitted.structure
+            )  # those that cannot be drawn are refused, not left at the prior
+        chunks = fitted.draw_chunks(pair.batch, num_samples, seed=seed, prior=prior)
+        number = len(list(pair.chunks(num_samples)))
+        for draws in watched(chunks, f"draws of the {source}", number, enabled=progress):
+            parts.add(source, draws.values)
+            parts.add(f"{source}_predictive", draws.predictive)
+            if not prior:
+                parts.add("log_likelihood", draws.pointwise)
+                parts.add("sample_stats", _densities(draws))
+    arrays, attrs = {g: parts.whole(g) for g in groups}, _attrs(fitted, seed)
+    if arrays.get("sample_stats"):
         arrays["sample_stats"], note = _stats(arrays["sample_stats"], fitted, pair)
         attrs |= {"weights": note} if note else {}
     arrays = {group: values for group, values in arrays.items() if values}
     plate = fitted.structure.data_plate.name if fitted.structure.data_plate else "row"
-    named, coords = name_dims(
-        arrays, layouts, dims, plate, row_names(x), fitted.columns or pair.batch.columns
-    )
-    return Collected(arrays, named, coords, attrs)
-
-
-def _draws(fitted: FittedModel, pair: Pair, num_samples: int, *, progress: bool, **options: Any) -> Any:
-    parts = fitted.draw_chunks(pair.batch, num_samples, **options)
-    what = "draws of the prior" if options.get("prior") else "draws of the posterior"
-    return watched(parts, what, len(list(pair.chunks(num_samples))), enabled=progress)
+    columns = fitted.columns or pair.batch.columns
+    named, coords = name_dims(arrays, layouts, dims, plate, row_names(x), columns)
+    return arrays, named, coords, attrs
 
 
 def physical_memory() -> float:
@@ -179,57 +157,48 @@ def _layout(site: Any, structure: Structure, data: bool) -> Layout:
     return Layout(tuple(f.name for f in frames), tuple(site["fn"].event_shape), data)
 
 
-def _densities(draws: Draws) -> dict[str, Tensor]:
+def _densities(draws: Any) -> dict[str, Tensor]:
     """log p and log q: by row, and what the global latents add."""
-    assert draws.log_prior is not None
-    assert draws.log_likelihood is not None
-    assert draws.log_guide is not None
-    shared = zip(GLOBAL, (draws.global_log_prior, draws.global_log_guide), strict=True)
-    rows = {"log_p_row": draws.log_prior + draws.log_likelihood, "log_q_row": draws.log_guide}
-    return rows | {k: v for k, v in shared if v is not None}
+    found = {
+        "log_p_row": draws.log_prior + draws.log_likelihood,
+        "log_q_row": draws.log_guide,
+        "log_p_global": draws.global_log_prior,
+        "log_q_global": draws.global_log_guide,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _stats(
     parts: dict[str, np.ndarray], fitted: FittedModel, pair: Pair
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Log-densities of each row, and of all, where they mean something; and why not, where they do not.
-
-    The joint densities weigh draws of latents that all data share, whose posterior is that of the training data whole:
-    of other rows the weights p(x, g) / q(g) would lead to another posterior.
-    """
-    structure, stats, note = fitted.structure, {}, ""
+    """Log-densities of each row, and of all, where they mean something; and why not, where they do not."""
+    structure, stats = fitted.structure, {}
     if structure.data_plate is not None and structure.joint_guide is None:
         stats = {row: parts[row] for row in ROWS if parts[row].shape[1] == pair.num_rows}
     if structure.global_latents and not is_whole(fitted, pair):
-        note = (
+        return stats, (
             f"no log_p and log_q: '{structure.global_latents[0].name}' is shared by all data, its guide is fitted to "
             f"{fitted.num_rows} rows, and weights for the {pair.num_rows} rows given would lead to another "
             "posterior"
         )
-    else:
-        for joint, row, shared in zip(JOINT, ROWS, GLOBAL, strict=True):
-            stats[joint] = parts[row].sum(1, dtype=np.float64) + parts.get(shared, 0.0)
-    return stats, note
+    for joint in ("log_p", "log_q"):
+        shared = parts.get(f"{joint}_global", 0.0)
+        stats[joint] = parts[f"{joint}_row"].sum(1, dtype=np.float64) + shared
+    return stats, ""
 
 
-def row_names(x: Any) -> Sequence[Any] | None:
+def row_names(x: Any) -> Any:
     """The index of the first table among the data, if it differs from the position and names each row once."""
     parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else (x,)
     for part in parts:
         if isinstance(part, pd.DataFrame | pd.Series):
             index = part.index
-            positions = index.equals(pd.RangeIndex(len(index)))
-            if positions or not index.is_unique:
+            if index.equals(pd.RangeIndex(len(index))) or not index.is_unique:
                 return None
-            return _labels(index)
+            # a file keeps numbers and dates as they are, and all else as text
+            numbers = index.inferred_type in ("integer", "floating") or isinstance(index, pd.DatetimeIndex)
+            return index.to_numpy() if numbers else [str(label) for label in index]
     return None
-
-
-def _labels(index: pd.Index) -> Any:
-    """Labels that a file can keep: numbers and dates as they are, all else as text."""
-    if index.inferred_type in ("integer", "floating") or isinstance(index, pd.DatetimeIndex):
-        return index.to_numpy()
-    return [str(label) for label in index]
 
 
 def _attrs(fitted: FittedModel, seed: int) -> dict[str, Any]:

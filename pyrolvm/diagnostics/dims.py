@@ -35,30 +35,25 @@ def name_dims(
 ) -> tuple[Dims, dict[str, Any]]:
     """Names of all dimensions after the draws, and the labels of rows and features where they fit."""
     variables = {name for group in arrays.values() for name in group} | {"chain", "draw"}
-    events = _event_names(layouts) | {k: tuple(v) for k, v in given.items()}
-    dims, sizes = {}, dict[str, int]()
+    # the entries of the first vector of data are features; any other vector's are named after their site
+    vectors = [k for k, v in layouts.items() if v.data and len(v.event_shape) == 1]
+    events = {k: _numbered(k, len(v.event_shape)) for k, v in layouts.items()}
+    events |= dict.fromkeys(vectors[:1], (FEATURE,)) | {k: tuple(v) for k, v in given.items()}
+    dims: Dims = {}
+    sizes: dict[str, int] = {}
     for group, values in arrays.items():
-        dims[group] = {
-            name: _distinct(_names(group, name, value, layouts, events, row_dim), variables)
-            for name, value in values.items()
-        }
+        dims[group] = {}
         for name, value in values.items():
+            names = _names(group, name, value, layouts, events, row_dim)
+            dims[group][name] = tuple(_clear(n, variables) for n in names)
             _measure(dims[group][name], value.shape[group != "observed_data" :], sizes)
     labels = {_clear(row_dim, variables): rows, _clear(FEATURE, variables): columns}
     return dims, {k: list(v) for k, v in labels.items() if v is not None and sizes.get(k) == len(v)}
 
 
-def _event_names(layouts: Mapping[str, Layout]) -> dict[str, tuple[str, ...]]:
-    """The entries of the first vector of data are features; any other vector's are named after their site."""
-    vectors = [k for k, v in layouts.items() if v.data and len(v.event_shape) == 1]
-    return {
-        k: (FEATURE,)
-        if k in vectors[:1]
-        else (f"{k}_dim",)
-        if n == 1
-        else tuple(f"{k}_dim_{i}" for i in range(n))
-        for k, n in ((k, len(v.event_shape)) for k, v in layouts.items())
-    }
+def _numbered(site: str, number: int) -> tuple[str, ...]:
+    """Names after the site: one without a number, several with theirs."""
+    return (f"{site}_dim",) if number == 1 else tuple(f"{site}_dim_{i}" for i in range(number))
 
 
 def _names(
@@ -76,10 +71,6 @@ def _names(
     names = plates[:wanted] if group == "log_likelihood" else plates + events[name]
     # dimensions that the program declares neither by a plate nor by to_event have no name of their own
     return names if len(names) == wanted else tuple(f"{name}_dim_{i}" for i in range(wanted))
-
-
-def _distinct(names: tuple[str, ...], variables: set[str]) -> tuple[str, ...]:
-    return tuple(_clear(name, variables) for name in names)
 
 
 def _clear(name: str, variables: set[str]) -> str:

@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import entropy
 
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.diagnostics.measures import Report
+from pyrolvm.errors import DataError, SettingError, one_of
 from pyrolvm.progress import watched
 
 METRICS = ("mig", "sap", "dci", "factor_vae", "modularity")
@@ -31,8 +32,8 @@ PRUNE_BELOW = 0.05
 TRAIN_ROWS, TEST_ROWS = 10_000, 5_000
 
 
-@dataclass(frozen=True)
-class Disentanglement:
+@dataclass(frozen=True, repr=False)
+class Disentanglement(Report):
     """scores: by name, 0 to 1. matrices: what they are computed from, [codes, factors] each:
     `mutual_information` (nats), `predictability` (of sap), `importance` (of dci).
     """
@@ -41,18 +42,15 @@ class Disentanglement:
     matrices: dict[str, pd.DataFrame]
 
     @property
-    def sentence(self) -> str:
+    def sentences(self) -> list[str]:
         """The findings in plain words."""
         found = ", ".join(f"{name} {score:.2f}" for name, score in self.scores.items())
-        words = f"Of 1 at best: {found}."
+        words = [f"Of 1 at best: {found}."]
         if "mutual_information" in self.matrices:
-            table = self.matrices["mutual_information"]
-            pairs = ", ".join(f"{factor} by {code}" for factor, code in table.idxmax().items())
-            words += f" The most informative codes: {pairs}."
+            best = self.matrices["mutual_information"].idxmax()
+            pairs = ", ".join(f"{factor} by {code}" for factor, code in best.items())
+            words.append(f"The most informative codes: {pairs}.")
         return words
-
-    def __str__(self) -> str:
-        return self.sentence
 
 
 def disentanglement(
@@ -75,22 +73,24 @@ def disentanglement(
     Raises `DataError` for arrays that do not fit, missing values, or a factor that does not vary; `SettingError`
     for an unknown metric.
     """
-    unknown = [m for m in metrics if m not in METRICS]
-    if unknown or not metrics:
-        raise SettingError(f"metric {unknown or 'none'} is not known: choose from {', '.join(METRICS)}")
+    if not metrics:
+        raise SettingError(f"metrics is empty: choose from {', '.join(METRICS)}")
+    for metric in metrics:
+        one_of("metrics", metric, METRICS)
     z, v, names = _arrays(codes, factors)
     rng = np.random.default_rng(seed)
-    train, test = _split(len(z), rng)
+    order, cut = rng.permutation(len(z)), min(TRAIN_ROWS, len(z) * 2 // 3)
+    train, test = order[:cut], order[cut : cut + TEST_ROWS]
     scores: dict[str, float] = {}
     matrices: dict[str, np.ndarray] = {}
     if {"mig", "modularity"} & set(metrics):
-        matrices["mutual_information"] = mutual_information(z[train], v[train])
+        matrices["mutual_information"] = information = mutual_information(z[train], v[train])
     if "mig" in metrics:
-        scores["mig"] = mig(matrices["mutual_information"], _entropies(v[train]))
+        entropies = [entropy(np.unique(factor, return_counts=True)[1]) for factor in v[train].T]
+        scores["mig"] = float((_gaps(information) / entropies).mean())
     if "sap" in metrics:
         linear = squared_correlation(z, v) if continuous_factors else predictability(z, v, train, test, seed)
-        matrices["predictability"] = linear
-        scores["sap"] = gap(matrices["predictability"])
+        matrices["predictability"], scores["sap"] = linear, float(_gaps(linear).mean())
     if "dci" in metrics:
         from sklearn.ensemble import GradientBoostingClassifier
 
@@ -110,23 +110,14 @@ def disentanglement(
 
 def mutual_information(z: np.ndarray, v: np.ndarray) -> np.ndarray:
     """I(z_l; v_k) in nats, [codes, factors], of codes in 20 bins."""
-    bins = [np.digitize(c, np.histogram(c, BINS)[1][:-1]) for c in z.T]
     from sklearn.metrics import mutual_info_score
 
+    bins = [np.digitize(c, np.histogram(c, BINS)[1][:-1]) for c in z.T]
     return np.array([[mutual_info_score(f, c) for f in v.T] for c in bins])
 
 
-def mig(information: np.ndarray, entropies: np.ndarray) -> float:
-    """Mean over factors of (largest - second largest I(z_l; v_k)) / H(v_k)."""
-    return float((_top_two(information) / entropies).mean())
-
-
-def gap(scores: np.ndarray) -> float:
-    """Mean over factors of the largest less the second largest score [codes, factors]."""
-    return float(_top_two(scores).mean())
-
-
-def _top_two(scores: np.ndarray) -> np.ndarray:
+def _gaps(scores: np.ndarray) -> np.ndarray:
+    """The largest less the second largest score [codes, factors] of each factor."""
     padded = np.vstack([scores, np.zeros((1, scores.shape[1]))])  # of one code the second is nothing
     ordered = np.sort(padded, axis=0)[::-1]
     return ordered[0] - ordered[1]
@@ -136,15 +127,13 @@ def predictability(
     z: np.ndarray, v: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int = 0
 ) -> np.ndarray:
     """Accuracy of a linear support vector machine on each code alone for each factor: [codes, factors]."""
-    found = np.zeros((z.shape[1], v.shape[1]))
-    for code in range(z.shape[1]):
-        for factor in range(v.shape[1]):
-            from sklearn.svm import LinearSVC
+    from sklearn.svm import LinearSVC
 
-            machine = LinearSVC(C=0.01, class_weight="balanced", random_state=seed)
-            machine.fit(z[train, code, None], v[train, factor])
-            found[code, factor] = machine.score(z[test, code, None], v[test, factor])
-    return found
+    def accuracy(code: np.ndarray, factor: np.ndarray) -> float:
+        machine = LinearSVC(C=0.01, class_weight="balanced", random_state=seed)
+        return machine.fit(code[train, None], factor[train]).score(code[test, None], factor[test])
+
+    return np.array([[accuracy(code, factor) for factor in v.T] for code in z.T])
 
 
 def squared_correlation(z: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -212,29 +201,13 @@ def modularity(information: np.ndarray) -> float:
     squared = information**2
     largest = squared.max(1)
     others = (squared.sum(1) - largest) / max(information.shape[1] - 1, 1)
-    each = np.where(
-        largest > 0, 1 - others / np.where(largest > 0, largest, 1), 0.0
-    )  # an empty code has none
-    return float(each.mean())
-
-
-def _entropies(v: np.ndarray) -> np.ndarray:
-    from sklearn.metrics import mutual_info_score
-
-    return np.array([mutual_info_score(f, f) for f in v.T])
-
-
-def _split(rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    order = rng.permutation(rows)
-    cut = min(TRAIN_ROWS, rows * 2 // 3)
-    return order[:cut], order[cut : cut + TEST_ROWS]
+    each = 1 - others / np.where(largest > 0, largest, 1)
+    return float(np.where(largest > 0, each, 0.0).mean())  # an empty code has none
 
 
 def _arrays(codes: Any, factors: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    z = np.asarray(codes.detach().cpu() if hasattr(codes, "detach") else codes, dtype=np.float64)
-    z = z.reshape(len(z), -1)
-    names = [str(c) for c in getattr(factors, "columns", [])]
-    v = np.asarray(factors.detach().cpu() if hasattr(factors, "detach") else factors)
+    z, v = (np.asarray(a.detach().cpu() if hasattr(a, "detach") else a) for a in (codes, factors))
+    z = z.astype(np.float64).reshape(len(z), -1)
     if v.ndim != 2 or len(v) != len(z) or len(z) < 30:
         raise DataError(
             f"codes are {list(z.shape)} and factors {list(v.shape)}: give [rows, codes] and [rows, factors] of the "
@@ -243,10 +216,9 @@ def _arrays(codes: Any, factors: Any) -> tuple[np.ndarray, np.ndarray, list[str]
     if not np.isfinite(z).all():
         raise DataError("the codes hold values that are not finite")
     if v.dtype.kind == "f" and not np.array_equal(v, np.round(v)):
-        raise DataError(
-            "factors must be whole numbers: bin continuous ones first, e.g. pd.cut(v, 10).cat.codes"
-        )
-    names = names or [f"factor{k}" for k in range(v.shape[1])]
+        wanted = "bin continuous ones first, e.g. pd.cut(v, 10).cat.codes"
+        raise DataError(f"factors must be whole numbers: {wanted}")
+    names = [str(c) for c in getattr(factors, "columns", [f"factor{k}" for k in range(v.shape[1])])]
     still = [name for name, factor in zip(names, v.T, strict=True) if len(np.unique(factor)) < 2]
     if still:
         raise DataError(f"the factor '{still[0]}' does not vary: leave its column out")

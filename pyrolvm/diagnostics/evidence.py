@@ -12,6 +12,7 @@ from pyrolvm.diagnostics.measures import Measure, Report, measure_seed
 from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.posterior.evidence import evidence_table
 from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.pair import Pair
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,13 +57,11 @@ class Evidence(Report):
         count, total = len(self.table), self.num_data
         data = f"{count} data" if count == total else f"{count} of {total} data, drawn at random"
         words = f"On {data}, {self.name} is {mean:.2f} nats per datum ({exact})"
-        if self.gap is None:
-            return [f"{words}."]
-        if self.elbo is None:
-            return [
-                f"{words}; with the shared latents at their means the bound is {self.gap:.2f} below log p(x)."
-            ]
-        return [f"{words}, and the bound {self.elbo:.2f}, which is {self.gap:.2f} below."]
+        if self.elbo is not None:
+            words += f", and the bound {self.elbo:.2f}, which is {self.gap:.2f} below"
+        elif self.gap is not None:
+            words += f"; with the shared latents at their means the bound is {self.gap:.2f} below log p(x)"
+        return [f"{words}."]
 
 
 def evidence_name(fitted: FittedModel) -> str:
@@ -72,34 +71,29 @@ def evidence_name(fitted: FittedModel) -> str:
     under weights of rows, it is the logarithm of the tempered model's normaliser,
     log Z = log integral p(x | z)^w p(z) dz.
     """
-    what = (
-        "the log evidence (log Z) of the tempered model, not log p(x),"
-        if fitted.structure.tempered
-        else "log p(x)"
-    )
+    tempered = "log evidence (log Z) of the tempered model, not log p(x),"
+    what = tempered if fitted.structure.tempered else "log p(x)"
     if fitted.structure.global_latents:
-        return f"the guide's predictive {what.removeprefix('the ')}"
-    return what
+        return f"the guide's predictive {what}"
+    return f"the {what}" if fitted.structure.tempered else what
 
 
 def evidence_of(
     fitted: FittedModel,
-    x: Any,
+    pair: Pair,
     num_samples: int,
-    tails: pd.DataFrame | None = None,
-    *,
+    tails: pd.DataFrame | None,
     num_data: int,
+    *,
     seed: int = 0,
     progress: bool = True,
 ) -> Evidence:
-    """log p(x) of each row of `x`, by the best method that the program has.
+    """log p(x) of each row of `pair`, of `num_data` data, by the best method that the program has.
 
     Parameters
     ----------
-    tails : DataFrame, optional
+    tails : DataFrame or None
         What `local_khat` found for the same rows: its estimates are taken where no latents are shared, and its bounds.
-    num_data : int
-        Data of which `x` are some.
 
     Raises
     ------
@@ -107,14 +101,14 @@ def evidence_of(
         The guide has no density per datum, or is a point estimate.
     """
     shared = bool(fitted.structure.global_latents)
-    pair = fitted.pair(x)
     options: dict[str, Any] = {"seed": measure_seed(seed, Measure.EVIDENCE), "progress": progress}
     try:
-        table, method = evidence_table(pair, "exact", **options), "exact"
+        table: Any = evidence_table(pair, "exact", **options)
+        method = "exact"
     except (SettingError, ProgramError):
         method = "importance sampling"
-        known = tails if not shared else None  # of the same weights
-        table = evidence_table(pair, "importance", num_samples, **options) if known is None else known
+        weigh = tails is None or shared  # else the tails are of the same weights
+        table = evidence_table(pair, "importance", num_samples, **options) if weigh else tails
     table = table[["log_evidence", "standard_error"]].copy()
     elbo = gap = None
     if tails is not None:

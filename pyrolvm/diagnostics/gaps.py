@@ -31,7 +31,7 @@ from pyrolvm.diagnostics.gaussians import (
     num_climbs,
     refine,
 )
-from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise
+from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise, table_of
 from pyrolvm.errors import ProgramError, SettingError, one_of
 from pyrolvm.inference.posterior import evidence as estimators
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -58,6 +58,7 @@ class Gaps(Report):
         What `log_evidence` is: see `evidence_name`.
     """
 
+    shows = "means"
     table: pd.DataFrame
     family: str
     of_guide: bool
@@ -78,21 +79,12 @@ class Gaps(Report):
         )
         if not self.of_guide:
             words += " The guide is of another family, so that the second number may be negative."
-        larger = (
-            "approximation_gap" if m["approximation_gap"] >= m["amortisation_gap"] else "amortisation_gap"
-        )
         if m["inference_gap"] < 0.05:
             return [words]
-        advice = {
-            "approximation_gap": "a richer family would help more than a larger encoder",
-            "amortisation_gap": "a larger encoder, longer training or refinement per datum would help most",
-        }
-        return [f"{words[:-1]}; {advice[larger]}."]
-
-    @property
-    def shown(self) -> str:
-        """The means."""
-        return self.means.to_string(float_format="%.3f")
+        advice = "a larger encoder, longer training or refinement per datum would help most"
+        if m["approximation_gap"] >= m["amortisation_gap"]:
+            advice = "a richer family would help more than a larger encoder"
+        return [f"{words[:-1]}; {advice}."]
 
 
 def evidence_gaps(
@@ -138,8 +130,7 @@ def evidence_gaps(
     with bars as bar, noise(pair, seed, Measure.GAPS), torch.enable_grad():
         for chunk in pair.chunks(num_samples):
             part = _Refinement(chunk, family, num_samples, num_steps, learning_rate)
-            given = None if known is None else known[first : first + chunk.num_rows]
-            parts.append(part.table(given, bar))
+            parts.append(part.table(None if known is None else known[first : first + chunk.num_rows], bar))
             first += chunk.num_rows
     table = pd.concat(parts, ignore_index=True).rename_axis("row")
     return Gaps(table, part.family, part.of_guide, evidence_name(fitted))
@@ -147,8 +138,7 @@ def evidence_gaps(
 
 def _check(fitted: FittedModel) -> None:
     sites = local_sites(fitted.structure, "an evidence gap")
-    shared = fitted.structure.global_latents
-    if shared:
+    if shared := fitted.structure.global_latents:
         raise ProgramError(
             f"'{shared[0].name}' is shared by all data, so that the evidence is not a sum over them: gaps per datum "
             "are for programs whose latents all stand in the data plate"
@@ -189,9 +179,9 @@ class _Refinement:
         found = refine(self.log_joint, self.guide, self.family, *self.options, watch)
         with torch.no_grad():
             start = self.guide.mean_field() if self.family == "mean_field" else self.guide
-            at_start, best = self._bound(start), self._bound(found)
+            at_start, best = (bound(self.log_joint, q, self.noise) for q in (start, found))
             # where the climb failed the start stands: the best of the family is at least as good
-            found = _choose(best >= at_start, found, start)
+            found = found.where(best >= at_start, start)
             best = torch.maximum(best, at_start)
             elbo = self._guide_bound(at_start)
         error = torch.zeros_like(elbo)
@@ -206,19 +196,15 @@ class _Refinement:
             "approximation_gap": log_evidence - best,
             "amortisation_gap": best - elbo,
         }
-        return pd.DataFrame({name: value.detach().cpu().numpy() for name, value in columns.items()})
-
-    def _bound(self, q: Gaussians) -> Tensor:
-        return bound(self.log_joint, q, self.noise)
+        return table_of({name: value.detach() for name, value in columns.items()})
 
     def _guide_bound(self, at_start: Tensor) -> Tensor:
         """The guide's own bound: under the common noise if it is Gaussian, else over draws of it."""
         if self.gaussian:
-            return at_start if self.of_guide else self._bound(self.guide)
-        total = torch.zeros_like(at_start)
-        for model, guide, _ in joint_draws(self.pair, len(self.noise)):
-            total = total + self.pair.densities(model, guide).log_weight.double().sum(0)
-        return total / len(self.noise)
+            return at_start if self.of_guide else bound(self.log_joint, self.guide, self.noise)
+        parts = joint_draws(self.pair, len(self.noise))
+        weights = (self.pair.densities(model, guide).log_weight for model, guide, _ in parts)
+        return sum((w.double().sum(0) for w in weights), torch.zeros_like(at_start)) / len(self.noise)
 
     def _importance(self, found: Gaussians, watch: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """log p(x) and its standard error, by draws from the best full-covariance Gaussian."""
@@ -230,10 +216,3 @@ class _Refinement:
             value = log_weight.logsumexp(0) - math.log(len(noise))
             error = (log_weight - value).exp().std(0) / math.sqrt(len(noise))
         return value, error
-
-
-def _choose(where: Tensor, yes: Gaussians, no: Gaussians) -> Gaussians:
-    return Gaussians(
-        torch.where(where[:, None], yes.loc, no.loc),
-        torch.where(where[:, None, None], yes.scale_tril, no.scale_tril),
-    )

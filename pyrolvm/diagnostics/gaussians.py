@@ -13,15 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Normal
 
 from pyrolvm.diagnostics.measures import joint_draws
-from pyrolvm.diagnostics.sites import NORMALS, latent_node
+from pyrolvm.diagnostics.sites import NORMALS, base_of, latent_node
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.pair import Pair
 
@@ -42,10 +43,19 @@ class Gaussians:
         return self.loc + torch.einsum("nij,snj->sni", self.scale_tril, noise)
 
     @property
+    def log_det(self) -> Tensor:
+        """log det C: [rows]."""
+        return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    @property
     def entropy(self) -> Tensor:
         """H[q] in nats: [rows]."""
-        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return log_det + 0.5 * self.loc.shape[-1] * (1 + math.log(2 * math.pi))
+        return self.log_det + 0.5 * self.loc.shape[-1] * (1 + math.log(2 * math.pi))
+
+    def where(self, chosen: Tensor, other: Gaussians) -> Gaussians:
+        """Those of the `chosen` rows, bool [rows], and the `other` ones elsewhere."""
+        scale_tril = torch.where(chosen[:, None, None], self.scale_tril, other.scale_tril)
+        return Gaussians(torch.where(chosen[:, None], self.loc, other.loc), scale_tril)
 
     def mean_field(self) -> Gaussians:
         """The same means and variances without correlations."""
@@ -53,8 +63,7 @@ class Gaussians:
 
     def log_prob_at(self, noise: Tensor) -> Tensor:
         """log q(loc + C noise): [draws, rows]."""
-        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - log_det
+        return -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - self.log_det
 
 
 class LogJoint:
@@ -62,7 +71,7 @@ class LogJoint:
 
     def __init__(self, pair: Pair) -> None:
         self.pair, self.sites = pair, pair.structure.local_latents
-        self._pairs: dict[int, Pair] = {}
+        self._repeated = lru_cache(None)(pair.repeated)
         for site in self.sites:
             if len(site.plates) > 1:
                 raise ProgramError(
@@ -70,7 +79,6 @@ class LogJoint:
                     "Gaussian gaps are not implemented; declare those dimensions by .to_event"
                 )
         self.sizes = [math.prod(s.event_shape) for s in self.sites]
-        self.dim = sum(self.sizes)
 
     def __call__(self, z: Tensor) -> Tensor:
         """[draws, rows] in nats, float64."""
@@ -88,11 +96,6 @@ class LogJoint:
             values[site.name] = value if pair.vectorized else value.squeeze(0)
         return pair.log_prob(pair.model(len(z) if pair.vectorized else None, given=values), pair.is_local)
 
-    def _repeated(self, count: int) -> Pair:
-        if count not in self._pairs:
-            self._pairs[count] = self.pair.repeated(count)
-        return self._pairs[count]
-
 
 @torch.no_grad()
 def guide_gaussians(pair: Pair) -> tuple[Gaussians, str]:
@@ -104,9 +107,8 @@ def guide_gaussians(pair: Pair) -> tuple[Gaussians, str]:
     model, guide = pair.draw(2 if pair.vectorized else None)
     for site in sites:
         _check_real(model, site.name)
-    fn = latent_node(guide, sites[0].name)["fn"] if len(sites) == 1 else None
-    found = _exact(fn, pair.num_rows) if fn is not None else None
-    return found if found is not None else (_moments(pair), "other")
+    found = _exact(pair, latent_node(guide, sites[0].name)) if len(sites) == 1 else None
+    return found or (_moments(pair), "other")
 
 
 def _check_real(model: Trace, name: str) -> None:
@@ -121,34 +123,25 @@ def _check_real(model: Trace, name: str) -> None:
         )
 
 
-def _exact(fn: Any, rows: int) -> tuple[Gaussians, str] | None:
-    full = isinstance(fn, NORMALS)
-    base = fn
-    while isinstance(base, Independent):
-        base = base.base_dist
-    if not full and not isinstance(base, Normal):
+def _exact(pair: Pair, node: Any) -> tuple[Gaussians, str] | None:
+    """The Gaussians of a guide's site, and their family; None if it is not Gaussian."""
+    fn = node["fn"]
+    full, event_dims = isinstance(fn, NORMALS), len(fn.event_shape)
+    if not full and not isinstance(base_of(fn), Normal):
         return None
-    loc, scale = _rows_last(fn.mean, rows, 1), _rows_last(fn.variance.sqrt(), rows, 1)
-    tril = _rows_last(fn.scale_tril, rows, 2) if full else torch.diag_embed(scale)
-    return Gaussians(loc, tril), "full" if full else "mean_field"
-
-
-def _rows_last(value: Tensor, rows: int, event_dims: int) -> Tensor:
-    """[draws, rows, event...] or [rows, event...] of one draw as [rows, D] or [rows, D, D]."""
-    if event_dims == 2:
-        return value.expand(*value.shape[:-3], rows, *value.shape[-2:]).reshape(-1, rows, *value.shape[-2:])[
-            0
-        ]
-    first = value[0] if value.dim() > 1 and value.shape[0] == 2 and value.shape[1] == rows else value
-    return first.reshape(rows, -1)
+    loc, scale = (pair.spread(node, v, event_dims)[0] for v in (fn.mean, fn.variance.sqrt()))
+    if not full:
+        return Gaussians(loc, torch.diag_embed(scale)), "mean_field"
+    return Gaussians(loc, pair.spread(node, fn.scale_tril, 2)[0].reshape(*loc.shape, -1)), "full"
 
 
 def _moments(pair: Pair) -> Gaussians:
-    drawn = []
-    for _, guide, _ in joint_draws(pair, MOMENT_DRAWS):
-        sites = pair.structure.local_latents
-        drawn.append(torch.cat([pair.values(guide, s.name) for s in sites], -1))
-    z = torch.cat(drawn)  # [draws, rows, D]
+    """Gaussians of the first two moments of the guide's draws."""
+    names = [s.name for s in pair.structure.local_latents]
+    parts = joint_draws(pair, MOMENT_DRAWS)
+    z = torch.cat(
+        [torch.cat([pair.values(g, n) for n in names], -1) for _, g, _ in parts]
+    )  # [draws, rows, D]
     centred = z - z.mean(0)
     covariance = torch.einsum("sni,snj->nij", centred, centred) / (len(z) - 1)
     eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
@@ -173,7 +166,7 @@ def bound(log_joint: LogJoint, q: Gaussians, noise: Tensor) -> Tensor:
 
 
 def num_climbs(num_steps: int) -> int:
-    """Steps that `refine` takes."""
+    """Steps that `refine` takes in all."""
     return len(RATES) * max(1, num_steps // len(RATES))
 
 
@@ -188,7 +181,7 @@ def refine(
     """Climb L_n from `start` by Adam, in units of the scales found so far, the rate falling to zero."""
     q = start.mean_field() if family == "mean_field" else start
     for rate in RATES:
-        q = _climb(log_joint, q, family, max(1, num_steps // len(RATES)), rate * learning_rate, watch)
+        q = _climb(log_joint, q, family, num_climbs(num_steps) // len(RATES), rate * learning_rate, watch)
     return q
 
 

@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 
 from pyrolvm.diagnostics.asked import MEASURES, Asked
-from pyrolvm.diagnostics.measures import Measure, Report, measure_seed
+from pyrolvm.diagnostics.measures import KhatReport, Measure, measure_seed
 from pyrolvm.diagnostics.predictive import Statistic
 from pyrolvm.diagnostics.reference import ReferenceComparison
 from pyrolvm.diagnostics.tails import GlobalTail
 from pyrolvm.errors import PyrolvmError, SettingError, count
-from pyrolvm.inference.posterior.evidence import khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.progress import PATIENCE, progress_bar
 
 FIRST = "log p(x)"
@@ -35,7 +35,7 @@ def _part(name: str, attribute: str = "", missing: Any = None, *, doc: str) -> A
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis(Report):
+class Diagnosis(KhatReport):
     """How far the guide is from the posterior, on some rows of the data.
 
     Attributes
@@ -76,11 +76,6 @@ class Diagnosis(Report):
     reference = _part("reference", doc="A `ReferenceComparison`, or None.")
 
     @property
-    def threshold(self) -> float:
-        """min(1 - 1 / log10 num_samples, 0.7), what k-hat should be below."""
-        return khat_threshold(self.num_samples)
-
-    @property
     def worst(self) -> pd.DataFrame:
         """The data of largest k-hat, largest first; empty without latents of each datum."""
         report = self.reports.get("k-hat per datum")
@@ -91,12 +86,9 @@ class Diagnosis(Report):
     @property
     def good(self) -> bool:
         """Whether no k-hat is above the threshold, and the guide is no point estimate."""
-        tail = self.global_tail.k_hat
-        local = self.reports.get("k-hat per datum")
-        poor = (local is not None and local.num_above > 0) or (
-            tail is not None and not tail <= self.threshold
-        )
-        return not poor and not self.points
+        tail, local = self.global_tail.k_hat, self.reports.get("k-hat per datum")
+        near = tail is None or tail <= self.threshold
+        return near and not self.points and (local is None or local.num_above == 0)
 
     @property
     def verdict(self) -> str:
@@ -125,10 +117,9 @@ class Diagnosis(Report):
     @property
     def shown(self) -> str:
         """The largest k-hat, the latent dimensions and the predictive check."""
-        tables = (
-            [] if self.k_hat is None else [f"largest k-hat:\n{self.worst.to_string(float_format='%.2f')}"]
-        )
-        tables += [report.shown for report in (self.collapse, self.predictive) if report is not None]
+        tables = [report.shown for report in (self.collapse, self.predictive) if report is not None]
+        if self.k_hat is not None:
+            tables.insert(0, f"largest k-hat:\n{self.worst.to_string(float_format='%.2f')}")
         return "".join(f"\n{table}\n" for table in tables).rstrip()
 
     def __repr__(self) -> str:
@@ -179,41 +170,37 @@ def diagnose(
         The reference is unknown.
     """
     count("num_samples", num_samples)
-    asked = _asked(fitted, x, count("max_rows", max_rows), seed)
-    asked = asked._replace(num_samples=num_samples, reference=reference, statistics=statistics, gaps=gaps)
     wanted = {"gaps": gaps, "reference": _is_wanted(reference)}
     names = [name for name in MEASURES if wanted.get(name, True)]
+    pair = fitted.pair(x)
+    part, rows = _looked_at(pair, count("max_rows", max_rows), seed)
+    options = {"seed": seed, "progress": progress}
+    asked = Asked(fitted, pair, part, rows, num_samples, reference, statistics, options)
     reports: dict[str, Any] = {}
     refused: dict[str, str] = {}
     with progress_bar("diagnose", len(names), enabled=progress, unit="", after=PATIENCE) as bar:
-        asked = asked._replace(options={"seed": seed, "progress": progress})
         for name in names:
             bar.note(name)
             try:
                 reports[name] = MEASURES[name](asked, reports)
             except PyrolvmError as error:
                 refused[name] = str(error)
-            except (
-                Exception
-            ) as error:  # whatever a stranger's guide raises costs its own measure, not the others
+            except Exception as error:  # a stranger's guide: it costs its own measure, not the others
                 refused[name] = f"the program raised {type(error).__name__}: {error}".strip(": ")
             bar.advance()
-    structure = fitted.structure
-    points = tuple(s.name for s in structure.latents if s.point)
-    return Diagnosis(
-        reports, refused, asked.rows, asked.data.num_rows, num_samples, structure.tempered, points
-    )
+    points = tuple(s.name for s in fitted.structure.latents if s.point)
+    tempered = fitted.structure.tempered
+    return Diagnosis(reports, refused, rows.to_numpy(), pair.num_rows, num_samples, tempered, points)
 
 
-def _asked(fitted: FittedModel, x: Any, max_rows: int, seed: int) -> Asked:
-    """The rows that are looked at."""
-    pair = fitted.pair(x)
-    rows, part = np.arange(pair.num_rows), pair
+def _looked_at(pair: Pair, max_rows: int, seed: int) -> tuple[Pair, pd.Index]:
+    """The rows that are looked at one by one, and their numbers."""
+    rows = np.arange(pair.num_rows)
     if pair.structure.chunkable and len(rows) > max_rows:
         draw = np.random.default_rng(measure_seed(seed, Measure.ROWS))
         rows = np.sort(draw.choice(rows, max_rows, replace=False))
-        part = pair.take(torch.as_tensor(rows, device=pair.device))
-    return Asked(fitted, pair, part, rows, 0, None, None, False, {})
+        pair = pair.take(torch.as_tensor(rows, device=pair.device))
+    return pair, pd.Index(rows, name="row")
 
 
 def _is_wanted(reference: Any) -> bool:

@@ -92,8 +92,7 @@ def to_inference_data(
     """
     from pyrolvm.diagnostics.collect import collect
 
-    found = collect(fitted, x, num_samples, _known(groups), dims or {}, seed, progress=progress)
-    return to_arviz(found.arrays, found.dims, found.coords, found.attrs)
+    return to_arviz(*collect(fitted, x, num_samples, _known(groups), dims or {}, seed, progress=progress))
 
 
 def _known(groups: Sequence[str]) -> tuple[str, ...]:
@@ -177,21 +176,14 @@ def summarise(idata: Any, names: Sequence[str] = ()) -> Any:
     posterior = idata["posterior"]
     chosen = list(names) or list(posterior.data_vars)
     numbers = [name for name in chosen if posterior[name].dtype.kind == "f"]
-    if not numbers:
-        return _shares({name: posterior[name].values for name in chosen})
-    return arviz.summary(idata, kind="stats", var_names=numbers, round_to=4)
-
-
-def _shares(labels: dict[str, Any]) -> Any:
-    """How many of the draws of discrete latents [chain, draw, ...] take each value."""
-    import numpy as np
+    if numbers:
+        return arviz.summary(idata, kind="stats", var_names=numbers, round_to=4)
     import pandas as pd
 
-    lines = {}
-    for name, values in labels.items():
-        for label, count in zip(*np.unique(values, return_counts=True), strict=True):
-            lines[f"{name} = {label}"] = {"share": round(count / values.size, 4)}
-    return pd.DataFrame.from_dict(lines, orient="index")
+    labels = {name: pd.Series(posterior[name].values.ravel()) for name in chosen}
+    shares = {name: v.value_counts(normalize=True, sort=False).sort_index() for name, v in labels.items()}
+    lines = {f"{name} = {k}": round(share, 4) for name, each in shares.items() for k, share in each.items()}
+    return pd.Series(lines, name="share").to_frame()
 
 
 def approximate_loo(idata: Any) -> Any:
@@ -210,43 +202,32 @@ def approximate_loo(idata: Any) -> Any:
     """
     with _quietly():
         import arviz
-    groups = {g: idata[g] for g in ("log_likelihood", "sample_stats") if g in idata}
-    reason = _no_loo(groups)
-    if reason:
-        from pyrolvm.errors import SettingError
+    from pyrolvm.errors import SettingError
 
-        raise SettingError(f"approximate_loo needs {reason}")
+    groups = {g: idata[g] for g in ("log_likelihood", "sample_stats") if g in idata}
+    if len(groups) < 2 or len(groups["log_likelihood"].data_vars) != 1:
+        raise SettingError(
+            "approximate_loo needs log_likelihood of one observed site, and sample_stats: pass "
+            "to_inference_data(fitted, x), with these among its groups"
+        )
     stats = groups["sample_stats"]
+    if "log_p" not in stats:
+        found = stats.attrs.get("weights", "none")
+        raise SettingError(f"approximate_loo needs weights, and there are {found}: pass the training data")
     if arviz_is_modern():
         modern: Any = arviz
         return modern.loo_approximate_posterior(idata, stats["log_p"], stats["log_q"], pointwise=True)
     [log_likelihood] = groups["log_likelihood"].data_vars.values()
-    return _weighed_loo(
-        arviz, log_likelihood.stack(__sample__=("chain", "draw")), stats["log_p"] - stats["log_q"]
-    )
+    flat = (v.stack(__sample__=("chain", "draw")) for v in (log_likelihood, stats["log_p"] - stats["log_q"]))
+    return _weighed_loo(arviz, *flat)
 
 
-def _no_loo(groups: Mapping[str, Any]) -> str:
-    """What is missing for `approximate_loo`; empty if nothing is."""
-    if len(groups) < 2 or len(groups["log_likelihood"].data_vars) != 1:
-        return (
-            "log_likelihood of one observed site, and sample_stats: pass to_inference_data(fitted, x), with these "
-            "among its groups"
-        )
-    stats = groups["sample_stats"]
-    return (
-        ""
-        if "log_p" in stats
-        else f"weights, and there are {stats.attrs.get('weights', 'none')}: pass the training data"
-    )
-
-
-def _weighed_loo(arviz: Any, log_likelihood: Any, log_ratio: Any) -> Any:
-    """`az.loo` of ArviZ 0.23 with weights: log_likelihood [rows..., samples], log_ratio [chain, draw]."""
+def _weighed_loo(arviz: Any, log_likelihood: Any, ratio: Any) -> Any:
+    """`az.loo` of ArviZ 0.23 with weights: log_likelihood [rows..., samples], log-ratio [samples]."""
     import numpy as np
+    from arviz.stats.stats_utils import ELPDData
     from scipy.special import logsumexp
 
-    ratio = log_ratio.stack(__sample__=("chain", "draw"))
     corrected = (ratio - ratio.max() - log_likelihood).transpose(..., "__sample__")
     log_weights, pareto_k = arviz.psislw(corrected)  # normalised over samples
     each = (log_weights + log_likelihood).reduce(logsumexp, "__sample__").rename("loo_i")
@@ -255,20 +236,9 @@ def _weighed_loo(arviz: Any, log_likelihood: Any, log_ratio: Any) -> Any:
     samples = log_likelihood.sizes["__sample__"]
     good_k = min(1 - 1 / np.log10(samples), 0.7)
     total, error = float(each.sum()), float((each.size * each.var()) ** 0.5)
-    found = {
-        "elpd_loo": total,
-        "se": error,
-        "p_loo": float(fitted - total),
-        "n_samples": samples,
-        "n_data_points": each.size,
-        "warning": bool((pareto_k > good_k).any()),
-        "loo_i": each,
-        "pareto_k": pareto_k,
-        "scale": "log",
-        "good_k": good_k,
-    }
-    from arviz.stats.stats_utils import ELPDData
-
+    found = {"elpd_loo": total, "se": error, "p_loo": float(fitted - total), "n_samples": samples}
+    found |= {"n_data_points": each.size, "warning": bool((pareto_k > good_k).any()), "loo_i": each}
+    found |= {"pareto_k": pareto_k, "scale": "log", "good_k": good_k}
     return ELPDData(data=list(found.values()), index=list(found))
 
 
@@ -287,18 +257,14 @@ def load_inference_data(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise RunFolderError(f"{path} does not exist: write it with save_inference_data(idata, '{path}')")
     try:
-        return _read(Path(path))
+        if arviz_is_modern():
+            import xarray
+
+            with xarray.open_datatree(path, engine="h5netcdf") as tree:
+                return tree.load()
+        with _quietly():
+            import arviz
+        with arviz.rc_context({"data.load": "eager"}):
+            return arviz.InferenceData.from_netcdf(str(path), engine="h5netcdf")
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read as netCDF: {error}") from None
-
-
-def _read(path: Path) -> Any:
-    if arviz_is_modern():
-        import xarray
-
-        with xarray.open_datatree(path, engine="h5netcdf") as tree:
-            return tree.load()
-    with _quietly():
-        import arviz
-    with arviz.rc_context({"data.load": "eager"}):
-        return arviz.InferenceData.from_netcdf(str(path), engine="h5netcdf")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from enum import IntEnum
+from typing import Any, ClassVar
 
+import pandas as pd
+import torch
 from pyro.poutine.trace_struct import Trace
 
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.posterior.evidence import khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair, Values
@@ -42,10 +46,9 @@ def noise(pair: Pair, seed: int, measure: Measure, *index: int) -> AbstractConte
 
 
 class Report:
-    """The result of a measure: findings in sentences, and tables.
+    """The result of a measure: findings in sentences, and the table that `shows` names, which `str` adds to them."""
 
-    A subclass gives `sentences`, and `shown`, the table that `str` adds to them.
-    """
+    shows: ClassVar[str] = ""
 
     @property
     def sentences(self) -> list[str]:
@@ -59,14 +62,26 @@ class Report:
 
     @property
     def shown(self) -> str:
-        """The table below the sentences; empty if there is none."""
-        return ""
+        """The table below the sentences, forty lines of it at most; empty if there is none."""
+        table = getattr(self, self.shows, None)
+        return "" if table is None else table.to_string(float_format="%.3f", max_rows=40)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.sentence}"
 
     def __str__(self) -> str:
         return "\n".join(part for part in (self.sentence, self.shown) if part)
+
+
+class KhatReport(Report):
+    """A report in which k-hat of `num_samples` draws is judged."""
+
+    num_samples: int
+
+    @property
+    def threshold(self) -> float:
+        """min(1 - 1 / log10 num_samples, 0.7): k-hat should be at most this."""
+        return khat_threshold(self.num_samples)
 
 
 def joint_draws(
@@ -110,6 +125,14 @@ def local_sites(structure: Structure, what: str, *, summed_out: bool = False) ->
             "datum"
         )
     return sites
+
+
+def table_of(columns: Mapping[str, Any], site: str | None = None, element: str = "element") -> pd.DataFrame:
+    """Columns of tensors on any device as a table, whose rows are the elements of `site` if there is one."""
+    table = pd.DataFrame({k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in columns.items()})
+    if site is not None:
+        table.index = pd.MultiIndex.from_product([[site], range(len(table))], names=["site", element])
+    return table
 
 
 def is_whole(fitted: FittedModel, pair: Pair) -> bool:

@@ -58,9 +58,7 @@ def _as_draws(pair: Pair, site: Any, limit: int) -> Tensor:
     depth = pair.structure.max_plate_nesting + 1 + len(site["fn"].event_shape)
     value = site["value"].reshape((1,) * (depth - site["value"].dim()) + tuple(site["value"].shape))
     position = _row_dim(pair)
-    if value.shape[position] != pair.num_rows:
-        value = _for_all_rows(pair, value)
-    return value[:limit].movedim(position, 1).flatten(0, 1).unsqueeze(position)
+    return _for_all_rows(pair, value[:limit]).movedim(position, 1).flatten(0, 1).unsqueeze(position)
 
 
 def _row_dim(pair: Pair) -> int:
@@ -71,7 +69,7 @@ def _row_dim(pair: Pair) -> int:
 
 
 def _for_all_rows(pair: Pair, value: Tensor) -> Tensor:
-    """A value of one row, given to all rows of `pair`."""
+    """A value of one row, or of all already, given to all rows of `pair`."""
     position = _row_dim(pair)
     return value.expand(*value.shape[:position], pair.num_rows, *value.shape[position + 1 :])
 
@@ -107,8 +105,7 @@ class _Densities:
         if self.fn is not None:
             return self.fn.log_prob(next(iter(values.values()))).double()
         rows = {name: _for_all_rows(self.pair, value) for name, value in values.items()}
-        count = len(next(iter(rows.values())))
+        count: int | None = len(next(iter(rows.values())))
         if not self.pair.vectorized:
-            rows = {name: value.squeeze(0) for name, value in rows.items()}
-        guide = self.pair.guide(count if self.pair.vectorized else None, given={**self.given, **rows})
-        return self.pair.log_prob(guide, self.pair.is_local)
+            rows, count = {name: value.squeeze(0) for name, value in rows.items()}, None
+        return self.pair.log_prob(self.pair.guide(count, given={**self.given, **rows}), self.pair.is_local)

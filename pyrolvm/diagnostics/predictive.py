@@ -56,6 +56,7 @@ class PredictiveCheck(Report):
         [num_samples, statistics].
     """
 
+    shows = "table"
     table: pd.DataFrame
     replicates: pd.DataFrame
 
@@ -76,11 +77,6 @@ class PredictiveCheck(Report):
             for name, row in wrong.iterrows()
         )
         return [f"The model does not make data like these: {found}."]
-
-    @property
-    def shown(self) -> str:
-        """The statistics."""
-        return self.table.to_string(float_format="%.3f")
 
 
 @torch.no_grad()
@@ -125,7 +121,11 @@ def predictive_check(
     pair = fitted.pair(x)
     with noise(pair, seed, Measure.PREDICTIVE):
         model, _ = pair.draw()
-    sites = [_Observed(pair, model, name, chosen) for name in _names(fitted, site)]
+    names = [s.name for s in fitted.structure.observed]
+    if not names:
+        raise SettingError("the program observes no data that its model could make anew")
+    names = names if site is None else [one_of("site", site, names)]
+    sites = [_Observed(pair, model, name, chosen) for name in names]
     make = _same if latents == "same" else _new
     made = make(fitted, pair, num_samples, seed)
     made = watched(made, "predictive check", num_samples, enabled=progress, unit="data sets")
@@ -141,13 +141,6 @@ def _of_all(sites: list[_Observed], values: Values) -> dict[str, float]:
     return {k if alone else f"{name}: {k}": v for name, found in each for k, v in found.items()}
 
 
-def _names(fitted: FittedModel, site: str | None) -> list[str]:
-    names = [s.name for s in fitted.structure.observed]
-    if not names:
-        raise SettingError("the program observes no data that its model could make anew")
-    return names if site is None else [one_of("site", site, names)]
-
-
 class _Observed:
     """The statistics of one observed site, its masked values left out."""
 
@@ -155,17 +148,15 @@ class _Observed:
         self.name, self.statistics = name, statistics
         node: Any = model.nodes[name]
         self.value = tidy(pair.structure, node, node["value"])[0]
-        self.rows, self.holes = None, None
-        if (kept := observed_mask(pair, node)) is not None:
-            self.rows = kept.reshape(len(kept), -1).any(1)
-            self.holes = ~kept[self.rows]
-            self.median = self.value[self.rows][~self.holes].double().median()
+        self.kept = observed_mask(pair, node)
 
     def of(self, value: Tensor) -> dict[str, float]:
         """The statistics of values [rows, ...] of this site."""
-        if self.rows is not None and self.holes is not None:
-            value = value[self.rows].masked_fill(self.holes, self.median.to(value.dtype).item())
-        return _evaluate(self.statistics, value)
+        if self.kept is not None:
+            median = self.value[self.kept].double().median().to(value.dtype).item()
+            rows = self.kept.reshape(len(self.kept), -1).any(1)
+            value = value[rows].masked_fill(~self.kept[rows], median)
+        return {name: _number(name, statistic, value) for name, statistic in self.statistics.items()}
 
 
 def observed_mask(pair: Pair, node: Any) -> Tensor | None:
@@ -183,17 +174,13 @@ def _wide(mask: Any, fn: Any, value: Tensor) -> Tensor:
     return kept.reshape((*kept.shape, *(1,) * len(fn.event_shape))).expand(value.shape)
 
 
-def _evaluate(statistics: Mapping[str, Statistic], value: Tensor) -> dict[str, float]:
-    found = {}
-    for name, statistic in statistics.items():
-        result = np.asarray(statistic(value.detach().cpu()))
-        number = float(result.reshape(())) if result.size == 1 else float("nan")
-        if not np.isfinite(number):
-            raise SettingError(
-                f"the statistic '{name}' gave {result} of data {list(value.shape)}: it must be one finite number"
-            )
-        found[name] = number
-    return found
+def _number(name: str, statistic: Statistic, value: Tensor) -> float:
+    """The statistic of some data. Raises `SettingError` unless it is one finite number."""
+    found = np.asarray(statistic(value.detach().cpu()))
+    if found.size != 1 or not np.isfinite(float(found.reshape(()))):
+        what = f"gave {found} of data {list(value.shape)}"
+        raise SettingError(f"the statistic '{name}' {what}: it must be one finite number")
+    return float(found.reshape(()))
 
 
 def _same(fitted: FittedModel, pair: Pair, num_samples: int, seed: int) -> Iterator[Values]:

@@ -20,7 +20,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from pyrolvm.diagnostics.measures import Measure, Report, is_whole, measure_seed, noise
+from pyrolvm.diagnostics.measures import Measure, Report, is_whole, measure_seed, noise, table_of
 from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
@@ -50,6 +50,7 @@ class ReferenceComparison(Report):
         Divergent transitions.
     """
 
+    shows = "table"
     table: pd.DataFrame
     draws: dict[str, Tensor]
     num_divergent: int
@@ -81,15 +82,8 @@ class ReferenceComparison(Report):
             f"{name}: means off by {row['mean_difference']:.2f} sd on average, sd {row['sd_ratio']:.2f} times right"
             for name, row in self.sites.iterrows()
         ]
-        distance = self.table["wasserstein"].max()
-        return [
-            f"Against NUTS, {'; '.join(parts)}; farthest is {site}[{element}] (Wasserstein {distance:.2f} sd)."
-        ]
-
-    @property
-    def shown(self) -> str:
-        """The elements, forty lines of them at most."""
-        return self.table.to_string(float_format="%.3f", max_rows=40)
+        farthest = f"{site}[{element}] (Wasserstein {self.table['wasserstein'].max():.2f} sd)"
+        return [f"Against NUTS, {'; '.join(parts)}; farthest is {farthest}."]
 
 
 def compare_with_nuts(
@@ -148,9 +142,7 @@ def _check(fitted: FittedModel, pair: Pair, num_samples: int, num_chains: int) -
     discrete = [s.name for s in structure.latents if s.discrete and (not s.enumerated or s.in_guide)]
     if discrete or not latents:
         what = f"'{discrete[0]}' is discrete" if discrete else "there are no latents"
-        raise ProgramError(
-            f"NUTS draws real latents and {what}: enumerate it in the model, or leave NUTS out"
-        )
+        raise ProgramError(f"NUTS draws real latents and {what}: enumerate it in the model, or omit NUTS")
     return [s.name for s in latents]
 
 
@@ -167,9 +159,8 @@ def _chains(
         with scope, noise(pair, seed, Measure.REFERENCE, 2 + chain), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kernel = NUTS(model, max_plate_nesting=pair.structure.max_plate_nesting)
-            mcmc = MCMC(
-                kernel, num_samples, warmup_steps, disable_progbar=True, hook_fn=lambda *_: bar.advance()
-            )
+            options: Any = {"disable_progbar": True, "hook_fn": lambda *_: bar.advance()}
+            mcmc = MCMC(kernel, num_samples, warmup_steps, **options)
             mcmc.run(*pair.batch.args, **pair.batch.kwargs)
             found.append({n: v.detach() for n, v in mcmc.get_samples().items()})
             divergent += sum(len(v) for v in mcmc.diagnostics().get("divergences", {}).values())
@@ -212,5 +203,4 @@ def _compare(name: str, guide: Tensor, chains: Tensor) -> pd.DataFrame:
         "r_hat": split_gelman_rubin(c, 0, 1),
         "effective_sample_size": ess,
     }
-    index = pd.MultiIndex.from_product([[name], range(q.shape[1])], names=["site", "element"])
-    return pd.DataFrame({k: v.numpy() for k, v in columns.items()}, index=index)
+    return table_of(columns, name)

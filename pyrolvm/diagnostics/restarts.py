@@ -13,7 +13,7 @@ posterior. It does not measure the guide's distance from the posterior.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.diagnostics.measures import Measure, Report, measure_seed
+from pyrolvm.diagnostics.measures import Measure, Report, measure_seed, table_of
 from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.enumerated import enumerated_sites
@@ -51,6 +51,7 @@ class RestartComparison(Report):
         Nats per datum.
     """
 
+    shows = "bounds"
     bounds: pd.DataFrame
     table: pd.DataFrame
     reconstruction_r_hat: float
@@ -70,12 +71,11 @@ class RestartComparison(Report):
         if near < total:
             words += f" (the worst is {self.bounds['below_best'].max():.2f} below)"
         if near < 2:
-            return [
-                f"{words}: the others found worse optima, so that more restarts may find a better one still."
-            ]
-        differ = float((self.table["r_hat"] >= AGREEMENT).mean()) if len(self.table) else 0.0
+            advice = "the others found worse optima, so that more restarts may find a better one still"
+            return [f"{words}: {advice}."]
         if not len(self.table):
             return [f"{words}, and there are no sampled latents to compare."]
+        differ = float((self.table["r_hat"] >= AGREEMENT).mean())
         if differ == 0:
             return [f"{words}, and their posteriors agree."]
         words += f"; their posteriors differ in {100 * differ:.0f} % of the latents"
@@ -84,11 +84,6 @@ class RestartComparison(Report):
             if not self.aligned:
                 words += ": names or rotations of the latents may be all that differs (align= takes them out)"
         return [f"{words}."]
-
-    @property
-    def shown(self) -> str:
-        """The bounds."""
-        return self.bounds.to_string(float_format="%.3f")
 
 
 @torch.no_grad()
@@ -135,16 +130,19 @@ def compare_restarts(
     if any(_compared(f) != names for f in fits):
         raise SettingError("the fits have different latents: pass fits of one model")
     each = watched(fits, "bounds of restarts", len(fits), enabled=progress, unit="fits")
-    bounds = _bounds(each, x, num_samples, tolerance, seed)
+    each_bound = [_bound(f, x, num_samples, seed) for f in each]
+    bounds = pd.DataFrame(each_bound, columns=["bound", "standard_error"]).rename_axis("fit")
+    bounds["below_best"] = bounds["bound"].max() - bounds["bound"]
+    bounds["near_best"] = bounds["below_best"] <= tolerance + 3 * bounds["standard_error"]
     near = [f for f, good in zip(fits, bounds["near_best"], strict=True) if good]
     best = fits[int(bounds["bound"].to_numpy().argmax())]
     seeds = [measure_seed(seed, Measure.RESTARTS, 1, i) for i in range(len(near) + 1)]
-    reference = _latents(best, x, names, num_samples, seeds[-1])
-    each = watched(near, "draws of restarts", len(near), enabled=progress, unit="fits")
-    draws = [_latents(f, x, names, num_samples, s) for f, s in zip(each, seeds[:-1], strict=True)]
+    each = watched([best, *near], "draws of restarts", len(near) + 1, enabled=progress, unit="fits")
+    found = (f.posterior(x, num_samples, seed=s) for f, s in zip(each, [seeds[-1], *seeds[:-1]], strict=True))
+    reference, *draws = [{n: values[n].double() for n in names} for values in found]
     if align is not None:
         draws = [align(d, reference) for d in draws]
-    tables = [_r_hat(name, torch.stack([d[name] for d in draws])) for name in names] if names else []
+    tables = [_r_hat(name, torch.stack([d[name] for d in draws])) for name in names]
     table = pd.concat(tables) if tables else pd.DataFrame(columns=["r_hat", "between_sd", "within_sd"])
     predicted = _reconstruction_r_hat(near, x, num_samples, seed)
     return RestartComparison(bounds, table, predicted, align is not None, tolerance)
@@ -155,37 +153,18 @@ def _compared(fitted: FittedModel) -> list[str]:
     return [s.name for s in fitted.structure.latents if not s.enumerated or s.in_guide]
 
 
-def _bounds(
-    fits: Iterable[FittedModel], x: Any, num_samples: int, tolerance: float, seed: int
-) -> pd.DataFrame:
-    found = [_bound(f, x, num_samples, seed) for f in fits]
-    table = pd.DataFrame(found, columns=["bound", "standard_error"]).rename_axis("fit")
-    table["below_best"] = table["bound"].max() - table["bound"]
-    table["near_best"] = table["below_best"] <= tolerance + 3 * table["standard_error"]
-    return table
-
-
 def _bound(fitted: FittedModel, x: Any, num_samples: int, seed: int) -> tuple[float, float]:
-    """The ELBO per datum of the rows of `x`, and its standard error.
-
-        (1/M) sum_i E_q [log p(x_i, z_i | g) - log q(z_i | x_i, g)] - KL(q(g) || p(g)) / N
-
-    with M the rows of `x`, N those of the fit, and enumerated latents summed out. All fits see the same noise.
-    """
+    """The ELBO per datum of the rows of `x`, and its standard error; all fits see the same noise."""
+    # (1/M) sum_i E_q [log p(x_i, z_i | g) - log q(z_i | x_i, g)] - KL(q(g) || p(g)) / N,
+    # with M the rows of `x`, N those of the fit, and enumerated latents summed out
     enumerated_sites(fitted.structure)  # those that cannot be summed out datum by datum are refused
     pair, parts = fitted.pair(x), []
     for draws in fitted.draw_chunks(pair.batch, num_samples, seed=measure_seed(seed, Measure.RESTARTS, 0)):
         parts.append(draws.log_weight.double().sum(1))
     shared: Any = (draws.global_log_prior, draws.global_log_guide)
-    each = torch.stack(parts).sum(0) / pair.num_rows + (shared[0] - shared[1]).double() / max(
-        1, fitted.num_data
-    )
+    each = torch.stack(parts).sum(0) / pair.num_rows
+    each = each + (shared[0] - shared[1]).double() / max(1, fitted.num_data)
     return float(each.mean()), float(each.std() / len(each) ** 0.5)
-
-
-def _latents(fitted: FittedModel, x: Any, names: list[str], num_samples: int, seed: int) -> Draws:
-    values = fitted.posterior(x, num_samples, seed=seed)
-    return {n: values[n].double() for n in names}
 
 
 def _r_hat(name: str, draws: Tensor) -> pd.DataFrame:
@@ -196,9 +175,7 @@ def _r_hat(name: str, draws: Tensor) -> pd.DataFrame:
     # point masses: the same point agrees, another one does not
     ratio = torch.where(between > 0, between / within, torch.zeros_like(within))
     r_hat = ((flat.shape[1] - 1) / flat.shape[1] + ratio).sqrt()
-    index = pd.MultiIndex.from_product([[name], range(flat.shape[2])], names=["site", "element"])
-    columns = {"r_hat": r_hat, "between_sd": between.sqrt(), "within_sd": within.sqrt()}
-    return pd.DataFrame({k: v.numpy() for k, v in columns.items()}, index=index)
+    return table_of({"r_hat": r_hat, "between_sd": between.sqrt(), "within_sd": within.sqrt()}, name)
 
 
 def _reconstruction_r_hat(fits: list[FittedModel], x: Any, num_samples: int, seed: int) -> float:

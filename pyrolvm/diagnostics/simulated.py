@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
@@ -22,17 +20,8 @@ Arrays = dict[str, np.ndarray]
 Rebuild = Callable[[Any, dict[str, Tensor]], Any]
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """One simulated data set.
-
-    Attributes
-    ----------
-    data
-        As `fit` takes them.
-    truth : dict
-        Latent site -> [rows, ...] (local) or [...] (global), float64.
-    """
+class Simulation(NamedTuple):
+    """Simulated data, as `fit` takes them, and the latents behind them: site -> [rows, ...] or [...], float64."""
 
     data: Any
     truth: Arrays
@@ -55,18 +44,9 @@ def simulations(
             trace = pair.simulate()
         nodes: Any = trace.nodes
         observed = {s.name: nodes[s.name]["value"].detach() for s in pair.structure.observed}
-        batch = pair.batch
-        data = rebuild(batch.args, observed) if rebuild else _as_data(_replaced(batch, observed, places))
-        yield Simulation(data, _truth(pair, trace))
-
-
-def _truth(pair: Pair, trace: Trace) -> Arrays:
-    latents = {s.name for s in pair.structure.latents}
-    return {
-        s["name"]: s["value"].detach().cpu().double().numpy()
-        for s in sample_sites(trace)
-        if s["name"] in latents
-    }
+        data = rebuild(pair.batch.args, observed) if rebuild else _replaced(pair.batch, observed, places)
+        latents = [s.name for s in pair.structure.latents if s.name in nodes]
+        yield Simulation(data, {n: nodes[n]["value"].detach().cpu().double().numpy() for n in latents})
 
 
 def _places(pair: Pair, seed: int) -> dict[str, str]:
@@ -75,35 +55,25 @@ def _places(pair: Pair, seed: int) -> dict[str, str]:
         model, _ = pair.draw()
     names, found = {s.name for s in pair.structure.observed}, dict[str, str]()
     for site in (s for s in sample_sites(model) if s["name"] in names):
-        holders = [n for n, t in pair.batch.tensors() if _same_numbers(t, site["value"])]
-        if not holders:
+        value = site["value"].detach().reshape(-1).double()
+        holders = (n for n, t in pair.batch.tensors() if torch.equal(t.reshape(-1).double(), value))
+        if (holder := next(holders, None)) is None:
             raise SettingError(
                 f"no argument of the model holds the values of the observed site '{site['name']}', so simulated "
                 "ones have no place: pass rebuild=lambda arguments, simulated: (...)"
             )
-        found[site["name"]] = holders[0]
+        found[site["name"]] = holder
     return found
 
 
-def _same_numbers(argument: Tensor, value: Tensor) -> bool:
-    return argument.numel() == value.numel() and torch.equal(
-        argument.reshape(-1).double(), value.detach().reshape(-1).double()
-    )
-
-
-def _replaced(batch: Batch, observed: dict[str, Tensor], places: dict[str, str]) -> Batch:
-    """`batch` with the simulated values in the place of the data."""
+def _replaced(batch: Batch, observed: dict[str, Tensor], places: dict[str, str]) -> Any:
+    """The simulated values in the place of the data: a tensor, a tuple of arguments, or a dict of named ones."""
     new = {places[name]: value for name, value in observed.items()}
 
     def put(name: str, old: Tensor | None) -> Tensor | None:
         return new[name].reshape(old.shape).to(old.dtype) if name in new and old is not None else old
 
     args = tuple(put(f"args[{i}]", v) for i, v in enumerate(batch.args))
-    return replace(batch, args=args, kwargs={k: put(k, v) for k, v in batch.kwargs.items()})
-
-
-def _as_data(batch: Batch) -> Any:
-    """What `fit` takes: one tensor, a tuple of positional arguments, or a dict of keyword arguments."""
-    if batch.kwargs and not batch.args:
-        return batch.kwargs
-    return batch.args[0] if len(batch.args) == 1 and not batch.kwargs else batch.args
+    if batch.kwargs and not args:
+        return {k: put(k, v) for k, v in batch.kwargs.items()}
+    return args[0] if len(args) == 1 and not batch.kwargs else args

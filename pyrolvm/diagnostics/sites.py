@@ -31,14 +31,10 @@ def latent_node(guide: Trace, name: str) -> Any:
     """
     nodes: Any = guide.nodes
     node = nodes[name]
-    if not isinstance(_base(node["fn"]), Delta):
+    if not isinstance(base_of(node["fn"]), Delta):
         return node
     drawn = (s for s in sample_sites(guide) if s["infer"].get("is_auxiliary") and s["name"] != name)
-    return next((s for s in drawn if _is_same(s["value"], node["value"])), node)
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+    return next((s for s in drawn if torch.equal(s["value"], node["value"])), node)
 
 
 def latent_mean(pair: Pair, node: Any) -> Tensor:
@@ -84,7 +80,8 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
         return pair.spread(q_node, difference, event_dims).double(), "monte carlo"
 
 
-def _base(fn: Distribution) -> Distribution:
+def base_of(fn: Distribution) -> Distribution:
+    """What stands below `to_event`."""
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return fn
@@ -94,4 +91,4 @@ def _marginals(fn: Distribution) -> tuple[Distribution, str]:
     """The distribution of each dimension: a multivariate normal's marginals, else the base of an Independent."""
     if isinstance(fn, NORMALS):
         return Normal(fn.mean, fn.variance.sqrt(), validate_args=False), "marginal"
-    return _base(fn), "exact"
+    return base_of(fn), "exact"

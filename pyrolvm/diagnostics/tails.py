@@ -9,6 +9,7 @@ It is computed only where the guide draws all latents jointly, so that no other 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +20,18 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.diagnostics.measures import (
+    KhatReport,
     Measure,
-    Report,
     compared,
     is_whole,
     joint_draws,
     local_sites,
     measure_seed,
     noise,
+    table_of,
 )
 from pyrolvm.errors import count
-from pyrolvm.inference.posterior.evidence import StreamingLogMeanExp, khat_threshold, pareto_khat
+from pyrolvm.inference.posterior.evidence import StreamingLogMeanExp, pareto_khat
 from pyrolvm.inference.posterior.evidence.importance import streams_of_weights
 from pyrolvm.inference.posterior.evidence.psis import tail_length
 from pyrolvm.inference.posterior.evidence.streams import LargestWeights, StreamingBound
@@ -45,7 +47,7 @@ NOISE_LIMIT = 0.5
 
 
 @dataclass(frozen=True, repr=False)
-class LocalTails(Report):
+class LocalTails(KhatReport):
     """k-hat of every datum.
 
     Attributes
@@ -58,11 +60,6 @@ class LocalTails(Report):
 
     table: pd.DataFrame
     num_samples: int
-
-    @property
-    def threshold(self) -> float:
-        """min(1 - 1 / log10 num_samples, 0.7): k-hat should be at most this."""
-        return khat_threshold(self.num_samples)
 
     @property
     def num_above(self) -> int:
@@ -83,21 +80,19 @@ class LocalTails(Report):
         values, limit = compared(list(worst), self.threshold)
         about = f"the limit for {self.num_samples} draws"
         if not self.num_above:
-            return [
-                f"k-hat is at most {limit}, {about}, for every datum (largest {values[0]}): the guide is close to "
-                "each posterior."
-            ]
-        shown = list(zip(worst.index, values, strict=True))[: self.num_above]
-        rows = ", ".join(f"{row} ({value})" for row, value in shown)
+            words = f"k-hat is at most {limit}, {about}, for every datum (largest {values[0]})"
+            return [f"{words}: the guide is close to each posterior."]
+        each = [f"{row} ({value})" for row, value in zip(worst.index, values, strict=True)]
+        words = f"k-hat is above {limit}, {about}, for {self.num_above} of {len(k)} data"
         return [
-            f"k-hat is above {limit}, {about}, for {self.num_above} of {len(k)} data, most for rows {rows}: there the "
-            "approximation is poor or the model is wrong for these data, and k-hat alone cannot tell which; "
-            "estimates of their log p(x) by importance sampling are not to be trusted."
+            f"{words}, most for rows {', '.join(each[: self.num_above])}: there the approximation is poor or the model "
+            "is wrong for these data, and k-hat alone cannot tell which; estimates of their log p(x) by importance "
+            "sampling are not to be trusted."
         ]
 
 
 @dataclass(frozen=True, repr=False)
-class GlobalTail(Report):
+class GlobalTail(KhatReport):
     """One k-hat for latents that all data share.
 
     Attributes
@@ -119,11 +114,6 @@ class GlobalTail(Report):
     joint: bool = False
 
     @property
-    def threshold(self) -> float:
-        """min(1 - 1 / log10 num_samples, 0.7): k-hat should be at most this."""
-        return khat_threshold(self.num_samples)
-
-    @property
     def sentences(self) -> list[str]:
         """The findings in plain words; none without such latents."""
         if not self.names:
@@ -137,15 +127,12 @@ class GlobalTail(Report):
         [value], limit = compared([self.k_hat], self.threshold)
         if self.k_hat <= self.threshold:
             return [f"For {names} k-hat is {value}, at most {limit}: the guide is close to their posterior."]
-        words = (
-            f"For {names} k-hat is {value}, above {limit}: the approximation is poor or the model is wrong"
-        )
+        wrong = "the approximation is poor or the model is wrong"
+        what = "a guide with correlations (AutoMultivariateNormal) or a comparison with NUTS"
         if self.joint:
-            words += ", or there are many latents (k-hat of a product of weights grows with their number)"
-            return [f"{words}; a comparison with NUTS tells which."]
-        return [
-            f"{words}; a guide with correlations (AutoMultivariateNormal) or a comparison with NUTS tells which."
-        ]
+            wrong += ", or there are many latents (k-hat of a product of weights grows with their number)"
+            what = "a comparison with NUTS"
+        return [f"For {names} k-hat is {value}, above {limit}: {wrong}; {what} tells which."]
 
 
 @torch.no_grad()
@@ -176,9 +163,10 @@ def local_khat(
     """
     local_sites(fitted.structure, "k-hat", summed_out=True)
     count("num_samples", num_samples, LEAST_DRAWS)
-    pair, tables = _Held.at_means(fitted.pair(x)), []
-    stream = measure_seed(seed, Measure.LOCAL_KHAT)
-    for like, parts in streams_of_weights(pair, "importance", num_samples, stream, progress=progress):
+    pair, tables = fitted.pair(x), []
+    _ = pair.vectorized  # tried out on the program with nothing given
+    held, stream = _Held(pair, pair.held_means()), measure_seed(seed, Measure.LOCAL_KHAT)
+    for like, parts in streams_of_weights(held, "importance", num_samples, stream, progress=progress):
         weights, bound = StreamingLogMeanExp.empty(like), StreamingBound.empty(like, 1)
         tail = LargestWeights(tail_length(num_samples) + 1)
         for log_weight in parts:
@@ -191,32 +179,22 @@ def local_khat(
             "standard_error": weights.standard_error,
             "elbo": bound.value,
         }
-        tables.append(pd.DataFrame({k: v.double().cpu().numpy() for k, v in columns.items()}))
+        tables.append(table_of({name: value.double() for name, value in columns.items()}))
     return pd.concat(tables, ignore_index=True).rename_axis("row")
 
 
 class _Held(Pair):
     """A pair whose global latents are given."""
 
-    shared: Values
-
-    @classmethod
-    def at_means(cls, pair: Pair) -> _Held:
-        """The global latents at the guide's means."""
-        _ = pair.vectorized  # tried out on the program with nothing given
-        return cls._of(pair, pair.held_means())
-
-    @classmethod
-    def _of(cls, pair: Pair, values: Values) -> _Held:
-        held = cls(pair.program, pair.structure, pair.batch, pair.mode)
-        held.shared = values
-        return held
+    def __init__(self, pair: Pair, shared: Values) -> None:
+        super().__init__(pair.program, pair.structure, pair.batch, pair.mode)
+        self.shared = shared
 
     def guide(self, num_draws: int | None = None, *handlers: Any, given: Values | None = None) -> Trace:
         return super().guide(num_draws, *handlers, given={**self.shared, **(given or {})})
 
     def on(self, batch: Batch) -> _Held:
-        return self._of(super().on(batch), self.shared)
+        return _Held(super().on(batch), self.shared)
 
 
 @torch.no_grad()
@@ -246,8 +224,7 @@ def global_khat(
     structure, pair = fitted.structure, fitted.pair(x)
     joint = bool(structure.joint_guide and structure.local_latents)
     names = judged_together(structure)
-    reason = _why_not(fitted, pair, names)
-    if reason:
+    if reason := _why_not(fitted, pair, names):
         return GlobalTail(None, names, reason, num_samples, joint)
     chunks = [pair] if joint else list(pair.chunks(num_samples))
     inner = num_inner if structure.local_latents and not joint else 1
@@ -255,18 +232,22 @@ def global_khat(
     bars = progress_bar("k-hat, shared latents", num_samples, enabled=progress, unit="draws", after=PATIENCE)
     with bars as bar, noise(pair, seed, Measure.SHARED_KHAT):
         for model, guide, draws in joint_draws(chunks[0], num_samples):
-            total = _outside(pair, model) - _outside(pair, guide)
+            shared: Any = {s["name"]: s["value"] for s in sample_sites(guide) if not pair.is_local(s)}
+            outside = _log_ratio(pair, model, guide, lambda s: not pair.is_local(s))[:, 0]
             if joint:
-                parts = [(_inside(pair, model) - _inside(pair, guide)).sum(1), torch.zeros_like(total)]
+                inside = _log_ratio(pair, model, guide, pair.is_local).sum(1)
+                variance = torch.zeros_like(outside)
                 bar.advance(draws)
             else:
-                parts = _integrated(chunks, _held(pair, guide), draws, inner, bar)
-            totals.append(total + parts[0])
-            variances.append(parts[1])
+                inside, variance = _integrated(chunks, shared, draws, inner, bar)
+            totals.append(outside + inside)
+            variances.append(variance)
     error = float(torch.cat(variances).mean().sqrt())
     if error > NOISE_LIMIT:
-        found = f"integrating out the latents of each datum leaves {error:.1f} nats of noise in the weights"
-        reason = f"{found}: raise num_inner, or improve the guide of each datum"
+        reason = (
+            f"integrating out the latents of each datum leaves {error:.1f} nats of noise in the weights: raise "
+            "num_inner, or improve the guide of each datum"
+        )
         return GlobalTail(None, names, reason, num_samples)
     return GlobalTail(float(pareto_khat(torch.cat(totals).unsqueeze(1))), names, "", num_samples, joint)
 
@@ -284,43 +265,32 @@ def _why_not(fitted: FittedModel, pair: Pair, names: tuple[str, ...]) -> str:
     if any(s.enumerated and not s.in_guide for s in structure.sites):
         return "some latents are summed out"
     if not is_whole(fitted, pair):
-        given = f"{pair.num_rows} were given"
-        return f"their posterior is that of all {fitted.num_rows} training rows, and {given}"
+        return (
+            f"their posterior is that of all {fitted.num_rows} training rows, and {pair.num_rows} were given"
+        )
     if all(s.point for s in structure.latents if s.name in names):
         return "the guide holds them at points, which makes it a point estimate"
     points = [s.name for s in structure.local_latents if s.point]
     return f"the guide holds '{points[0]}' of each datum at a point" if points else ""
 
 
-def _outside(pair: Pair, trace: Trace) -> Tensor:
-    """Log-density of what stands outside the data plate: [draws]."""
-    return pair.log_prob(trace, lambda s: not pair.is_local(s))[:, 0]
+def _log_ratio(pair: Pair, model: Trace, guide: Trace, keep: Callable[[Any], bool]) -> Tensor:
+    """log p - log q of the kept sites: [draws, rows]."""
+    return pair.log_prob(model, keep) - pair.log_prob(guide, keep)
 
 
-def _inside(pair: Pair, trace: Trace) -> Tensor:
-    """Log-density of what stands inside the data plate: [draws, rows]."""
-    return pair.log_prob(trace, pair.is_local)
-
-
-def _held(pair: Pair, guide: Trace) -> Values:
-    return {s["name"]: s["value"] for s in sample_sites(guide) if not pair.is_local(s)}
-
-
-def _integrated(chunks: list[Pair], held: Values, draws: int, num_inner: int, bar: Bar) -> list[Tensor]:
-    """log p(x | g) of each draw of g, [draws], and the variance [draws] of its estimate.
-
-    The latents of each datum are integrated out by `num_inner` draws of the guide for each datum and g.
-    """
+def _integrated(chunks: list[Pair], held: Values, draws: int, num_inner: int, bar: Bar) -> tuple[Any, Any]:
+    """log p(x | g) of each draw of g by `num_inner` draws for each datum, and its variance, [draws] both."""
     total: Any = 0.0
     variance: Any = 0.0
     for chunk in chunks:
         found = []
         for _ in range(num_inner):
             model, guide = chunk.draw(draws if chunk.vectorized else None, held)
-            found.append((_inside(chunk, model) - _inside(chunk, guide)).expand(draws, -1))
+            found.append(_log_ratio(chunk, model, guide, chunk.is_local).expand(draws, -1))
             bar.advance(draws / (num_inner * len(chunks)))
         inner = torch.stack(found)  # [inner, draws, rows]
         total = total + (inner.logsumexp(0) - math.log(num_inner)).sum(1)
         weight = (inner - inner.logsumexp(0)).exp()  # summing to one
         variance = variance + (weight.square().sum(0) - 1 / num_inner).clamp_min(0).sum(1)
-    return [total, variance]
+    return total, variance

@@ -8,15 +8,11 @@ import numpy as np
 from scipy.stats import binom, chisquare, kstest, norm
 
 
-def kolmogorov_p(u: np.ndarray) -> float:
-    """p-value of Kolmogorov's test that `u` [R] is uniform: sensitive to shifts."""
-    return float(kstest(u, "uniform").pvalue)
-
-
-def chi_square_p(u: np.ndarray, bins: int = 20) -> float:
-    """p-value of the chi-square test of `u` [R] in equal bins, of 5 or more expected: sensitive to shapes."""
-    bins = max(2, min(bins, len(u) // 5))
-    return float(chisquare(np.histogram(u, bins=bins, range=(0, 1))[0]).pvalue)
+def p_values(u: np.ndarray) -> dict[str, float]:
+    """Tests of `u` [R]: Kolmogorov's sees shifts, chi-square in 20 bins or fewer, of 5 or more expected, shapes."""
+    counts = np.histogram(u, bins=max(2, min(20, len(u) // 5)), range=(0, 1))[0]
+    uniform = {"kolmogorov_p": kstest(u, "uniform").pvalue, "chi_square_p": chisquare(counts).pvalue}
+    return {name: float(p) for name, p in uniform.items()} | {"symmetry_p": symmetry_p(u)}
 
 
 def symmetry_p(u: np.ndarray) -> float:

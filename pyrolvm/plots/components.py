@@ -21,11 +21,10 @@ from pyrolvm.plots.style import (
     PALETTE,
     as_array,
     axes_of,
+    bar_axes,
     columns_of,
     legend_above,
     legend_outside,
-    name_bars,
-    note_bar,
 )
 
 MASSES = (0.5, 0.9)  # of the ellipses of a component
@@ -57,17 +56,14 @@ def plot_loadings(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     figure, ax = axes_of(ax, 6.0, 1.0 + (0.18 + 0.13 * len(factors)) * len(features))
     for i, factor in enumerate(factors):
         part = table.xs(factor, level=1)
-        place = np.array([features.index(f) for f in part.index]) + (i - (len(factors) - 1) / 2) * 0.7 / len(
-            factors
-        )
+        beside = (i - (len(factors) - 1) / 2) * 0.7 / len(factors)
+        place = np.array([features.index(f) for f in part.index]) + beside
         interval = np.abs(part[intervals].to_numpy().T - part["mean"].to_numpy()) if intervals else None
         style: dict[str, Any] = {"color": PALETTE[i % FEW], "markersize": 4.5, "elinewidth": 1.3}
-        ax.errorbar(
-            part["mean"], place, xerr=interval, fmt=MARKERS[i % FEW], label=f"factor {factor}", **style
-        )
-    for i in range(
-        1, len(features), 2
-    ):  # a band under every other feature, so that its intervals stand together
+        style |= {"fmt": MARKERS[i % FEW], "label": f"factor {factor}"}
+        ax.errorbar(part["mean"], place, xerr=interval, **style)
+    # a band under every other feature, so that its intervals stand together
+    for i in range(1, len(features), 2):
         ax.axhspan(i - 0.5, i + 0.5, color=PALE, alpha=0.35, linewidth=0, zorder=0)
     ax.axvline(0, color=GREY, linewidth=0.8)
     ax.set_yticks(range(len(features)), [str(f) for f in features])
@@ -123,26 +119,19 @@ def plot_mixture(
 
 
 def _matrices(covariances: np.ndarray, K: int) -> np.ndarray:
-    shapes: dict[tuple[int, ...], Any] = {
-        (K, 2, 2): lambda: covariances,
-        (K, 2): lambda: covariances[:, :, None] * np.eye(2),
-        (K, 1): lambda: covariances[:, :, None] * np.eye(2),
-        (K,): lambda: covariances[:, None, None] * np.eye(2),
-    }
-    if covariances.shape not in shapes:
-        raise DataError(
-            f"covariances have shape {list(covariances.shape)}: pass [{K}, 2, 2] or variances [{K}, 2]"
-        )
-    return shapes[covariances.shape]()
+    if covariances.shape == (K, 2, 2):
+        return covariances
+    if covariances.shape not in ((K, 2), (K, 1), (K,)):
+        shape = list(covariances.shape)
+        raise DataError(f"covariances have shape {shape}: pass [{K}, 2, 2] or variances [{K}, 2]")
+    return covariances.reshape(K, -1, 1) * np.eye(2)
 
 
 def _component(ax: Axes, k: int, weight: float, mean: np.ndarray, covariance: np.ndarray) -> None:
     """Ellipses of a Gaussian: a share p of it lies within squared distance -2 log(1 - p)."""
     colour, line = PALETTE[k % FEW], ("-", "--", "-.", ":")[k % 4]
-    label = f"{weight:.2f}"
-    ax.plot(
-        *mean, MARKERS[k % FEW], color=colour, markeredgecolor="white", linestyle=line, label=label, zorder=3
-    )
+    style: dict[str, Any] = {"color": colour, "markeredgecolor": "white", "linestyle": line, "zorder": 3}
+    ax.plot(*mean, MARKERS[k % FEW], label=f"{weight:.2f}", **style)
     if not np.isfinite(covariance).all():
         return
     values, vectors = np.linalg.eigh(covariance)
@@ -175,16 +164,14 @@ def plot_scree(
         Unless `variances` is one-dimensional.
     """
     heights = np.sort(as_array(variances, "variances", dims=1))[::-1]
-    figure, ax = axes_of(ax, float(np.clip(1.5 + 0.4 * len(heights), 4, 12)), 3.2)
-    ax.bar(range(len(heights)), heights, width=0.8, color=BLUE)
+    figure, ax = bar_axes(ax, [str(i + 1) for i in range(len(heights))])
+    bars = ax.bar(range(len(heights)), heights, width=0.8, color=BLUE)
     if total is not None:
-        for i, share in enumerate(heights.cumsum() / total):
-            note_bar(ax, f"{share:.0%}", i, heights[i])
+        shares = [f"{share:.0%}" for share in heights.cumsum() / total]
+        ax.bar_label(bars, shares, padding=2, fontsize="x-small")
     if noise is not None:
         ax.axhline(noise, color=GREY, linewidth=1, linestyle="--", label="noise variance")
-    name_bars(ax, [str(i + 1) for i in range(len(heights))])
     ax.set(xlabel="latent direction, by variance", ylabel="variance (units of the data, squared)")
-    ax.set_xlim(-0.6, len(heights) - 0.4)
     ax.margins(y=0.1)
     legend_above(ax)
     return figure
@@ -210,11 +197,9 @@ def plot_weights(weights: Any, *, names: Sequence[str] | None = None, ax: Axes |
     labels = [str(k) for k in range(len(w))] if names is None else [str(name) for name in names]
     if len(labels) != len(w):
         raise DataError(f"{len(labels)} names of {len(w)} components: pass one for each")
-    figure, ax = axes_of(ax, float(np.clip(1.5 + 0.4 * len(w), 4, 12)), 3.2)
-    ax.bar(range(len(w)), w, width=0.8, color=[PALETTE[k % FEW] for k in range(len(w))])
-    for k, weight in enumerate(w):
-        note_bar(ax, f"{weight:.2f}", k, weight)
-    name_bars(ax, labels)
-    ax.set(xlabel="component", ylabel="weight", xlim=(-0.6, len(w) - 0.4))
+    figure, ax = bar_axes(ax, labels)
+    bars = ax.bar(range(len(w)), w, width=0.8, color=[PALETTE[k % FEW] for k in range(len(w))])
+    ax.bar_label(bars, [f"{weight:.2f}" for weight in w], padding=2, fontsize="x-small")
+    ax.set(xlabel="component", ylabel="weight")
     ax.margins(y=0.1)
     return figure

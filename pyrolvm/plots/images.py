@@ -42,7 +42,7 @@ def plot_samples(
     rows = math.ceil(len(pictures) / columns)
     filled = np.full((rows * columns, *pictures.shape[1:]), np.nan)
     filled[: len(pictures)] = pictures
-    return _draw(filled.reshape(rows, columns, *pictures.shape[1:]), ax)
+    return _draw(filled.reshape(rows, columns, *pictures.shape[1:]), ax)[0]
 
 
 def plot_reconstructions(
@@ -72,9 +72,8 @@ def plot_reconstructions(
     finite = data[np.isfinite(data)]
     if len(finite):
         model = model.clip(finite.min(), finite.max())
-    figure = _draw(np.stack([data, model]), ax)
+    figure, panel = _draw(np.stack([data, model]), ax)
     height = data.shape[1]
-    panel = ax if ax is not None else figure.axes[0]
     panel.set_yticks([height / 2, GAP + 1.5 * height], ["data", "model"], fontsize="small")
     return figure
 
@@ -108,8 +107,7 @@ def plot_traversals(
     if grid.ndim < 3:
         raise DataError(f"images have shape {list(grid.shape)}: pass [rows, columns, pixels]")
     pictures = as_pictures(grid.reshape(-1, *grid.shape[2:]), image_shape, "images")
-    figure = _draw(pictures.reshape(*grid.shape[:2], *pictures.shape[1:]), ax)
-    panel = ax if ax is not None else figure.axes[0]
+    figure, panel = _draw(pictures.reshape(*grid.shape[:2], *pictures.shape[1:]), ax)
     panel.set_xlabel(column_label, fontsize="small")
     panel.set_ylabel(row_label, fontsize="small")
     return figure
@@ -131,23 +129,17 @@ def as_pictures(images: Any, image_shape: Sequence[int], name: str) -> np.ndarra
     return array.reshape(-1, *shape).transpose(0, 2, 3, 1).astype(float)
 
 
-def _draw(grid: np.ndarray, ax: Axes | None) -> Figure:
+def _draw(grid: np.ndarray, ax: Axes | None) -> tuple[Figure, Axes]:
     """One image of all: [rows, columns, height, width, channels]."""
     rows, columns, height, width = grid.shape[:4]
-    mosaic = _mosaic(_scaled(grid))
     inches = min(0.8, 9 / columns, 9 / rows)
     figure, ax = axes_of(ax, max(1.5, inches * columns), max(1.2, inches * rows * height / width))
-    ax.imshow(mosaic, interpolation="nearest")
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
-    return figure
-
-
-def _scaled(grid: np.ndarray) -> np.ndarray:
     finite = grid[np.isfinite(grid)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    return (grid - low) / ((high - low) or 1.0)
+    ax.imshow(_mosaic((grid - low) / ((high - low) or 1.0)), interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    return figure, ax
 
 
 def _mosaic(grid: np.ndarray) -> np.ndarray:

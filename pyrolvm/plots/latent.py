@@ -19,9 +19,9 @@ from pyrolvm.plots.style import (
     PALETTE,
     as_array,
     axes_of,
+    bar_axes,
     columns_of,
     legend_outside,
-    name_bars,
     plain,
     to_numpy,
 )
@@ -89,17 +89,9 @@ def _by_class(
         ax.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, alpha=0.7, linewidths=0)
         return
     for i, label in enumerate(sorted(classes, key=lambda c: (str(type(c)), c))):
-        chosen = points[labels == label]
-        ax.scatter(
-            chosen[:, 0],
-            chosen[:, 1],
-            s=size,
-            color=PALETTE[i],
-            marker=MARKERS[i],
-            alpha=0.8,
-            linewidths=0,
-            label=str(label),
-        )
+        style: dict[str, Any] = {"color": PALETTE[i], "marker": MARKERS[i], "alpha": 0.8, "linewidths": 0}
+        across, up = points[labels == label].T
+        ax.scatter(across, up, s=size, label=str(label), **style)
     legend_outside(ax, markerscale=1.8)
 
 
@@ -122,23 +114,13 @@ def plot_active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     columns_of(table, ("kl",), "latent dimensions")
     table = table.sort_values("kl", ascending=False)
     active = table["active"].to_numpy(bool) if "active" in table else np.ones(len(table), bool)
-    figure, ax = axes_of(ax, float(np.clip(1.5 + 0.28 * len(table), 4, 12)), 3.2)
-    place = np.arange(len(table))
+    figure, ax = bar_axes(ax, [_short(i) for i in table.index], 0.28)
+    place, kl = np.arange(len(table)), table["kl"].to_numpy()
     for chosen, colour, hatch, name in ((active, BLUE, "", "active"), (~active, PALE, "////", "inactive")):
         if chosen.any():
             bars: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": GREY if hatch else colour}
-            ax.bar(
-                place[chosen],
-                table["kl"].to_numpy()[chosen],
-                width=0.8,
-                label=f"{name} ({chosen.sum()})",
-                **bars,
-            )
-    name_bars(ax, [_short(i) for i in table.index])
-    ax.set(
-        ylabel="KL (nats per datum)", xlim=(-0.6, len(table) - 0.4), ylim=(min(0, table["kl"].min()), None)
-    )
-    ax.set_xlabel("latent dimension, by KL")
+            ax.bar(place[chosen], kl[chosen], width=0.8, label=f"{name} ({chosen.sum()})", **bars)
+    ax.set(xlabel="latent dimension, by KL", ylabel="KL (nats per datum)", ylim=(min(0, np.nanmin(kl)), None))
     legend_outside(ax)
     return figure
 

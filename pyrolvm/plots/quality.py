@@ -46,15 +46,16 @@ def plot_khat(k_hat: Any, threshold: float = 0.7, *, ax: Axes | None = None) -> 
     ax.scatter(rows[good], k[good], s=size, color=BLUE, linewidths=0, label="at most the threshold")
     ax.scatter(rows[high], k[high], s=1.6 * size, color=RED, marker="^", linewidths=0, label="above it")
     ax.axhline(threshold, color=GREY, linewidth=1, linestyle="--")
-    ax.annotate(
-        f"{threshold:.2f}", (1, threshold), xycoords=("axes fraction", "data"), fontsize="small", va="center"
-    )
+    ends: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "fontsize": "small", "va": "center"}
+    ax.annotate(f"{threshold:.2f}", (1, threshold), **ends)
     text = f"{high.sum()} of {len(k)} above {threshold:.2f}"
     if not known.all():
-        edge: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "clip_on": False}
-        ax.scatter(
-            rows[~known], np.full((~known).sum(), 1.0), marker="x", color="black", label="not finite", **edge
-        )
+        edge: dict[str, Any] = {
+            "transform": ax.get_xaxis_transform(),
+            "clip_on": False,
+            "label": "not finite",
+        }
+        ax.scatter(rows[~known], np.ones((~known).sum()), marker="x", color="black", **edge)
         text += f", {(~known).sum()} not finite"
     ax.set(xlabel="datum", ylabel=r"Pareto $\hat{k}$", xlim=(-0.02 * len(k), 1.02 * len(k)))
     ax.set_title(text, fontsize="medium", loc="left")
@@ -97,13 +98,11 @@ def plot_ranks(
     values = as_array(table.to_numpy(), "ranks", dims=2)
     highest = int(values.max()) if num_samples is None else num_samples
     if values.min() < 0 or values.max() > highest or not np.isfinite(values).all():
-        raise DataError(
-            f"ranks lie between {values.min()} and {values.max()}: with {highest} draws, 0 to {highest}"
-        )
-    if values.shape[1] > LARGEST or (ax is not None and values.shape[1] > 1):
-        raise DataError(
-            f"ranks of {values.shape[1]} quantities: choose {1 if ax is not None else LARGEST} at most"
-        )
+        found = f"{values.min()} and {values.max()}"
+        raise DataError(f"ranks lie between {found}: with {highest} draws, 0 to {highest}")
+    most = LARGEST if ax is None else 1
+    if values.shape[1] > most:
+        raise DataError(f"ranks of {values.shape[1]} quantities: choose {most} at most")
     edges = _edges(highest, bins or min(20, max(2, len(values) // 10)))
     if ax is not None:
         figure, panels = axes_of(ax)[0], [plain(ax)]
@@ -119,9 +118,8 @@ def plot_ranks(
 
 def _named(ranks: np.ndarray) -> pd.DataFrame:
     if ranks.ndim not in (1, 2):
-        raise DataError(
-            f"ranks have shape {list(ranks.shape)}: pass [simulations] or [simulations, quantities]"
-        )
+        wanted = "[simulations] or [simulations, quantities]"
+        raise DataError(f"ranks have shape {list(ranks.shape)}: pass {wanted}")
     columns = [""] if ranks.ndim == 1 else [f"quantity {i}" for i in range(ranks.shape[1])]
     return pd.DataFrame(ranks.reshape(len(ranks), -1), columns=columns)
 
@@ -173,11 +171,10 @@ def plot_gaps(table: pd.DataFrame | pd.Series, *, ax: Axes | None = None) -> Fig
     if error is not None:
         ax.errorbar(gaps, place, xerr=2 * error, fmt="none", ecolor="black", elinewidth=1, capsize=3)
     ax.axvline(0, color=GREY, linewidth=0.8)
+    whiskers = np.zeros(len(gaps)) if error is None else np.where(np.isfinite(error), 2 * error, 0.0)
     for i, gap in enumerate(gaps):
         note = f"{gap:.3g}" if np.isfinite(gap) else "not finite"
-        beyond = (error[i] * 2 if error is not None and np.isfinite(error[i]) else 0.0) + max(
-            0.0, np.nan_to_num(gap)
-        )
+        beyond = whiskers[i] + max(0.0, np.nan_to_num(gap))
         ax.annotate(note, (beyond, i), (4, 0), textcoords="offset points", va="center", fontsize="small")
     ax.set_yticks(place, [str(name) for name in table.index])
     unit = "nats per datum" + ("; whiskers: two standard errors" if error is not None else "")

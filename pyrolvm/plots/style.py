@@ -17,16 +17,8 @@ from pyrolvm.errors import DataError
 
 # Okabe and Ito (2008), "Color universal design", with brown and grey for ten classes; yellow, faint on white, last
 PALETTE = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#56B4E9",
-    "#D55E00",
-    "#CC79A7",
-    "#000000",
-    "#8C564B",
-    "#9A9A9A",
-    "#F0E442",
+    *("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00"),
+    *("#CC79A7", "#000000", "#8C564B", "#9A9A9A", "#F0E442"),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 FEW = len(PALETTE)  # classes that colours and markers can tell apart
@@ -76,7 +68,7 @@ def plain(ax: Axes) -> Axes:
     for formatter in (ax.xaxis.get_major_formatter(), ax.yaxis.get_major_formatter()):
         if isinstance(
             formatter, ScalarFormatter
-        ):  # else an offset or a power of ten stands apart from the ticks
+        ):  # an offset or a power of ten would stand apart from the ticks
             formatter.set_useOffset(False)
             formatter.set_scientific(False)
     return ax
@@ -127,23 +119,13 @@ def as_array(value: Any, name: str, dims: int | None = None) -> np.ndarray:
     return array
 
 
-def note_bar(ax: Axes, text: str, place: float, height: float) -> None:
-    """A number above a bar."""
-    ax.annotate(
-        text,
-        (place, height),
-        (0, 2),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        fontsize="x-small",
-    )
-
-
-def name_bars(ax: Axes, names: list[str]) -> None:
-    """Every bar's name, or as many as can be read."""
+def bar_axes(ax: Axes | None, names: list[str], inches: float = 0.4) -> tuple[Figure, Axes]:
+    """Axes for bars at 0, 1, ..., `inches` each if new, and their figure; as many are named as can be read."""
+    figure, ax = axes_of(ax, float(np.clip(1.5 + inches * len(names), 4, 12)), 3.2)
     every = max(1, -(-len(names) // 40))
     ax.set_xticks(range(0, len(names), every), names[::every], rotation=90 if len(names) > 8 else 0)
+    ax.set_xlim(-0.6, len(names) - 0.4)
+    return figure, ax
 
 
 def to_numpy(value: Any) -> np.ndarray:

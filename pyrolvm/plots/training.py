@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -125,18 +126,9 @@ def _held_out(history: pd.DataFrame, ax: Axes) -> np.ndarray:
     if "validation_elbo" not in history:
         return np.empty(0)
     points = history[["step", "validation_elbo"]].dropna()
-    ax.plot(
-        points["step"],
-        points["validation_elbo"],
-        color=ORANGE,
-        linewidth=1.2,
-        linestyle="--",
-        marker="o",
-        markersize=4,
-        markeredgecolor="black",
-        markeredgewidth=0.4,
-        label="held out",
-    )
+    style: dict[str, Any] = {"color": ORANGE, "linewidth": 1.2, "linestyle": "--", "label": "held out"}
+    style |= {"marker": "o", "markersize": 4, "markeredgecolor": "black", "markeredgewidth": 0.4}
+    ax.plot(points["step"], points["validation_elbo"], **style)
     return _settled(points["validation_elbo"].to_numpy(float))
 
 
