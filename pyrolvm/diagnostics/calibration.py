@@ -1,4 +1,4 @@
-"""Is the guide right on data that the model itself made?
+"""Whether the guide is right on data that the model itself made.
 
 Simulation-based calibration (Talts et al. 2018, "Validating Bayesian inference algorithms with
 simulation-based calibration"): for (z, x) ~ p(z, x) and draws z_1, ..., z_S from the exact posterior

@@ -34,8 +34,15 @@ TRAIN_ROWS, TEST_ROWS = 10_000, 5_000
 
 @dataclass(frozen=True, repr=False)
 class Disentanglement(Report):
-    """scores: by name, 0 to 1. matrices: what they are computed from, [codes, factors] each:
-    `mutual_information` (nats), `predictability` (of sap), `importance` (of dci).
+    """How well codes separate known factors.
+
+    Attributes
+    ----------
+    scores : Series
+        By name, 0 to 1.
+    matrices : dict
+        What they are computed from, [codes, factors] each: `mutual_information` (nats), `predictability` (of sap),
+        `importance` (of dci).
     """
 
     scores: pd.Series

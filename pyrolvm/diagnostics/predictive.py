@@ -1,4 +1,4 @@
-"""Posterior predictive checks: would the fitted model make data like these?
+"""Posterior predictive checks: whether the fitted model would make data like these.
 
 For a statistic T of the whole data set, and data sets x_rep made by the fitted model,
 

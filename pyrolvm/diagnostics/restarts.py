@@ -1,4 +1,4 @@
-"""Do several fits of one model agree?
+"""Whether several fits of one model agree.
 
 Their bounds may differ (local optima), and so may their posteriors where the bounds agree: by names of components
 or by rotations, which `align` takes out, or truly. For draws of S each from F guides, with W the mean of their

@@ -99,11 +99,7 @@ def fit_of(name):
     return pyrolvm.fit(model, args, guide=guide, **FREEZE, **options), args
 
 
-IN_GUIDE = "a discrete site enumerated in the guide"
-KNOWN = pytest.mark.xfail(strict=True, reason="Structure.enumerated counts sites that the guide draws")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[KNOWN] * (n == IN_GUIDE)) for n in PROGRAMS])
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_a_diagnosis_and_an_export_answer_or_say_why(name):
     fitted, args = fit_of(name)
     found = diagnose(fitted, args, 60)
