@@ -8,9 +8,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from pyrolvm.errors import DivergenceError, PyrolvmError
+from pyrolvm.signals import termination_as_interrupt
 
 BAD_INPUT, FAILED, STOPPED = 2, 1, 130
 
@@ -39,7 +38,7 @@ class Door(TyperGroup):
 @contextmanager
 def one_line_each() -> Iterator[None]:
     """Errors of this package, of files and of usage end the process with one line; warnings are one line each."""
-    with warnings.catch_warnings(), _termination_as_interrupt():
+    with warnings.catch_warnings(), termination_as_interrupt():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show_warning
@@ -80,20 +79,3 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
 def _out_of_memory(error: BaseException) -> bool:
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does, also while it compiles or writes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -5,13 +5,10 @@ Nothing here touches the host inside a chunk; everything here happens between tw
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +23,7 @@ from pyrolvm.inference.training.checkpoint import Checkpoint
 from pyrolvm.inference.training.divergence import explain, skip_bad_steps
 from pyrolvm.inference.training.plateau import Plateau
 from pyrolvm.progress import Bar
+from pyrolvm.signals import termination_as_interrupt
 
 CHUNK_SECONDS = 0.25
 FIRST_CHUNK, LARGEST_CHUNK = 8, 2**16
@@ -123,7 +121,7 @@ class Training:
         bar.begin(self.state.step)
         good: TrainingState | None = None
         try:
-            with _termination_as_interrupt():
+            with termination_as_interrupt():
                 while self.state.step < self.num_steps and not self.stopped_because:
                     good = self.state.clone()
                     record = self._chunk(good)
@@ -251,20 +249,3 @@ def _finite(state: TrainingState, terms: Tensor) -> bool:
         return False
     floating = [t for t in state.parameters.values() if t.is_floating_point()]
     return all(bool(torch.isfinite(t).all()) for t in floating)
-
-
-@contextlib.contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """A polite kill (SIGTERM) ends the run as Ctrl-C does, with a checkpoint."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
