@@ -32,8 +32,8 @@ class Evidence(Report):
         Whether rows are data; else the data are one.
     num_data : int
         Data that were given, of which the rows may be some.
-    elbo : Series or None
-        The bound of each datum, with the shared latents at their means.
+    elbo : float or None
+        The mean bound, nats per datum; None with latents that all data share.
     gap : float or None
         How far that bound is below log p(x) with the shared latents at their means, mean over the data.
     """

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pyro.distributions import Delta
 
 from pyrolvm.data import Dataset
 from pyrolvm.errors import SettingError
@@ -15,6 +16,7 @@ from pyrolvm.files import write_atomically
 from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, evidence_table, khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.handlers import Means
+from pyrolvm.inference.program.structure import base
 from pyrolvm.runs import Source, add_evidence, open_run
 from pyrolvm.runs.recipe import CHOICES
 from pyrolvm.shell.options import LOADING, PICTURE, READING
@@ -136,6 +138,8 @@ def deviations(fitted: FittedModel, x: Any) -> dict[str, torch.Tensor]:
     for pair in fitted.pair(x).chunks():
         trace = pair.guide(None, Means())
         found: Any = {n: trace.nodes[n]["fn"] for n in names if n in trace.nodes}
+        # an AutoGuide computes its latents from auxiliary draws: of such a point the spread is not 0 but unknown
+        found = {n: fn for n, fn in found.items() if not isinstance(base(fn), Delta)}
         try:
             parts.append({n: d.stddev.expand_as(trace.nodes[n]["value"]) for n, d in found.items()})
         except NotImplementedError:

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import RenyiELBO, TraceMeanField_ELBO
 from torch import nn
 
 import pyrolvm
@@ -108,6 +108,12 @@ def test_what_cannot_be_a_control_is_refused():
         pyrolvm.fit(model, X, guide=guide, controls={"learning_rate": 0.1}, **QUIET)
     with pytest.raises(SettingError, match="not both"):
         pyrolvm.fit(model, X, guide=guide, controls={"kl_weight": 0.1}, kl_warmup=0.5, **QUIET)
+    for objective in (
+        RenyiELBO(num_particles=5),
+        ControlVariate(),
+    ):  # bounds that are not a likelihood minus a KL
+        with pytest.raises(SettingError, match="'kl_weight' weigh"):
+            pyrolvm.fit(model, X, guide=guide, controls={"kl_weight": 0.5}, objective=objective, **QUIET)
     with pytest.raises(SettingError, match="'power' is nan"):
         pyrolvm.fit(model, X, guide=guide, controls={"power": lambda share: math.nan}, **QUIET)
     with pytest.raises(ProgramError, match="control 'power' has no value"):
@@ -234,5 +240,6 @@ def test_it_runs_under_plain_svi():
         svi = pyro.infer.SVI(coin, coin_guide, pyro.optim.Adam({"lr": 0.02}), objective)
         losses = [svi.step(X) for _ in range(400)]
         assert np.mean(losses[-50:]) < np.mean(losses[:50])
+        assert math.isfinite(svi.evaluate_loss(X))
         assert any("baseline" in name for name in pyro.get_param_store())
         assert abs(pyro.param("a").item()) > 0.5

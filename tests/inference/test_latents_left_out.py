@@ -10,6 +10,12 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_EL
 
 import pyrolvm
 from pyrolvm import ProgramError, SettingError, data_plate
+from pyrolvm.data import Batch
+from pyrolvm.inference.objectives import as_objective, estimate
+from pyrolvm.inference.program.checks import inspect_program
+from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.program import Program
+from pyrolvm.plates import data_rows
 
 X = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 1.5
 QUIET = {"progress": False, "engine": "eager"}
@@ -218,3 +224,94 @@ def test_the_evidence_of_a_datum_knows_no_weight():
     exact = dist.Normal(0.0, math.sqrt(2)).log_prob(X)
     assert (fitted.log_evidence(X, num_samples=3000) - exact).abs().max() < 0.1
     assert not fitted.structure.tempered  # rows count more or less, but no likelihood has a power
+
+
+def test_weights_of_rows_in_minibatches_are_those_of_the_whole():
+    """sum_n w_n log p(x_n) / N, whole and as the mean over a partition with N/B outside the logarithm."""
+    weights = torch.linspace(0.1, 3.0, 200)
+    model, guide = weighted(weights)
+    objective = RenyiELBO(alpha=0, num_particles=400)
+    exact = (weights * dist.Normal(0.0, math.sqrt(2)).log_prob(X)).sum().item()
+
+    def bound(rows):
+        with pyro.get_param_store().scope(), data_rows(len(X), rows), torch.no_grad():
+            return estimate(objective, model, guide, (X[rows],)).bound.item()
+
+    whole = bound(torch.arange(200))
+    parts = [bound(rows) for rows in torch.arange(200).split(40)]
+    assert abs(whole - exact) < 0.01 * 200
+    assert abs(sum(parts) / len(parts) - exact) < 0.01 * 200
+
+
+def test_weights_of_rows_reach_all_cells_of_two_plates():
+    """Two columns as a plate of their own share the weight of their row."""
+    weights, data = torch.linspace(0.5, 2.0, 50), X[:100].reshape(50, 2)
+
+    def both(sample):
+        with pyro.plate("columns", 2, dim=-2), data_plate(data, dim=-1), pyro.poutine.scale(scale=weights):
+            sample()
+
+    def model(x):
+        def sample():
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+        both(sample)
+
+    def guide(x):
+        both(lambda: pyro.sample("z", dist.Normal(x.T / 2, 0.8)))
+
+    objective = RenyiELBO(alpha=0, num_particles=400)
+    with torch.no_grad():
+        bound = estimate(objective, model, guide, (data,)).bound.item()
+    exact = (weights[:, None] * dist.Normal(0.0, math.sqrt(2)).log_prob(data)).sum().item()
+    assert abs(bound - exact) < 0.01 * 100
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO, TraceGraph_ELBO])
+def test_a_discrete_latent_left_to_the_prior_has_the_enumerated_gradient(objective):
+    """b ~ Bernoulli(p) left to the prior, x ~ N(b, 1): d/dlogit sum_n [p log N(x; 1, 1) + (1 - p) log N(x; 0, 1)]."""
+    x = X[:5]
+
+    def model(x):
+        logit = pyro.param("logit", torch.tensor(0.3))
+        with data_plate(x):
+            b = pyro.sample("b", dist.Bernoulli(logits=logit.expand(len(x))), infer={"left_to_prior": True})
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    program = Program(model, lambda x: None)
+    batch = Batch((x,))
+    program.initialise(batch, seed=0)
+    structure = inspect_program(program, batch)
+    pair = Pair(program, structure, batch, "train")
+    reading, gradients = as_objective(objective(max_plate_nesting=1)), []
+    with program.scope(batch):
+        for _ in range(4000):
+            surrogate = reading.estimate(pair, {}).surrogate
+            gradients.append(-torch.autograd.grad(surrogate, [*program.parameters.values()])[0])
+    p = torch.tensor(0.3).sigmoid()
+    exact = (p * (1 - p) * (dist.Normal(1.0, 1.0).log_prob(x) - dist.Normal(0.0, 1.0).log_prob(x))).sum()
+    found = torch.stack(gradients)
+    assert abs(found.mean() - exact) < 4 * found.std() / math.sqrt(len(found))
+
+
+def test_a_mixture_through_an_untracked_operation_is_refused_too():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            if type(value) is not torch.Tensor:
+                raise TypeError("plain tensors only")
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    def guide(x):
+        width = pyro.param("width", torch.tensor(0.5))
+        with data_plate(x):
+            psi = pyro.sample("psi", dist.Normal(x / 2, 0.5), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(Opaque.apply(psi), width))
+
+    with pytest.raises(ProgramError, match="'psi'"):
+        pyrolvm.fit(local, X, guide=guide, num_steps=1, **QUIET)

@@ -111,13 +111,18 @@ class Problem:
             pair = Pair(self.program, self.structure, batch, "train")
             result = self.objective.estimate(pair, controls)
         bound, terms = result.bound, dict(result.terms)
+        remainder = torch.zeros_like(bound)
         if weight is not None:  # what is reported is the ELBO itself, not the weighted one
+            if not {"log_likelihood", "kl"} <= terms.keys():
+                raise SettingError(unweighable(type(self.objective).__name__))
+            remainder = bound - (terms["log_likelihood"] - terms["kl"])
             terms["kl"] = terms["kl"] / weight
             bound = terms["log_likelihood"] - terms["kl"]
         n = self.structure.num_data
         self.terms = (BOUND, *terms)
         own = None if result.own_loss is None else result.own_loss / n
-        return Loss(result.surrogate / n, own, torch.stack([bound, *terms.values()]).detach() / n)
+        reported = torch.stack([bound, *terms.values()]).detach() / n
+        return Loss(result.surrogate / n, own, reported, remainder.detach() / n)
 
     def gradients(self, rows: Tensor, values: Sequence[Any] = ()) -> tuple[list[Tensor | None], Tensor]:
         """The gradient of each parameter (None where it has none), and the terms. Arguments as of `loss`.
@@ -140,21 +145,23 @@ class Problem:
 
 @dataclass(frozen=True)
 class Loss:
-    """The losses of a batch, in nats per datum.
+    """A loss per datum: `surrogate` for the pair, `own` for the objective's modules if they have one, [terms].
 
-    Attributes
-    ----------
-    surrogate : tensor []
-        Its gradient is that of minus the bound.
-    own : tensor [] or None
-        The loss of the objective's own modules.
-    terms : tensor [terms]
-        The bound and the objective's terms.
+    `remainder` is what a weighted bound is beside its likelihood and KL: not 0 where the objective is no ELBO.
     """
 
     surrogate: Tensor
     own: Tensor | None
     terms: Tensor
+    remainder: Tensor
+
+
+def unweighable(what: str) -> str:
+    """Why the KL of `what` has no weight, and what to do."""
+    return (
+        f"kl_warmup and the control 'kl_weight' weigh the KL of the ELBO apart from the likelihood, which {what} does "
+        "not have: leave them out"
+    )
 
 
 def schedules_of(

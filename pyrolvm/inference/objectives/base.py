@@ -97,7 +97,7 @@ class Objective(pyro.infer.ELBO):
     def _own_correction(self, result: Estimate) -> Any:
         """What makes the gradient of the own modules that of their own loss, and changes no other."""
         own = [p for module in self.modules().values() for p in module.parameters()]
-        if result.own_loss is None or not own:
+        if result.own_loss is None or not own or not torch.is_grad_enabled():
             return 0.0
         wanted = torch.autograd.grad(result.own_loss, own, retain_graph=True, materialize_grads=True)
         found = torch.autograd.grad(result.surrogate, own, retain_graph=True, materialize_grads=True)

@@ -136,7 +136,8 @@ def _own_scale(site: dict[str, Any]) -> Tensor:
 
 def _sources(program: Program, batch: Batch, guide: Trace) -> dict[str, frozenset[str]]:
     """Guide site -> the auxiliary sites that its distribution depends on; empty where it has none to depend on."""
-    auxiliary = {s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary")}
+    drawn = [s for s in sample_sites(guide) if not s["is_observed"]]  # a factor is no draw
+    auxiliary = {s["name"] for s in drawn if s["infer"].get("is_auxiliary")}
     if not auxiliary:
         return {}
     with program.untouched(), program.scope(batch), torch.no_grad(), TrackProvenance():
@@ -146,9 +147,10 @@ def _sources(program: Program, batch: Batch, guide: Trace) -> dict[str, frozense
                 s["name"]: get_provenance(s["fn"].log_prob(detach_provenance(s["value"]))) & auxiliary
                 for s in sample_sites(tracked)
             }
-        except Exception:  # an operation of the user's that tracked tensors do not pass: take what is usual
-            deltas = [s["name"] for s in sample_sites(guide) if isinstance(base(s["fn"]), Delta)]
-            return dict.fromkeys(deltas, frozenset(auxiliary))
+        except (
+            Exception
+        ):  # an operation that tracked tensors do not pass: each draw may depend on all of them
+            return {s["name"]: frozenset(auxiliary) for s in drawn}
 
 
 def _mixed(guide: Trace, sources: dict[str, frozenset[str]]) -> tuple[str, ...]:
@@ -201,7 +203,13 @@ def _picked_by_row(program: Program, batch: Batch) -> tuple[str, ...]:
         here, there = (_gradients(program, few.numbered(rows)) for rows in (first, total - 1 - first))
     except Exception:  # a program that takes no other number of rows has none to confuse
         return ()
-    return tuple(name for name in here if not torch.equal(here[name], there[name]))
+    return tuple(name for name in here if name not in there or _moved(here[name], there[name]))
+
+
+def _moved(here: Tensor, there: Tensor) -> bool:
+    """Whether a gradient is at other entries; that it is rounded otherwise (on a GPU, say) does not count."""
+    elsewhere = bool(((here != 0) != (there != 0)).any())
+    return elsewhere and not torch.allclose(here, there, rtol=1e-3, equal_nan=True)
 
 
 def _gradients(program: Program, batch: Batch) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def _divided_scale(
     """The scale outside the logarithm, and a function from a site's scale to the part inside."""
     scales = [s["scale"] for s in sites]
     if scales and all(isinstance(scale, Tensor) for scale in scales):
-        rows = _by_cell(scales[0], dims)
+        rows = _by_cell(scales[0], dims, {f.dim: f.size for f in shared if f.dim in dims})
         if rows is not None:
             _check_inside(sites, shared)
             return rows, lambda scale: _ratio(scale, scales[0])
@@ -121,13 +121,13 @@ def _same(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-12)
 
 
-def _by_cell(scale: Tensor, dims: list[int]) -> Tensor | None:
-    """A tensor scale as one number per cell, [cells] or [1]; None if it differs within a cell."""
+def _by_cell(scale: Tensor, dims: list[int], sizes: dict[int, int]) -> Tensor | None:
+    """A tensor scale as one number per cell, [cells]; None if it differs within a cell, or between particles."""
     shape = (1,) * (max([scale.dim(), *(-d for d in dims)]) - scale.dim()) + tuple(scale.shape)
-    within = [d for d in range(-len(shape), 0) if d not in dims]
-    if any(shape[d] > 1 for d in within):
+    if any(shape[d] > 1 for d in range(-len(shape), 0) if d not in sizes):
         return None
-    return scale.reshape(-1)
+    wide = [sizes.get(d, 1) for d in range(-len(shape), 0)]
+    return scale.reshape(shape).expand(wide).reshape(-1)
 
 
 def _ratio(scale: Tensor, outside: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pyrolvm.data.plan import BatchPlan, split_rows
 from pyrolvm.data.precision import check_precision
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
-from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem, schedules_of
+from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem, schedules_of, unweighable
 from pyrolvm.inference.objectives import prepare
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.checks import inspect_program
@@ -208,7 +208,7 @@ def _first_step(problem: Problem, rows: torch.Tensor, seed: int) -> None:
                 raise
             raise _refusal(problem, error) from error
     terms = dict(zip(problem.terms, loss.terms.tolist(), strict=True))
-    _check_weighted(problem, terms)
+    _check_weighted(problem, terms, loss.remainder.item())
     program.check_registered(loss.surrogate)
     if not loss.surrogate.requires_grad:
         raise ProgramError("the bound depends on no parameter, so there is nothing to fit")
@@ -223,22 +223,15 @@ def _refusal(problem: Problem, error: Exception) -> Exception:
     name = problem.objective.settings().get("name", type(problem.objective).__name__)
     if KL_WEIGHT in problem.schedules and problem.structure.enumerated:
         return SettingError(
-            _unweighable(f"a latent that is summed out ('{problem.structure.enumerated[0].name}')")
+            unweighable(f"a latent that is summed out ('{problem.structure.enumerated[0].name}')")
         )
     return ProgramError(f"{name} cannot take this program: {error}")
 
 
-def _check_weighted(problem: Problem, terms: Mapping[str, float]) -> None:
-    """A KL that is not known cannot be weighed."""
-    if KL_WEIGHT in problem.schedules and terms.get("kl") != terms.get("kl"):
-        raise SettingError(_unweighable(f"{problem.objective.settings().get('name', 'this objective')}"))
-
-
-def _unweighable(what: str) -> str:
-    return (
-        f"kl_warmup and the control 'kl_weight' weigh the KL of the ELBO apart from the likelihood, which {what} does "
-        "not have: leave them out"
-    )
+def _check_weighted(problem: Problem, terms: Mapping[str, float], remainder: float) -> None:
+    """A KL that is not known cannot be weighed, nor one that the bound is not the likelihood minus."""
+    if KL_WEIGHT in problem.schedules and not abs(remainder) <= 1e-3 * max(1.0, abs(terms["elbo"])):
+        raise SettingError(unweighable(f"{problem.objective.settings().get('name', 'this objective')}"))
 
 
 def settings_of(setup: Setup, optimizer: OptimizerSpec) -> dict[str, Any]:
