@@ -151,7 +151,7 @@ def test_minibatch_bounds_are_unbiased_for_the_full_one(case):
     program, rows = Program(model), torch.arange(len(x))
     batch = Batch((x,))
     program.initialise(batch, seed=0)
-    objective = prepare(None, inspect_program(program, batch))
+    objective = prepare(model.objective(), inspect_program(program, batch))
 
     def bounds(partition):
         parts = []
@@ -205,7 +205,7 @@ def test_plain_svi_trains_it_too(case):
         before = parameters(model)
         program = Program(model)
         program.initialise(Batch((x,)), seed=0)
-        objective = prepare(None, inspect_program(program, Batch((x,))))
+        objective = prepare(model.objective(), inspect_program(program, Batch((x,))))
         svi = pyro.infer.SVI(model.model, model.guide, pyro.optim.Adam({"lr": 0.01}), objective)
         svi.step(x)
         assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())

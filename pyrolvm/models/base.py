@@ -43,6 +43,7 @@ class LatentVariableModel(nn.Module):
     `log_marginal`       the exact log p(x)                                     the evidence, method "exact"
     `initialise_from`    starting values from the data                          `fit(initialise=True)`, if `fresh`
     `controls`           schedules that it brings to training                   `fit`
+    `objective`          the objective that it is usually trained by            `fit`, unless told another
     `decode`             the mean of p(x | z)                                   reconstructions, traversals
     ===================  =====================================================  ==================================
 
@@ -171,6 +172,17 @@ class LatentVariableModel(nn.Module):
             A constant, or a function of the share of the run that is done, from 0 to 1.
         """
         return {}
+
+    def objective(self) -> str | tuple[str, dict[str, Any]] | None:
+        """The objective that this model is usually trained by.
+
+        Returns
+        -------
+        str, tuple or None
+            A name of `pyrolvm.inference.objectives.OBJECTIVES`, or (name, its settings); None for an ELBO that suits
+            the program.
+        """
+        return None
 
     def decode(self, z: Tensor) -> Tensor | None:
         """The mean of p(x | z).

@@ -43,6 +43,7 @@ def make_encoder(
     hidden: Sequence[int] = (400,),
     activation: str = "relu",
     image_shape: Sequence[int] | None = None,
+    num_features: int = 0,
 ) -> nn.Module:
     """The encoder named `kind`, or `kind` itself if it is a module that can be one.
 
@@ -55,22 +56,27 @@ def make_encoder(
         As in `MLP`; of no effect on "linear" and modules.
     image_shape : sequence of int, optional
         (channels, height, width) for "conv"; by default one square channel.
+    num_features : int
+        Numbers beside loc and scale that the guide's family wants.
 
     Raises
     ------
     SettingError
         For an unknown name, or an `image_shape` of another number of pixels than `data_dim`.
     ProgramError
-        For a module that does not map x [..., data_dim] to (loc, scale > 0), each [..., latent_dim].
+        For a module that does not map x [..., data_dim] to (loc, scale > 0), each [..., latent_dim], and to features
+        [..., num_features] where there are any.
     """
     if isinstance(kind, nn.Module):
-        check_encoder(kind, data_dim, latent_dim)
+        check_encoder(kind, data_dim, latent_dim, num_features)
         return kind
     one_of("encoder", kind, KINDS)
     if kind == "conv":
         image_shape = _image_of(data_dim, image_shape)
-        return ConvEncoder(image_shape, latent_dim, hidden=hidden, activation=activation)
-    return MLPEncoder(data_dim, latent_dim, () if kind == "linear" else hidden, activation)
+        return ConvEncoder(
+            image_shape, latent_dim, hidden=hidden, activation=activation, num_features=num_features
+        )
+    return MLPEncoder(data_dim, latent_dim, () if kind == "linear" else hidden, activation, num_features)
 
 
 def make_decoder(
@@ -80,6 +86,7 @@ def make_decoder(
     hidden: Sequence[int] = (400,),
     activation: str = "relu",
     image_shape: Sequence[int] | None = None,
+    parts: int = 1,
 ) -> nn.Module:
     """The decoder named `kind`, or `kind` itself if it is a module that can be one.
 
@@ -89,33 +96,40 @@ def make_decoder(
         As in `make_encoder`.
     hidden : sequence of int
         Sizes of the hidden layers in the encoder's order: the decoder has them reversed.
+    parts : int
+        Numbers for each feature that the likelihood wants (`pyrolvm.models.likelihoods`).
 
     Raises
     ------
     SettingError
         For an unknown name, or an `image_shape` of another number of pixels than `data_dim`.
     ProgramError
-        For a module that does not map z [..., latent_dim] to [..., data_dim].
+        For a module that does not map z [..., latent_dim] to [..., parts * data_dim].
     """
     if isinstance(kind, nn.Module):
-        check_decoder(kind, latent_dim, data_dim)
+        check_decoder(kind, latent_dim, parts * data_dim)
         return kind
     one_of("decoder", kind, KINDS)
     backwards = tuple(reversed(tuple(hidden)))
     if kind == "conv":
-        image_shape = _image_of(data_dim, image_shape)
-        return ConvDecoder(latent_dim, image_shape, hidden=backwards, activation=activation)
-    return MLP(latent_dim, data_dim, () if kind == "linear" else backwards, activation)
+        channels, *sides = _image_of(data_dim, image_shape)
+        return ConvDecoder(latent_dim, (parts * channels, *sides), hidden=backwards, activation=activation)
+    return MLP(latent_dim, parts * data_dim, () if kind == "linear" else backwards, activation)
 
 
-def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int) -> None:
-    """Raise `ProgramError` unless `encoder` maps [1, data_dim] to (loc, scale > 0), each [1, latent_dim]."""
+def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int, num_features: int = 0) -> None:
+    """Raise `ProgramError` unless `encoder` maps [1, data_dim] to (loc, scale > 0), each [1, latent_dim].
+
+    And to features [1, num_features] where there are any.
+    """
     out = _try_out(encoder, "encoder", data_dim)
     parts = out if isinstance(out, tuple) else ()
-    if len(parts) != 2 or any(_shape(part) != [1, latent_dim] for part in parts):
+    wanted = [[1, latent_dim], [1, latent_dim], *([[1, num_features]] if num_features else [])]
+    if [_shape(part) for part in parts] != wanted:
+        more = f", and features [..., {num_features}] for its guide" if num_features else ""
         raise ProgramError(
             f"the encoder {type(encoder).__name__} returned {_described(out)} for x [1, {data_dim}]: it must map "
-            f"x [..., {data_dim}] to a tuple (loc, scale), each [..., {latent_dim}]"
+            f"x [..., {data_dim}] to a tuple (loc, scale), each [..., {latent_dim}]{more}"
         )
     if not bool((out[1] > 0).all()):
         raise ProgramError(

@@ -2,7 +2,7 @@
 
 An encoder maps data to the parameters of q(z | x), a decoder maps latents to those of p(x | z)::
 
-    encoder: x [..., data_dim]   -> loc [..., latent_dim], scale [..., latent_dim]
+    encoder: x [..., data_dim]   -> loc [..., latent_dim], scale [..., latent_dim] and, if wanted, features
     decoder: z [..., latent_dim] -> mean or logits [..., data_dim]
 
 Any number of dimensions may stand left of the last one: a particle plate puts one left of the batch.
@@ -75,21 +75,27 @@ class MLP(nn.Module):
 
 
 class GaussianEncoder(nn.Module):
-    """Read (loc, scale) of a diagonal Gaussian from the output of a network.
+    """Read (loc, scale) of a diagonal Gaussian, and features if wanted, from the output of a network.
 
     Parameters
     ----------
     net : Module
-        Maps x [..., data_dim] to [..., 2 * latent_dim].
+        Maps x [..., data_dim] to [..., 2 * latent_dim + num_features].
+    num_features : int
+        Numbers beside loc and scale that a guide family wants (`pyrolvm.models.guides`).
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, num_features: int = 0) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.num_features = net, num_features
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x [..., data_dim] to loc and scale, each [..., latent_dim]."""
-        return split_loc_scale(self.net(x).to(x.dtype))
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map x [..., data_dim] to loc and scale [..., latent_dim], and to features [..., num_features] if any."""
+        raw = self.net(x).to(x.dtype)
+        if not self.num_features:
+            return split_loc_scale(raw)
+        rest = raw.shape[-1] - self.num_features
+        return (*split_loc_scale(raw[..., :rest]), raw[..., rest:])
 
 
 class MLPEncoder(GaussianEncoder):
@@ -101,12 +107,19 @@ class MLPEncoder(GaussianEncoder):
         Sizes of x and z.
     hidden, activation
         As in `MLP`.
+    num_features : int
+        As in `GaussianEncoder`.
     """
 
     def __init__(
-        self, data_dim: int, latent_dim: int, hidden: Sequence[int] = (400,), activation: str = "relu"
+        self,
+        data_dim: int,
+        latent_dim: int,
+        hidden: Sequence[int] = (400,),
+        activation: str = "relu",
+        num_features: int = 0,
     ) -> None:
-        super().__init__(MLP(data_dim, 2 * latent_dim, hidden, activation))
+        super().__init__(MLP(data_dim, 2 * latent_dim + num_features, hidden, activation), num_features)
 
 
 class Rowwise(nn.Module):
@@ -158,6 +171,8 @@ class ConvEncoder(GaussianEncoder):
         Sizes of the fully connected layers after the last level.
     activation : str
         A key of `ACTIVATIONS`.
+    num_features : int
+        As in `GaussianEncoder`.
 
     Raises
     ------
@@ -172,14 +187,15 @@ class ConvEncoder(GaussianEncoder):
         channels: Sequence[int] = (32, 64),
         hidden: Sequence[int] = (),
         activation: str = "relu",
+        num_features: int = 0,
     ) -> None:
         nonlinearity = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
         (height, width), maps = _sizes(image_shape, channels)[-1], [image_shape[0], *channels]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(maps):
             layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nonlinearity()]
-        head = MLP(maps[-1] * height * width, 2 * latent_dim, hidden, activation)
-        super().__init__(Rowwise(nn.Sequential(*layers, nn.Flatten(), head), image_shape))
+        head = MLP(maps[-1] * height * width, 2 * latent_dim + num_features, hidden, activation)
+        super().__init__(Rowwise(nn.Sequential(*layers, nn.Flatten(), head), image_shape), num_features)
 
 
 class ConvDecoder(nn.Module):

@@ -38,6 +38,9 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrolvm.errors import SettingError
+from pyrolvm.models.guides import GuideFamily
+from pyrolvm.models.latent_priors import LatentPrior
+from pyrolvm.models.likelihoods import Likelihood
 from pyrolvm.models.ppca import PPCA, linear_gaussian_log_marginal, linear_gaussian_posterior
 from pyrolvm.models.vae import VAE
 
@@ -53,7 +56,7 @@ class PowerVAE(VAE):
         As in `VAE`.
     eta, beta : float, optional
         Exactly one of them, a positive number; eta = 1 is the VAE.
-    likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape
+    likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape, guide, prior
         As in `VAE`.
 
     Raises
@@ -73,17 +76,20 @@ class PowerVAE(VAE):
         latent_dim: int,
         eta: float | None = None,
         beta: float | None = None,
-        likelihood: str = "bernoulli",
+        likelihood: str | Likelihood = "bernoulli",
         encoder: str | nn.Module = "mlp",
         decoder: str | nn.Module = "mlp",
         noise_scale: float | str | None = None,
         hidden: Sequence[int] = (400,),
         activation: str = "relu",
         image_shape: Sequence[int] | None = None,
+        guide: str | GuideFamily = "diagonal",
+        prior: str | LatentPrior = "normal",
     ) -> None:
         super().__init__(
-            data_dim, latent_dim, likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape
-        )
+            data_dim, latent_dim, likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape,
+            guide, prior,
+        )  # fmt: skip
         self.eta = _power(eta, beta)
 
     @property

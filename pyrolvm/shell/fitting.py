@@ -13,14 +13,13 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-import pyro.infer
 import torch
 from torch.optim import lr_scheduler
 
 from pyrolvm.data import BatchPlan
 from pyrolvm.errors import DivergenceError, SettingError, count, one_of
 from pyrolvm.files import write_atomically
-from pyrolvm.inference.objectives import RenyiELBO
+from pyrolvm.inference.objectives import OBJECTIVES
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.training.fit import fit
@@ -33,13 +32,6 @@ from pyrolvm.shell.options import FIT, PREPARING
 from pyrolvm.shell.printing import caution, console, print_facts, print_table
 from pyrolvm.shell.values import annotation_text, read_as
 
-OBJECTIVES: dict[str, type] = {
-    "trace": pyro.infer.Trace_ELBO,
-    "meanfield": pyro.infer.TraceMeanField_ELBO,
-    "tracegraph": pyro.infer.TraceGraph_ELBO,
-    "enum": pyro.infer.TraceEnum_ELBO,
-    "renyi": RenyiELBO,
-}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LAST_RATE = 0.01
 """The exponential schedule ends at this share of the learning rate."""

@@ -83,7 +83,7 @@ def linear_pair(eta, data_dim=5, latent_dim=2):
         (decoder,) = vae.decoder.layers
         decoder.weight.copy_(ppca.loadings)
         decoder.bias.copy_(ppca.offset)
-        vae.log_noise_scale.copy_((ppca.noise_scale - SCALE_FLOOR).log())
+        vae.likelihood.log_noise_scale.copy_((ppca.noise_scale - SCALE_FLOOR).log())
     return ppca, vae
 
 

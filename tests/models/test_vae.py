@@ -83,7 +83,7 @@ def test_linear_networks_and_shared_noise_are_ppca():
         (decoder,) = vae.decoder.layers
         decoder.weight.copy_(ppca.loadings)
         decoder.bias.copy_(ppca.offset)
-        vae.log_noise_scale.copy_((ppca.noise_scale - SCALE_FLOOR).log())
+        vae.likelihood.log_noise_scale.copy_((ppca.noise_scale - SCALE_FLOOR).log())
     x, z = torch.randn(4, 5).double(), torch.randn(3, 4, 2).double()
     torch.testing.assert_close(vae.likelihood_dist(z).log_prob(x), ppca.likelihood_dist(z).log_prob(x))
     # so that importance sampling from PPCA's exact posterior has no variance under the VAE's joint
@@ -248,3 +248,14 @@ def test_what_is_built_from_words_can_be_built_again():
     again.load_state_dict(vae.state_dict())
     x = torch.randn(3, 64)
     assert torch.equal(vae.posterior_dist(x).mean, again.posterior_dist(x).mean)
+
+
+def test_the_noise_of_a_network_is_another_for_each_z():
+    vae = VAE(6, 2, "gaussian", noise_scale="network", hidden=(5,)).double()
+    z, x = torch.randn(8, 2).double(), torch.randn(8, 6).double()
+    mean, raw = vae.decoder(z).split(6, -1)
+    scale = SCALE_FLOOR + torch.nn.functional.softplus(raw)
+    torch.testing.assert_close(vae.likelihood_dist(z).log_prob(x), normal_log_density(x, mean, scale))
+    torch.testing.assert_close(vae.decode(z), mean)
+    with pytest.raises(SettingError, match="another value for each z"):
+        vae.noise_scale  # noqa: B018

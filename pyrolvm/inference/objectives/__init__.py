@@ -6,7 +6,16 @@ two names, never one. Pyro's own `Trace_ELBO`, `TraceGraph_ELBO`, `TraceMeanFiel
 """
 
 from pyrolvm.inference.objectives.base import Estimate, Objective
-from pyrolvm.inference.objectives.choice import as_objective, estimate, prepare
+from pyrolvm.inference.objectives.choice import OBJECTIVES, as_objective, estimate, named, prepare
 from pyrolvm.inference.objectives.renyi import RenyiELBO
 
-__all__ = ["Estimate", "Objective", "RenyiELBO", "as_objective", "estimate", "prepare"]
+__all__ = [
+    "OBJECTIVES",
+    "Estimate",
+    "Objective",
+    "RenyiELBO",
+    "as_objective",
+    "estimate",
+    "named",
+    "prepare",
+]

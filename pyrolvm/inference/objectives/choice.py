@@ -8,14 +8,24 @@ from typing import Any
 
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import SettingError, one_of
 from pyrolvm.inference.objectives.base import Estimate, ForeignObjective, Objective
 from pyrolvm.inference.objectives.enumeration import Enumeration
 from pyrolvm.inference.objectives.renyi import PyroRenyi
+from pyrolvm.inference.objectives.renyi import RenyiELBO as RenyiBound
 from pyrolvm.inference.objectives.trace import MeanField, TraceBound
 from pyrolvm.inference.objectives.tracegraph import DownstreamCosts
 from pyrolvm.inference.program.plain import PlainPair
 from pyrolvm.inference.program.structure import Structure
+
+OBJECTIVES: dict[str, Callable[..., Any]] = {
+    "trace": Trace_ELBO,
+    "meanfield": TraceMeanField_ELBO,
+    "tracegraph": TraceGraph_ELBO,
+    "enum": TraceEnum_ELBO,
+    "renyi": RenyiBound,
+}
+"""By name: what `fit(objective="trace")` and a model's `objective()` mean."""
 
 KNOWN: dict[type[ELBO], Callable[[Any], Objective]] = {
     TraceMeanField_ELBO: MeanField,
@@ -43,9 +53,20 @@ def as_objective(elbo: Any) -> Objective:
     return ForeignObjective(elbo)
 
 
-def prepare(objective: ELBO | None, structure: Structure) -> Objective:
+def named(objective: Any) -> Any:
+    """The ELBO that a name, or a pair (name, settings), means; anything else as it is.
+
+    Raises `SettingError` for an unknown name or settings that it does not have.
+    """
+    name, settings = objective if isinstance(objective, tuple) else (objective, {})
+    if not isinstance(name, str):
+        return objective
+    return OBJECTIVES[one_of("objective", name, OBJECTIVES)](**settings)
+
+
+def prepare(objective: ELBO | str | tuple | None, structure: Structure) -> Objective:
     """A private copy of `objective` that knows the program's plates and so need not guess them."""
-    objective = _default(structure) if objective is None else objective
+    objective = _default(structure) if objective is None else named(objective)
     if isinstance(objective, type):
         return as_objective(objective)  # raises
     summed_out = [s.name for s in structure.enumerated if not s.in_guide]

@@ -35,7 +35,7 @@ def fit(
     data: Any,
     *,
     guide: Any = None,
-    objective: ELBO | None = None,
+    objective: ELBO | str | None = None,
     optimizer: str | type[Optimizer] = "adam",
     learning_rate: Schedule = 1e-3,
     optimizer_options: dict[str, Any] | None = None,
@@ -72,10 +72,10 @@ def fit(
         `dtype`; integers stay integers.
     guide : callable, AutoGuide instance, AutoGuide class or name of one, optional
         Of the model's arguments; e.g. `AutoNormal` or "AutoNormal".
-    objective : pyro.infer.ELBO, optional
-        A Pyro ELBO object; `Trace_ELBO()` by default, `TraceEnum_ELBO()` if the model enumerates,
-        `TraceGraph_ELBO()` if it samples discrete latents. `RenyiELBO` is the bound of each datum, the plate's scale
-        outside the logarithm.
+    objective : pyro.infer.ELBO or str, optional
+        A Pyro ELBO object, or a name of `pyrolvm.inference.objectives.OBJECTIVES`. By default the model's own
+        `objective()`; else `Trace_ELBO()`, `TraceEnum_ELBO()` if the model enumerates, `TraceGraph_ELBO()` if it
+        samples discrete latents. `RenyiELBO` is the bound of each datum, the plate's scale outside the logarithm.
     optimizer : str or class
         A name ("adam", "sgd", ...) or a torch.optim class; one optimiser over all parameters. The loss is in nats per
         datum.

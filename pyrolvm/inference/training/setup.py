@@ -87,7 +87,8 @@ def set_up(
     program.initialise(first, derived_seed(seed, Purpose.START))
     with seeded(derived_seed(seed, Purpose.CHECK), device):
         structure = inspect_program(program, first)
-    prepared = prepare(objective, structure)
+    usual = program.contract.objective() if program.contract is not None else None
+    prepared = prepare(usual if objective is None else objective, structure)
     schedules = schedules_of(brought, prepared, controls, kl_warmup)
     problem = Problem(
         program,
