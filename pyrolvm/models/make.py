@@ -25,7 +25,7 @@ def square_image(data_dim: int) -> tuple[int, int, int]:
     return 1, side, side
 
 
-def _image_of(data_dim: int, image_shape: Sequence[int] | None) -> Sequence[int]:
+def image_of(data_dim: int, image_shape: Sequence[int] | None) -> Sequence[int]:
     """`image_shape`, by default one square channel; `SettingError` for another number of pixels than `data_dim`."""
     image_shape = image_shape or square_image(data_dim)
     if math.prod(image_shape) != data_dim:
@@ -72,7 +72,7 @@ def make_encoder(
         return kind
     one_of("encoder", kind, KINDS)
     if kind == "conv":
-        image_shape = _image_of(data_dim, image_shape)
+        image_shape = image_of(data_dim, image_shape)
         return ConvEncoder(
             image_shape, latent_dim, hidden=hidden, activation=activation, num_features=num_features
         )
@@ -112,7 +112,7 @@ def make_decoder(
     one_of("decoder", kind, KINDS)
     backwards = tuple(reversed(tuple(hidden)))
     if kind == "conv":
-        channels, *sides = _image_of(data_dim, image_shape)
+        channels, *sides = image_of(data_dim, image_shape)
         return ConvDecoder(latent_dim, (parts * channels, *sides), hidden=backwards, activation=activation)
     return MLP(latent_dim, parts * data_dim, () if kind == "linear" else backwards, activation)
 
@@ -122,7 +122,7 @@ def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int, num_featur
 
     And to features [1, num_features] where there are any.
     """
-    out = _try_out(encoder, "encoder", data_dim)
+    out = try_out(encoder, "encoder", data_dim)
     parts = out if isinstance(out, tuple) else ()
     wanted = [[1, latent_dim], [1, latent_dim], *([[1, num_features]] if num_features else [])]
     if [_shape(part) for part in parts] != wanted:
@@ -143,7 +143,7 @@ def check_decoder(decoder: nn.Module, latent_dim: int, data_dim: int) -> None:
 
     Pyro would take a decoder of width 1 without an error, broadcast over all columns.
     """
-    out = _try_out(decoder, "decoder", latent_dim)
+    out = try_out(decoder, "decoder", latent_dim)
     if _shape(out) != [1, data_dim]:
         raise ProgramError(
             f"the decoder {type(decoder).__name__} returned {_described(out)} for z [1, {latent_dim}]: "
@@ -151,14 +151,14 @@ def check_decoder(decoder: nn.Module, latent_dim: int, data_dim: int) -> None:
         )
 
 
-def _try_out(net: nn.Module, role: str, in_dim: int) -> Any:
-    """Run a row of zeros [1, in_dim] through `net` in eval mode, leaving its statistics and modes as they were."""
+def try_out(net: nn.Module, role: str, in_dim: int, *more: Tensor) -> Any:
+    """Run a row of zeros [1, in_dim], and `more`, through `net` in eval mode; its statistics and modes stay."""
     like = next(net.parameters(), torch.empty(()))
     modes = [(module, module.training) for module in net.modules()]
     try:
         net.eval()
         with torch.no_grad():
-            return net(torch.zeros(1, in_dim, device=like.device, dtype=like.dtype))
+            return net(torch.zeros(1, in_dim, device=like.device, dtype=like.dtype), *more)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ProgramError(
             f"the {role} {type(net).__name__} does not take a row [1, {in_dim}] ({error}): give it layers of "
