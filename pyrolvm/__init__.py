@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from pyrolvm.inference import FittedModel as FittedModel
     from pyrolvm.inference import Objective as Objective
     from pyrolvm.inference import RenyiELBO as RenyiELBO
+    from pyrolvm.inference import calibrate_loss as calibrate_loss
     from pyrolvm.inference import fit as fit
     from pyrolvm.inference import fit_restarts as fit_restarts
     from pyrolvm.models import *  # noqa: F403
+    from pyrolvm.models import loss as loss
     from pyrolvm.plates import data_plate as data_plate
 
 # Imported when first used: torch and Pyro take seconds that `pyrolvm --help` need not wait for
@@ -35,11 +37,13 @@ _HOMES = {
     "FittedModel": "inference",
     "Objective": "inference",
     "RenyiELBO": "inference",
+    "calibrate_loss": "inference",
     "control": "controls",
     "data_plate": "plates",
     "diagnose": "diagnostics",
     "fit": "inference",
     "fit_restarts": "inference",
+    "loss": "models",
     "to_inference_data": "diagnostics",
 }
 

@@ -19,4 +19,8 @@ REGISTRY: dict[str, type[LatentVariableModel]] = {
 }
 """Class name -> model: what the shell can fit and a run folder can build again."""
 
-__all__ = ["REGISTRY", "LatentVariableModel", *REGISTRY]
+# wraps any program, so that it has no name in the shell
+from pyrolvm.models.generalised import GeneralisedBayes as GeneralisedBayes  # noqa: E402
+from pyrolvm.models.generalised import loss as loss  # noqa: E402
+
+__all__ = ["REGISTRY", "GeneralisedBayes", "LatentVariableModel", *REGISTRY]

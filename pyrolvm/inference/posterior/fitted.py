@@ -125,11 +125,13 @@ class FittedModel:
     @torch.no_grad()
     def predict(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
         """Draws of new data at the posterior of `x`: observed site -> [num_samples, rows, ...]."""
+        self._check_observes()
         return self.draws(x, num_samples, seed=seed).predictive
 
     @torch.no_grad()
     def reconstruct(self, x: Any, *, seed: int = 0) -> Values:
         """The mean of p(x | z) at the guide's means: [rows, ...], a dict if several sites are observed."""
+        self._check_observes()
         parts = []
         for i, pair in enumerate(self.pair(x).chunks()):
             with self._noise(seed, Purpose.MEANS, i):
@@ -152,6 +154,7 @@ class FittedModel:
         mean : bool
             The mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
         """
+        self._check_observes()
         generator = Generator(self.program, self.structure, self.example, self.num_rows)
         with self._noise(seed, Purpose.GENERATE):
             return _one_or_all(generator(count("num_samples", num_samples), given, mean))
@@ -229,6 +232,12 @@ class FittedModel:
         `extra` are JSON-able notes on the run (its data, its command), kept in config.json under "run".
         """
         return saving.save_run(self, Path(path), extra)
+
+    def _check_observes(self) -> None:
+        if not self.structure.observed:
+            raise ProgramError(
+                "the program observes no data that it could make anew: a factor or a loss is no distribution of data"
+            )
 
     # ------------------------------------------------------------------ the pair behind them
 

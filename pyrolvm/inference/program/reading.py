@@ -18,6 +18,7 @@ from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program, explained
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
+    LOSS,
     Plate,
     Site,
     Structure,
@@ -118,10 +119,12 @@ def _nesting(*traces: Trace) -> int:
 
 
 def _is_tempered(model: Trace) -> bool:
-    """Whether data are weighted otherwise than latents, apart from the plates: a power of the likelihood.
+    """Whether data are weighted otherwise than latents, apart from the plates: a power of the likelihood, or a loss.
 
     A weight of rows around the whole program is none.
     """
+    if any(s["infer"].get(LOSS) for s in sample_sites(model)):
+        return True
     data = [_own_scale(s) for s in sample_sites(model) if s["is_observed"]]
     latent = [_own_scale(s) for s in sample_sites(model) if not s["is_observed"]]
     usual = latent[0] if latent else torch.ones((), dtype=torch.float64)

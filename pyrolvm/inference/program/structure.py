@@ -10,6 +10,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 
 LEFT_TO_PRIOR = "left_to_prior"
+LOSS = "loss"
+"""The mark of a site that is a loss and no density of data."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Structure:
         Auxiliary sites of the guide that other draws depend on without being determined by them: the density of those
         draws is an integral that nothing computes.
     tempered : bool
-        Whether data are weighted by more or less than one each (a power of the likelihood, row weights).
+        Whether data are weighted by more or less than one each (a power of the likelihood, row weights), or enter by a
+        loss.
     """
 
     sites: tuple[Site, ...]

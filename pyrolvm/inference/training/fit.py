@@ -196,7 +196,7 @@ def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
         program.contract.fresh = False
     if program.knows("check_fit"):  # it keeps the parameters of the last step
         with program.scope(mode="predict"):
-            program.contract.check_fit(*batch.args, **batch.kwargs)
+            program.contract.check_fit(*batch.args[:1])
     return FittedModel(
         program,
         structure,
