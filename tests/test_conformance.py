@@ -19,6 +19,7 @@ from pyrolvm import (
     REGISTRY,
     VAE,
     BayesianFactorAnalysis,
+    ConditionalVAE,
     DataError,
     GaussianMixture,
     PowerVAE,
@@ -56,6 +57,7 @@ CASES = {
         lambda: VAE(16, 2, "gaussian", encoder="conv", decoder="conv", image_shape=(1, 4, 4)),
         0.3 * IRIS.repeat(1, 4),
     ),
+    "ConditionalVAE": (lambda: ConditionalVAE(4, 2, num_classes=3, likelihood="gaussian", hidden=(16,)), IRIS),
     "PowerVAE": (lambda: PowerVAE(4, 2, eta=0.5, likelihood="gaussian", hidden=(16,)), IRIS),
 }
 QUIET = {"progress": False, "engine": "eager"}

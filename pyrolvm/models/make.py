@@ -25,7 +25,7 @@ def square_image(data_dim: int) -> tuple[int, int, int]:
     return 1, side, side
 
 
-def _image_of(data_dim: int, image_shape: Sequence[int] | None) -> Sequence[int]:
+def image_of(data_dim: int, image_shape: Sequence[int] | None) -> Sequence[int]:
     """`image_shape`, by default one square channel; `SettingError` for another number of pixels than `data_dim`."""
     image_shape = image_shape or square_image(data_dim)
     if math.prod(image_shape) != data_dim:
@@ -72,7 +72,7 @@ def make_encoder(
         return kind
     one_of("encoder", kind, KINDS)
     if kind == "conv":
-        image_shape = _image_of(data_dim, image_shape)
+        image_shape = image_of(data_dim, image_shape)
         return ConvEncoder(
             image_shape, latent_dim, hidden=hidden, activation=activation, num_features=num_features
         )
@@ -112,7 +112,7 @@ def make_decoder(
     one_of("decoder", kind, KINDS)
     backwards = tuple(reversed(tuple(hidden)))
     if kind == "conv":
-        channels, *sides = _image_of(data_dim, image_shape)
+        channels, *sides = image_of(data_dim, image_shape)
         return ConvDecoder(latent_dim, (parts * channels, *sides), hidden=backwards, activation=activation)
     return MLP(latent_dim, parts * data_dim, () if kind == "linear" else backwards, activation)
 

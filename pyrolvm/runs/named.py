@@ -56,8 +56,18 @@ class NamedModel:
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
-        """The constructor's parameters by name, without `data_dim`, which the data give."""
-        return {k: p for k, p in self.parameters.items() if k != "data_dim"}
+        """The constructor's parameters by name, without those that the data give."""
+        return {k: p for k, p in self.parameters.items() if k not in self.from_data}
+
+    @property
+    def from_data(self) -> tuple[str, ...]:
+        """The constructor's parameters that the data give."""
+        return ("data_dim", "num_classes", "condition_dim") if self.takes_labels else ("data_dim",)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether it is a model of (x, y), whose y are the labels of the data."""
+        return bool(getattr(self.cls, "takes_labels", False))
 
     @property
     def takes_columns(self) -> bool:

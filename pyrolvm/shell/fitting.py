@@ -57,10 +57,13 @@ class Job:
                 raise SettingError(f"{word}: give MODEL and DATA first, then options")
         self.options, self.text = options, data
         self.named = _named(model, own, options)
-        self.data = _preparation(options).apply(source_of(data, options), as_vectors=self.named.takes_columns)
-        width = int(self.data.train.values[:1].size)
+        self.data = _preparation(options).apply(
+            source_of(data, options),
+            as_vectors=self.named.takes_columns,
+            takes_labels=self.named.takes_labels,
+        )
         self.arguments = constructor_arguments(
-            self.named, own | _extra(extras), options.get("set", {}), width
+            self.named, own | _extra(extras), options.get("set", {}), self._from_data()
         )
         self.num_restarts = count("num_restarts", options.get("num_restarts", 1))
         self.fit_options = self._fit_options()
@@ -82,6 +85,16 @@ class Job:
             raise SettingError(
                 f"restarts build the model anew, and {self.named.text} is built already: name its class instead"
             )
+
+    def _from_data(self) -> dict[str, Any]:
+        """The constructor's arguments that the data give."""
+        found: dict[str, Any] = {}
+        if self.named.takes_columns:
+            found["data_dim"] = int(self.data.train.values[:1].size)
+        if self.named.takes_labels:
+            classes = self.data.record["classes"]
+            found |= {"num_classes": len(classes)} if classes else {"condition_dim": 1}
+        return found
 
     def _fit_options(self) -> dict[str, Any]:
         """The keyword arguments of `fit`: those given, words turned into objects."""
@@ -151,9 +164,9 @@ def _extra(words: list[str]) -> dict[str, str]:
 
 
 def constructor_arguments(
-    named: NamedModel, words: dict[str, str], settings: dict[str, Any], data_dim: int
+    named: NamedModel, words: dict[str, str], settings: dict[str, Any], from_data: dict[str, Any]
 ) -> dict[str, Any]:
-    """The constructor's arguments: by flag, by --set, and `data_dim`. Raises `SettingError`."""
+    """The constructor's arguments: by flag, by --set, and what the data give. Raises `SettingError`."""
     known = named.options
     free = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for name in [*words, *settings]:
@@ -163,8 +176,8 @@ def constructor_arguments(
             raise SettingError(
                 f"{named.text} is built already, so it takes no {_flag(name)}: name a class instead"
             )
-        if name == "data_dim":
-            raise SettingError("data_dim is taken from the data: leave it out")
+        if name in named.from_data:
+            raise SettingError(f"{name} is taken from the data: leave it out")
         if name not in known and not free:
             raise SettingError(_unknown(named, name))
     needed = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
@@ -176,7 +189,7 @@ def constructor_arguments(
     except (NameError, TypeError, AttributeError):  # annotations that mean nothing at run time
         hints = {}
     read = {n: read_as(n, annotation_text(hints.get(n, Parameter.empty)), w) for n, w in words.items()}
-    return ({"data_dim": data_dim} if named.takes_columns else {}) | read | settings
+    return from_data | read | settings
 
 
 def _unknown(named: NamedModel, name: str) -> str:

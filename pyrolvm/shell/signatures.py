@@ -33,6 +33,8 @@ SHORT: dict[str, tuple[str, ...]] = {
     "checkpoint_seconds": ("--checkpoint-every",),
 }
 """Other spellings of an option."""
+FROM_DATA = ("data_dim", "num_classes", "condition_dim")
+"""Parameters of models that the data give."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def model_options(panel: str) -> dict[str, Option]:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if not isinstance(node, ast.ClassDef) or not _is_model(node):
                 continue
-            for name, option in options_of(f"models/{file.name}", node.name, ("data_dim",), panel).items():
+            for name, option in options_of(f"models/{file.name}", node.name, FROM_DATA, panel).items():
                 first = found.setdefault(name, replace(option, models=[], default=""))
                 first.models.append(node.name)
     return {n: replace(o, help=f"{o.help} ({', '.join(o.models)})".strip()) for n, o in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import DataError, ProgramError, count
 from pyrolvm.inference.posterior import evidence, saving
 from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
@@ -155,7 +156,7 @@ class FittedModel:
             The mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
         """
         self._check_observes()
-        generator = Generator(self.program, self.structure, self.example, self.num_rows)
+        generator = Generator(self.program, self.structure, self.example, self.num_rows, self._num_arguments)
         with self._noise(seed, Purpose.GENERATE):
             return _one_or_all(generator(count("num_samples", num_samples), given, mean))
 
@@ -252,7 +253,8 @@ class FittedModel:
 
     def batch(self, x: Any) -> Batch:
         """`x` as the program's arguments: on its device, of its dtype, refused if it does not fit."""
-        data = suited(self.program, as_batch(x, self.program.dtype, self.program.device))
+        data = suited(self.program, x)
+        self._check_number(data)
         data.check_rows() if self.structure.data_plate else None
         self._check_columns(data)
         self._check_rows(data)
@@ -274,6 +276,19 @@ class FittedModel:
                 f"('{self.structure.per_datum[0]}') and none for new ones: pass the training data, or fit an "
                 "amortised guide"
             )
+
+    def _check_number(self, data: Batch) -> None:
+        """Refuse fewer arguments than the fit had: a label that is left out is not the label of nothing."""
+        if len(data.args) + len(data.kwargs) < (wanted := self._num_arguments):
+            names = ", ".join(list(inspect.signature(self.program.model).parameters)[:wanted])
+            raise DataError(f"the program was fitted to {wanted} arguments: pass all of them, ({names})")
+
+    @property
+    def _num_arguments(self) -> int:
+        if self.example is not None:
+            return len(self.example.args) + len(self.example.kwargs)
+        known = self.arguments or {}
+        return len(known.get("positional", ())) + len(known.get("keyword", ()))
 
     def _check_columns(self, data: Batch) -> None:
         if self.columns and data.columns and data.columns != self.columns:

@@ -14,7 +14,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import Schedule, value_of
-from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.arrays import Batch
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.plan import BatchPlan, split_rows
 from pyrolvm.data.precision import check_precision
@@ -71,7 +71,7 @@ def set_up(
 ) -> Setup:
     """Read the data, start the model, look at the program, and take one step on trial."""
     program = Program(model, guide, device=device, dtype=dtype)
-    batch = suited(program, as_batch(data, dtype, device))
+    batch = suited(program, data)
     _warn_of_precision(data, dtype)
     if batch_size is not None or validation is not None:
         batch.check_rows()
@@ -149,7 +149,7 @@ def _split(batch: Batch, validation: Any, program: Program, seed: int) -> tuple[
         train, held_out = split_rows(batch.num_rows, float(validation), seed)
         parts = batch.take(train), batch.take(held_out)
         return replace(parts[0], rows=None, total=None), replace(parts[1], rows=None, total=None)
-    held = suited(program, as_batch(validation, program.dtype, program.device))
+    held = suited(program, validation)
     held.check_rows()
     return batch, held
 
