@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyrolvm.inference.engine import cache, graphs, loops, rewrites, source, tracing
@@ -36,7 +35,7 @@ def key(traced: TracedStep) -> str:
     modules = (graphs, loops, rewrites, source, tracing, sys.modules[__name__])
     sources = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
     own = [_header_text(path.name) for path in sorted(CPP.glob("*.h"))]
-    return cache.digest(traced.text(), str(_blas_from()), *sources, *own)
+    return cache.digest(traced.text(), *sources, *own)
 
 
 def is_compiled(traced: TracedStep) -> bool:
@@ -92,24 +91,11 @@ def _compile(advance: Callable[..., Any], inputs: Sequence[Tensor], path: Path) 
 
 
 def _whole(code: str, num_inputs: int) -> str:
-    """inductor's C++ of one step, with the loop around it and the matrix products it calls."""
+    """inductor's C++ of one step, with the loop around it."""
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
-    settings = {
-        "NUM_INPUTS": num_inputs,
-        "NUM_THREADS": torch.get_num_threads(),
-        "STEPS_PER_CALL": steps,
-        "BLAS_FROM": _blas_from(),
-    }
-    lines = [f"#define {name} {value}" for name, value in settings.items()]
-    looped = source.looped(code)
-    names = ("gemm.h", "products.h", "runtime.h") if "pyrolvm::mm_out" in looped else ("runtime.h",)
-    return "\n".join([graphs.HEADERS, *lines, *map(_header_text, names), looped])
-
-
-def _blas_from() -> int:
-    """The number of multiplications from which BLAS is as quick as `gemm.h`; MKL on AMD's processors never is."""
-    return 2**31 if torch.backends.mkl.is_available() and "AMD" in cache.processor() else 2**20
+    lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {steps}"]
+    return "\n".join([graphs.HEADERS, *lines, _header_text("runtime.h"), source.looped(code)])
 
 
 def _header_text(name: str) -> str:
