@@ -28,7 +28,15 @@ KNOWN_TORCH = ((2, 11), (2, 13))
 
 
 class Engine(Protocol):
-    """The interface that `fit` uses; it does not depend on which engine runs."""
+    """The interface that `fit` uses; it does not depend on which engine runs.
+
+    Attributes
+    ----------
+    setup_seconds : float
+        Seconds within `run` so far that no step took: compiling, and checking the first compiled steps.
+    """
+
+    setup_seconds: float
 
     @property
     def name(self) -> str:

@@ -39,7 +39,8 @@ class FittedModel:
     ----------
     history : DataFrame
         One row per step: `step`, `elbo` and the objective's terms (`log_likelihood`, `kl`) in nats per datum (higher
-        elbo is better), `learning_rate`, `kl_weight` and other controls, `seconds`; `validation_elbo`.
+        elbo is better), `learning_rate`, `kl_weight` and other controls, `seconds` in steps so far, compiling not among
+        them; `validation_elbo`.
     engine : str
         One sentence: which engine ran and why.
     stopped_because : str
