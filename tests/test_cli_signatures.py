@@ -17,7 +17,11 @@ from pyrolvm.shell.values import kinds_of, read_as
 
 HELP = {"TERMINAL_WIDTH": "200", "COLUMNS": "200"}
 PAIRS = {
-    "fit": (shell.FIT, pyrolvm.fit, {"model", "data", "callbacks", "checkpoint", "resume", "progress"}),
+    "fit": (
+        shell.FIT,
+        pyrolvm.fit,
+        {"model", "data", "misplaced", "callbacks", "checkpoint", "resume", "progress"},
+    ),
     "sample": (shell.SAMPLE, pyrolvm.FittedModel.sample, {"self", "given"}),
     "encode": (shell.ENCODE, pyrolvm.FittedModel.encode, {"self", "x"}),
     "evidence": (shell.EVIDENCE, evidence_table, {"pair", "progress", "annealing"}),
