@@ -52,6 +52,11 @@ def test_every_option_of_a_constructor_is_an_option_of_fit(cls):
         assert cls.__name__ in shell.CONSTRUCTORS[name].models
 
 
+def test_options_of_constructors_are_those_of_models():
+    named = {model for option in shell.CONSTRUCTORS.values() for model in option.models}
+    assert named <= set(pyrolvm.REGISTRY)
+
+
 def test_choices_come_from_the_annotation():
     assert shell.CONSTRUCTORS["covariance"].kinds.choices == ("full", "diagonal", "spherical")
     shown = CliRunner().invoke(app, ["fit", "--help"], env=HELP).output

@@ -175,7 +175,7 @@ class FittedModel:
         ----------
         method : {"exact", "importance", "iwae", "prior", "ais"}
         num_samples : int, optional
-            Draws per datum (100 if None), or chains of "ais" (16).
+            Draws per datum (1000 if None), or chains of "ais" (16).
         num_particles : int, optional
             The K of "iwae".
         **annealing
