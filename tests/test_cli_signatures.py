@@ -17,7 +17,11 @@ from pyrolvm.shell.values import kinds_of, read_as
 
 HELP = {"TERMINAL_WIDTH": "200", "COLUMNS": "200"}
 PAIRS = {
-    "fit": (shell.FIT, pyrolvm.fit, {"model", "data", "callbacks", "checkpoint", "resume", "progress"}),
+    "fit": (
+        shell.FIT,
+        pyrolvm.fit,
+        {"model", "data", "misplaced", "callbacks", "checkpoint", "resume", "progress"},
+    ),
     "sample": (shell.SAMPLE, pyrolvm.FittedModel.sample, {"self", "given"}),
     "encode": (shell.ENCODE, pyrolvm.FittedModel.encode, {"self", "x"}),
     "evidence": (shell.EVIDENCE, evidence_table, {"pair", "progress", "annealing"}),
@@ -46,6 +50,11 @@ def test_every_option_of_a_constructor_is_an_option_of_fit(cls):
     assert names <= known
     for name in names & set(shell.CONSTRUCTORS):
         assert cls.__name__ in shell.CONSTRUCTORS[name].models
+
+
+def test_options_of_constructors_are_those_of_models():
+    named = {model for option in shell.CONSTRUCTORS.values() for model in option.models}
+    assert named <= set(pyrolvm.REGISTRY)
 
 
 def test_choices_come_from_the_annotation():

@@ -178,8 +178,8 @@ def _stats(
     if structure.global_latents and not is_whole(fitted, pair):
         return stats, (
             f"no log_p and log_q: '{structure.global_latents[0].name}' is shared by all data, its guide is fitted to "
-            f"{fitted.num_rows} rows, and weights for the {pair.num_rows} rows given would lead to another "
-            "posterior"
+            f"{fitted.num_rows} rows, and weights for the {pair.num_rows} rows given, which are others, would lead to "
+            "another posterior"
         )
     for joint in ("log_p", "log_q"):
         shared = parts.get(f"{joint}_global", 0.0)

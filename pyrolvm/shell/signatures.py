@@ -20,6 +20,7 @@ import typer
 from pyrolvm.shell.values import Kinds, kinds_of, read_as
 
 ROOT = Path(__file__).parents[1]
+BASE = "pyrolvm.models.base"
 SHORT: dict[str, tuple[str, ...]] = {
     "num_steps": ("--steps", "-n"),
     "num_epochs": ("--epochs",),
@@ -117,6 +118,8 @@ def options_of(
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     node = _find(tree, name.split("."))
     documented = _described(ast.get_docstring(node) or "")
+    if isinstance(node, ast.ClassDef) and not any(getattr(n, "name", "") == "__init__" for n in node.body):
+        return {}
     function = _find(node, ["__init__"]) if isinstance(node, ast.ClassDef) else node
     assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
     aliases = {t.id: n.value for n in assigned for t in n.targets if isinstance(t, ast.Name)}
@@ -175,22 +178,21 @@ def _described(docstring: str) -> dict[str, tuple[str, str]]:
 def model_options(panel: str) -> dict[str, Option]:
     """The constructors' options of all models of the suite, each with the models that have it."""
     found: dict[str, Option] = {}
-    for file in sorted((ROOT / "models").glob("*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if not isinstance(node, ast.ClassDef) or not _is_model(node):
-                continue
-            for name, option in options_of(f"models/{file.name}", node.name, FROM_DATA, panel).items():
-                first = found.setdefault(name, replace(option, models=[], default=""))
-                first.models.append(node.name)
+    for file, model in _registered():
+        for name, option in options_of(file, model, FROM_DATA, panel).items():
+            first = found.setdefault(name, replace(option, models=[], default=""))
+            first.models.append(model)
     return {n: replace(o, help=f"{o.help} ({', '.join(o.models)})".strip()) for n, o in found.items()}
 
 
-def _is_model(node: ast.ClassDef) -> bool:
-    """Whether the class is a model, built for data of so many columns, and no network."""
-    if any("Module" in ast.unparse(base) for base in node.bases):
-        return False
-    made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
-    return bool(made) and any(a.arg == "data_dim" for a in made[0].args.args)
+def _registered() -> list[tuple[str, str]]:
+    """(file, class) of the models: the imports of `models/__init__.py`, which are the registry."""
+    tree = ast.parse((ROOT / "models/__init__.py").read_text(encoding="utf-8"))
+    lines = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module != BASE]
+    found = [
+        (f"{str(n.module).partition('.')[2].replace('.', '/')}.py", a.name) for n in lines for a in n.names
+    ]
+    return [(file, name) for file, name in found if (ROOT / file).is_file()]
 
 
 def sharing(*groups: dict[str, Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -15,6 +15,7 @@ class EagerEngine:
     """Runs steps one by one with torch's own optimiser."""
 
     name = "eager"
+    setup_seconds = 0.0
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

@@ -40,7 +40,8 @@ class FittedModel:
     ----------
     history : DataFrame
         One row per step: `step`, `elbo` and the objective's terms (`log_likelihood`, `kl`) in nats per datum (higher
-        elbo is better), `learning_rate`, `kl_weight` and other controls, `seconds`; `validation_elbo`.
+        elbo is better), `learning_rate`, `kl_weight` and other controls, `seconds` in steps so far, compiling not among
+        them; `validation_elbo`.
     engine : str
         One sentence: which engine ran and why.
     stopped_because : str
@@ -178,7 +179,7 @@ class FittedModel:
         ----------
         method : {"exact", "importance", "iwae", "prior", "ais"}
         num_samples : int, optional
-            Draws per datum (100 if None), or chains of "ais" (16).
+            Draws per datum (1000 if None), or chains of "ais" (16).
         num_particles : int, optional
             The K of "iwae".
         **annealing
