@@ -23,6 +23,7 @@ from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.noise import RUNNING, seeded
+from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.program.routes import (
     explain_unregistered,
     leaves,
@@ -32,6 +33,8 @@ from pyrolvm.inference.program.routes import (
 )
 from pyrolvm.plates import Rows, data_rows
 
+START_ROWS = 4096
+"""Rows whose entries are started at once."""
 _MISMATCH = re.compile(r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)")
 
 
@@ -96,6 +99,11 @@ class Program:
     def knows(self, name: str) -> bool:
         """Whether the model itself has an answer called `name`: a method of the contract that it overrides."""
         return self.contract is not None and bool(self.contract.knows(name))
+
+    @property
+    def row_guide(self) -> PerDatum | None:
+        """The guide, if it is one that was made for the program's latents per datum."""
+        return self._functions[1] if isinstance(self._functions[1], PerDatum) else None
 
     @contextmanager
     def scope(
@@ -174,6 +182,18 @@ class Program:
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()
         self.collect()
+
+    def start_rows(self, batch: Batch, seed: int) -> None:
+        """Start the entries of a guide per datum, some rows of the whole data at a time."""
+        guide = self.row_guide
+        if guide is None or not guide.fresh:
+            return
+        with seeded(seed, self.device):
+            for rows in torch.arange(batch.num_rows, device=self.device).split(START_ROWS):
+                part = batch.take(rows)
+                with self.scope(part, "predict"):
+                    guide.start(rows, part.args, part.kwargs)
+        guide.fresh = False
 
     def adopt(self, prefix: str, modules: dict[str, nn.Module]) -> None:
         """Train further modules with the pair: an objective's baselines or control variates."""
