@@ -50,9 +50,7 @@ _current: ContextVar[Rows | None] = ContextVar("pyrolvm_rows", default=None)
 
 
 @contextmanager
-def data_rows(
-    total: int, indices: Tensor, entries: Mapping[int, Tensor] | None = None
-) -> Iterator[Rows]:
+def data_rows(total: int, indices: Tensor, entries: Mapping[int, Tensor] | None = None) -> Iterator[Rows]:
     """Within the block, the batch holds rows `indices` of `total`; `entries` as in `Rows`."""
     rows = Rows(total, indices, entries=entries or {})
     token = _current.set(rows)

@@ -1,9 +1,10 @@
 """Training the entries of a batch in parameters that have one entry for each row of the data.
 
-A step takes the entries of its rows out of a table [N, ...] and of the optimiser's slots of that shape, lets torch's own
-optimiser update them, and puts them back: nothing else of the table is read or written, so that the cost of a step does
-not depend on N. As in `torch.optim.SparseAdam`, moments move when their row is visited, and only then; the optimiser's
-count of steps, the learning rate and its schedule are those of the run. A weight decay acts on the rows of the batch.
+A step takes the entries of its rows out of a table [N, ...] and of the optimiser's slots of that shape, lets torch's
+own optimiser update them, and puts them back: nothing else of the table is read or written, so that the cost of a step
+does not depend on N. As in `torch.optim.SparseAdam`, moments move when their row is visited, and only then; the
+optimiser's count of steps, the learning rate and its schedule are those of the run. A weight decay acts on the rows of
+the batch.
 
 A batch that begins a new pass over the data may hold a row twice. Its gradients are then added up, so that both copies
 become the same entry.

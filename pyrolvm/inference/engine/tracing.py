@@ -123,7 +123,9 @@ class TracedStep:
         """The graph and its inputs' shapes: equal texts compute the same."""
         inputs = [*self.state, *self.data, self.rows, *self.constants]
         shapes = [f"{t.dtype} {tuple(t.shape)} {t.stride()} {t.device}" for t in inputs]
-        return "\n".join([self.graph.code, str(self.updated), str(sorted(self.by_row)), str(len(self.state)), *shapes])
+        return "\n".join(
+            [self.graph.code, str(self.updated), str(sorted(self.by_row)), str(len(self.state)), *shapes]
+        )
 
 
 def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:

@@ -103,16 +103,21 @@ class PerDatum(nn.Module):
         self.family = one_of("family", family, FAMILIES)
         self.sites: tuple[Local, ...] = ()
         self.fresh = True
-        self._start, self._own, self._model, self._others = start, start, None, None
+        self._start, self._own, self._shared = start, start, None
+        self._model: Callable[..., Any] | None = None
+        self._others: Callable[..., Any] | None = None
 
     @property
     def record(self) -> dict[str, Any]:
         """How a run folder names this guide."""
         return {"name": "per_datum", "arguments": {"family": self.family}}
 
-    def bind(self, model: Callable[..., Any], own: Callable[..., Any] | None) -> PerDatum:
-        """Be the guide of `model`, whose own guide is `own` if it brings one."""
-        self._model, self._own = model, self._start or own
+    def bind(self, model: Callable[..., Any], own: Any, shared: Any = None) -> PerDatum:
+        """Be the guide of `model`, whose own guide is `own` if it brings one.
+
+        `shared` is the guide of what the rows share, by default `own` too.
+        """
+        self._model, self._own, self._shared = model, self._start or own, shared or own
         return self
 
     # ------------------------------------------------------------------ the guide
@@ -144,7 +149,9 @@ class PerDatum(nn.Module):
             eye = torch.eye(site.size, dtype=loc.dtype, device=loc.device)
             found = dist.MultivariateNormal(flat, scale_tril=scale * (lower[0].tril(-1) + eye))
             if site.event_dims != 1:
-                found = dist.TransformedDistribution(found, [ReshapeTransform((site.size,), event)])
+                found = dist.TransformedDistribution(
+                    found, [ReshapeTransform(torch.Size([site.size]), event)]
+                )
         return found if site.is_real else dist.TransformedDistribution(found, [site.transform])
 
     def _tables(self, site: Local) -> list[Tensor]:
@@ -162,9 +169,7 @@ class PerDatum(nn.Module):
             total = len(self._tables(self.sites[0])[0])
             plate = pyro.plate(self._plate.name, total, dim=self._plate.dim)
         elif self._carries_total:
-            plate = pyro.plate(
-                self._plate.name, rows.total, subsample=rows.indices, dim=self._plate.dim
-            )
+            plate = pyro.plate(self._plate.name, rows.total, subsample=rows.indices, dim=self._plate.dim)
         else:
             plate = pyro.plate(self._plate.name, len(rows.indices), dim=self._plate.dim)
         with plate:
@@ -176,7 +181,9 @@ class PerDatum(nn.Module):
         """Look at the model once, and make the tables."""
         rows = current_rows()
         if rows is None or self._model is None:
-            raise ProgramError("a guide per datum is made by fit: pass it as guide=, pyrolvm.fit(model, x, guide=...)")
+            raise ProgramError(
+                "a guide per datum is made by fit: pass it as guide=, pyrolvm.fit(model, x, guide=...)"
+            )
         with poutine.block(), torch.no_grad():
             trace = poutine.trace(self._model).get_trace(*args, **kwargs)
         plate = find_data_plate(trace, len(rows.indices))
@@ -218,10 +225,10 @@ class PerDatum(nn.Module):
             self.register_parameter(f"{site.key}_lower", nn.Parameter(lower))
 
     def _shared_guide(self, names: list[str], trace: Trace) -> Callable[..., Any]:
-        if self._own is None:
+        if self._shared is None:
             return AutoNormal(poutine.block(self._model, expose=names))
         plates = [n for n, s in trace.nodes.items() if s["type"] == "sample" and n == self._plate.name]
-        return poutine.block(self._own, hide=[s.name for s in self.sites] + plates)
+        return poutine.block(self._shared, hide=[s.name for s in self.sites] + plates)
 
     # ------------------------------------------------------------------ where it starts
 
@@ -241,20 +248,17 @@ class PerDatum(nn.Module):
         """(loc, C) of a site that is Gaussian where it is drawn, rows first; None if it is not."""
         node: Any = trace.nodes.get(site.name)
         fn = None if node is None else node["fn"]
-        joint = isinstance(fn, dist.MultivariateNormal | dist.LowRankMultivariateNormal)
-        if fn is None or not site.is_real or not (joint or isinstance(base(fn), dist.Normal)):
+        if fn is None or not site.is_real or (kind := kind_of_gaussian(fn)) is None:
             return None
-        batch = fn.batch_shape
-        loc, spread = fn.mean.movedim(site.axis, 0), fn.variance.sqrt()
-        if joint and self._has_lower(site):
-            return loc, fn.scale_tril.movedim(site.axis, 0)
-        del batch
-        return loc, spread.movedim(site.axis, 0)
+        full = kind == "full" and self._has_lower(site)
+        return fn.mean.movedim(site.axis, 0), (fn.scale_tril if full else fn.stddev).movedim(site.axis, 0)
 
     def _moments(self, site: Local, traces: list[Trace]) -> tuple[Tensor, Tensor]:
         """Mean and spread of draws in unconstrained space, rows first."""
         if site.name not in traces[0].nodes:
-            raise ProgramError(f"the guide that the entries of '{site.name}' are to start from does not draw it")
+            raise ProgramError(
+                f"the guide that the entries of '{site.name}' are to start from does not draw it"
+            )
         nodes: list[Any] = [trace.nodes[site.name] for trace in traces]
         draws = torch.stack([site.transform.inv(node["value"]).movedim(site.axis, 0) for node in nodes])
         return draws.mean(0), draws.std(0).clamp_min(LEAST_SCALE)
@@ -268,6 +272,13 @@ class PerDatum(nn.Module):
             lower = (spread / diagonal.unsqueeze(-1)).tril(-1)
             tables[2].index_copy_(0, rows, lower.expand(len(rows), *tables[2].shape[1:]).to(lower.dtype))
         tables[1].index_copy_(0, rows, diagonal.expand(shape).log().to(tables[1].dtype))
+
+
+def kind_of_gaussian(fn: Any) -> str | None:
+    """The family that a distribution is of; None if it is no Gaussian."""
+    if isinstance(fn, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
+        return "full"
+    return "mean_field" if isinstance(base(fn), dist.Normal) else None
 
 
 def _is_left(site: Any) -> bool:

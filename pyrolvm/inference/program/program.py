@@ -7,9 +7,10 @@ parameter store, and runs the pair inside `scope()`, which leaves the process as
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -131,7 +132,7 @@ class Program:
                 if self.device.type != "cpu":
                     stack.enter_context(self.device)
                 stack.enter_context(controlled(self.controls))
-            stack.enter_context(self._evaluating(mode == "predict"))
+            stack.enter_context(self.evaluating(mode == "predict"))
             rows = None
             if batch is not None:
                 rows = stack.enter_context(data_rows(batch.total_rows, batch.indices))
@@ -145,7 +146,8 @@ class Program:
                     parameter.requires_grad_(False)
 
     @contextmanager
-    def _evaluating(self, evaluate: bool) -> Iterator[None]:
+    def evaluating(self, evaluate: bool = True) -> Iterator[None]:
+        """Modules in eval mode within the block."""
         modules = (*self.modules.values(), *self._reached.values()) if evaluate else ()
         training = [m for module in modules for m in module.modules() if m.training]
         for module in training:
@@ -194,6 +196,19 @@ class Program:
                 with self.scope(part, "predict"):
                     guide.start(rows, part.args, part.kwargs)
         guide.fresh = False
+
+    def with_row_guide(self, guide: PerDatum) -> Program:
+        """The same model, parameters and modes with another guide, whose tensors are called `rows.` something."""
+        other = copy.copy(self)
+        other.guide, other._functions, other.vectorized = guide, (self.model, guide), None
+        other.modules = {**self.modules, "rows.": guide}
+        other.parameters, other.buffers = {}, {}
+        return other
+
+    def hold(self, learned: Collection[str]) -> None:
+        """Train the parameters of these names alone."""
+        self.buffers |= {k: v for k, v in self.parameters.items() if k not in learned}
+        self.parameters = {k: v for k, v in self.parameters.items() if k in learned}
 
     def adopt(self, prefix: str, modules: dict[str, nn.Module]) -> None:
         """Train further modules with the pair: an objective's baselines or control variates."""

@@ -61,7 +61,7 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
         guide = ROW_GUIDES[guide]() if guide in ROW_GUIDES else getattr(pyro.infer.autoguide, guide)
     if isinstance(guide, type):
         guide = guide() if guide in ROW_GUIDES.values() else guide(program)  # else an AutoGuide class
-    if isinstance(guide, tuple(ROW_GUIDES.values())):
+    if isinstance(guide, PerDatum):
         guide.bind(program, own)
     if isinstance(guide, AutoGuide) and guide.create_plates is None:
         guide.create_plates = _RowPlates(guide)
