@@ -42,6 +42,8 @@ class Purpose(IntEnum):
     """Every other measure of a fit."""
     RESTART = 13
     """Fits of the same model from other starts."""
+    REFINE = 14
+    """Refinement of a guide for each datum."""
 
 
 def derived_seed(seed: int, purpose: Purpose, *index: int) -> int:

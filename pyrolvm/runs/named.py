@@ -17,6 +17,7 @@ from pyro.infer import autoguide
 from torch import nn
 
 from pyrolvm.errors import ProgramError, PyrolvmError, SettingError
+from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.models import REGISTRY
 
 ALIASES = {
@@ -116,7 +117,7 @@ def find_model(text: str, guide: str | None = None) -> NamedModel:
     text : str
         A name of the registry in any case, an alias, `file.py`, `file.py:name` or `package.module:name`.
     guide : str, optional
-        A name in the same file, an AutoGuide's name, or `file.py:name`.
+        A name in the same file, an AutoGuide's name, `file.py:name`, or of any model "per_datum" and its kin.
 
     Raises
     ------
@@ -126,6 +127,8 @@ def find_model(text: str, guide: str | None = None) -> NamedModel:
         The file fails, or what it defines is no pair.
     """
     if ".py" not in text and ":" not in text:
+        if guide in ROW_GUIDES:
+            return NamedModel(text, cls=REGISTRY[registry_name(text)], guide=guide)
         if guide is not None:
             raise SettingError(f"{text} brings its own guide: leave guide={guide} out")
         return NamedModel(text, cls=REGISTRY[registry_name(text)])
@@ -214,6 +217,8 @@ def _own_names(module: ModuleType) -> str:
 
 
 def _find_guide(name: str, module: ModuleType, place: str) -> Any:
+    if name in ROW_GUIDES:
+        return name
     if hasattr(module, name):
         return getattr(module, name)
     if name.startswith("Auto") and name in autoguide.__all__:

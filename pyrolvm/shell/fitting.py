@@ -22,6 +22,7 @@ from pyrolvm.files import write_atomically
 from pyrolvm.inference.objectives import OBJECTIVES
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.plots import plot_elbo
@@ -139,6 +140,8 @@ class Job:
 
 def _named(text: str, own: dict[str, Any], options: dict[str, Any]) -> NamedModel:
     """The model; `guide` is an option of its constructor if that has one of the name."""
+    if options.get("guide") in ROW_GUIDES:  # of any model: `fit` makes it
+        return find_model(text, options["guide"])
     if ".py" not in text and ":" not in text:
         named = find_model(text)
         if "guide" in named.options and "guide" in options:

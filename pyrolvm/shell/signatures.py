@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -186,9 +187,10 @@ def model_options(panel: str) -> dict[str, Option]:
 
 
 def _registered() -> list[tuple[str, str]]:
-    """(file, class) of the models: the imports of `models/__init__.py`, which are the registry."""
-    tree = ast.parse((ROOT / "models/__init__.py").read_text(encoding="utf-8"))
-    lines = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module != BASE]
+    """(file, class) of the models: the imports of `models/__init__.py` above the registry, which are the registry."""
+    body = ast.parse((ROOT / "models/__init__.py").read_text(encoding="utf-8")).body
+    above = itertools.takewhile(lambda node: not isinstance(node, ast.AnnAssign), body)
+    lines = [node for node in above if isinstance(node, ast.ImportFrom) and node.module != BASE]
     found = [
         (f"{str(n.module).partition('.')[2].replace('.', '/')}.py", a.name) for n in lines for a in n.names
     ]

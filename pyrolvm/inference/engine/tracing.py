@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.engine.entries import collected, is_per_row, places_of
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.program.noise import kept_generators
 from pyrolvm.inference.program.program import Program
@@ -57,6 +58,8 @@ class TracedStep:
         What a step may change: parameters, buffers and the optimiser's slots. The graph writes buffers in place.
     updated : tuple of int
         Positions in `state` of the new values.
+    by_row : frozenset of int
+        Those of them whose new value is that of the batch's rows alone.
     data : tuple of tensor [N, ...]
         The whole training data.
     rows : tensor [batch], int64
@@ -77,6 +80,7 @@ class TracedStep:
     dtype: torch.dtype
     num_controls: int = 1
     num_terms: int = 1
+    by_row: frozenset[int] = frozenset()
 
     def in_place(self, capacity: int, minibatch: bool) -> tuple[Callable[..., tuple[()]], list[Tensor]]:
         """The step as a function that only writes to its inputs, and example inputs for it.
@@ -98,7 +102,10 @@ class TracedStep:
             scheduled = [rate, *(value.to(dtype) for value in others)]
             *values, row = self.graph(*state, *data, rows, *scheduled, *constants)
             for position, value in zip(self.updated, values, strict=True):
-                state[position].copy_(value)
+                if position in self.by_row:
+                    state[position].index_copy_(0, rows, value)
+                else:
+                    state[position].copy_(value)
             terms.index_copy_(0, at, row.reshape(1, -1).to(dtype))
             index.add_(1)
             return ()
@@ -116,7 +123,9 @@ class TracedStep:
         """The graph and its inputs' shapes: equal texts compute the same."""
         inputs = [*self.state, *self.data, self.rows, *self.constants]
         shapes = [f"{t.dtype} {tuple(t.shape)} {t.stride()} {t.device}" for t in inputs]
-        return "\n".join([self.graph.code, str(self.updated), str(len(self.state)), *shapes])
+        return "\n".join(
+            [self.graph.code, str(self.updated), str(sorted(self.by_row)), str(len(self.state)), *shapes]
+        )
 
 
 def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
@@ -148,7 +157,7 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         at = dict(zip(state, flat, strict=False))
         rows, rate, *others = flat[len(flat) - len(controls) - 1 :]
         gradients, terms = problem.gradients(rows, others)
-        new = _update(problem, at, gradients, rate)
+        new = _update(problem, at, gradients, rate, rows)
         written[:] = new
         return (*new.values(), terms)
 
@@ -167,14 +176,36 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         program.dtype,
         len(controls),
         len(problem.terms),
+        frozenset(i for i, key in enumerate(names) if _is_by_row(problem, key, state)),
     )
 
 
+def _is_by_row(problem: Problem, key: str, state: dict[str, Tensor]) -> bool:
+    """Whether a step updates the rows of its batch alone in the tensor of this name."""
+    kind, _, owner = key.partition("/")
+    owner = owner if kind == "parameters" else owner.partition("/")[2]
+    return owner in problem.tables and is_per_row(state[key], state[f"parameters/{owner}"])
+
+
 def _update(
-    problem: Problem, state: dict[str, Tensor], gradients: Sequence[Tensor | None], learning_rate: Tensor
+    problem: Problem,
+    state: dict[str, Tensor],
+    gradients: Sequence[Tensor | None],
+    learning_rate: Tensor,
+    rows: Tensor,
 ) -> dict[str, Tensor]:
-    """New values of the parameters that have a gradient and of their slots, by torch's own optimiser."""
+    """New values of the parameters that have a gradient and of their slots, by torch's own optimiser.
+
+    Of tables they are those of the batch's entries.
+    """
     names = list(problem.program.parameters)
+    by_row = {key for key in state if _is_by_row(problem, key, state)}
+    state = {key: value.index_select(0, rows) if key in by_row else value for key, value in state.items()}
+    places = places_of(rows) if by_row else rows
+    gradients = [
+        collected(g, places) if g is not None and name in problem.tables else g
+        for name, g in zip(names, gradients, strict=True)
+    ]
     parameters = [state[f"parameters/{name}"].detach().clone() for name in names]
     optimizer = problem.optimizer.build(parameters)
     # the single-tensor form is the one without host-side grouping; all forms compute the same
@@ -200,6 +231,9 @@ def _update(
             stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", return_value=True))
         if problem.optimizer.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, problem.optimizer.clip_norm, foreach=False)
+        for name, parameter in zip(names, parameters, strict=True):
+            if name in problem.tables and parameter.grad is not None:
+                parameter.grad = parameter.grad.index_select(0, places)
         optimizer.step()
     new = {}
     for name, parameter, gradient in zip(names, parameters, gradients, strict=True):

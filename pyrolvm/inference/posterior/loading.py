@@ -17,6 +17,7 @@ from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
 from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.routes import row_guide
 from pyrolvm.inference.program.structure import Plate, Site, Structure
 
 DTYPES = {
@@ -90,6 +91,7 @@ def _rebuilt(
     if model is None:
         model = _build(config["model"], registry, path, saved)
     where = torch.device(resolve_device(device))
+    guide = row_guide(config.get("guide")) if guide is None else guide
     program = Program(model, guide, device=where, dtype=_dtype(config["dtype"], path))
     program.controls = {str(k): float(v) for k, v in config["controls"].items()}
     given = as_batch(example, program.dtype, where) if example is not None else None

@@ -7,9 +7,10 @@ parameter store, and runs the pair inside `scope()`, which leaves the process as
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +24,7 @@ from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.noise import RUNNING, seeded
+from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.program.routes import (
     explain_unregistered,
     leaves,
@@ -32,6 +34,8 @@ from pyrolvm.inference.program.routes import (
 )
 from pyrolvm.plates import Rows, data_rows
 
+START_ROWS = 4096
+"""Rows whose entries are started at once."""
 _MISMATCH = re.compile(r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)")
 
 
@@ -97,6 +101,11 @@ class Program:
         """Whether the model itself has an answer called `name`: a method of the contract that it overrides."""
         return self.contract is not None and bool(self.contract.knows(name))
 
+    @property
+    def row_guide(self) -> PerDatum | None:
+        """The guide, if it is one that was made for the program's latents per datum."""
+        return self._functions[1] if isinstance(self._functions[1], PerDatum) else None
+
     @contextmanager
     def scope(
         self, batch: Batch | None = None, mode: str = "train", *, validate: bool = False
@@ -123,7 +132,7 @@ class Program:
                 if self.device.type != "cpu":
                     stack.enter_context(self.device)
                 stack.enter_context(controlled(self.controls))
-            stack.enter_context(self._evaluating(mode == "predict"))
+            stack.enter_context(self.evaluating(mode == "predict"))
             rows = None
             if batch is not None:
                 rows = stack.enter_context(data_rows(batch.total_rows, batch.indices))
@@ -137,7 +146,8 @@ class Program:
                     parameter.requires_grad_(False)
 
     @contextmanager
-    def _evaluating(self, evaluate: bool) -> Iterator[None]:
+    def evaluating(self, evaluate: bool = True) -> Iterator[None]:
+        """Modules in eval mode within the block."""
         modules = (*self.modules.values(), *self._reached.values()) if evaluate else ()
         training = [m for module in modules for m in module.modules() if m.training]
         for module in training:
@@ -174,6 +184,31 @@ class Program:
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()
         self.collect()
+
+    def start_rows(self, batch: Batch, seed: int) -> None:
+        """Start the entries of a guide per datum, some rows of the whole data at a time."""
+        guide = self.row_guide
+        if guide is None or not guide.fresh:
+            return
+        with seeded(seed, self.device):
+            for rows in torch.arange(batch.num_rows, device=self.device).split(START_ROWS):
+                part = batch.take(rows)
+                with self.scope(part, "predict"):
+                    guide.start(rows, part.args, part.kwargs)
+        guide.fresh = False
+
+    def with_row_guide(self, guide: PerDatum) -> Program:
+        """The same model, parameters and modes with another guide, whose tensors are called `rows.` something."""
+        other = copy.copy(self)
+        other.guide, other._functions, other.vectorized = guide, (self.model, guide), None
+        other.modules = {**self.modules, "rows.": guide}
+        other.parameters, other.buffers = {}, {}
+        return other
+
+    def hold(self, learned: Collection[str]) -> None:
+        """Train the parameters of these names alone."""
+        self.buffers |= {k: v for k, v in self.parameters.items() if k not in learned}
+        self.parameters = {k: v for k, v in self.parameters.items() if k in learned}
 
     def adopt(self, prefix: str, modules: dict[str, nn.Module]) -> None:
         """Train further modules with the pair: an objective's baselines or control variates."""

@@ -27,21 +27,27 @@ from pyrolvm.inference.program.structure import (
     in_plate,
     sample_sites,
 )
+from pyrolvm.plates import Rows
 
 
-def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, set[str]]:
-    """(model trace, guide trace, names of the data plates made) of one run with all validation on."""
+def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, Rows]:
+    """(model trace, guide trace, rows with the plates and tables that were used) of one run with all validation on."""
     with program.untouched(), program.scope(batch, validate=True) as rows, torch.no_grad():
         with explained(batch, "guide"):
             guide_trace = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
         replayed = pyro.poutine.replay(program.model, trace=guide_trace)
         with explained(batch, "model"):
             model_trace = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
-    return model_trace, guide_trace, rows.made if rows else set()
+    assert rows is not None
+    return model_trace, guide_trace, rows
 
 
-def read_structure(program: Program, batch: Batch, model: Trace, guide: Trace, made: set[str]) -> Structure:
-    """The structure that a pair of traces shows; `made` are the names of the data plates that the program made."""
+def read_structure(
+    program: Program, batch: Batch, model: Trace, guide: Trace, rows: Rows | None = None
+) -> Structure:
+    """The structure that a pair of traces shows, and the plates and tables that the program used under `rows`."""
+    made = rows.made if rows else ()
+    tables = tuple(n for n, p in program.parameters.items() if rows and id(p) in rows.tables)
     plate = find_data_plate(model, len(batch.indices))
     drawn = {s["name"]: s for s in sample_sites(guide)}
     sources = _sources(program, batch, guide)
@@ -50,11 +56,12 @@ def read_structure(program: Program, batch: Batch, model: Trace, guide: Trace, m
         tuple(_site(s, plate, drawn, sources, batch) for s in sample_sites(model)),
         plate,
         _nesting(model, guide),
-        per_datum=_per_datum(program, batch, guide, plate),
+        per_datum=tuple(dict.fromkeys(tables + _per_datum(program, batch, guide, plate))),
         joint_guide=_joint(guide, plate),
         takes_any_rows=plate is not None and (plate.name in made or not whole),
         mixed=_mixed(guide, sources),
         tempered=_is_tempered(model),
+        row_tables=tables,
     )
 
 

@@ -72,6 +72,8 @@ class Structure:
         The plate over the rows of the data.
     per_datum : tuple of str
         Parameters of which each row of the training data has its own entry.
+    row_tables : tuple of str
+        Those of them that are read by `row_entries`, [N, ...]: a minibatch trains its rows of them alone.
     joint_guide : str or None
         A guide site outside the data plate that local latents are computed from.
     takes_any_rows : bool
@@ -92,6 +94,7 @@ class Structure:
     takes_any_rows: bool = False
     mixed: tuple[str, ...] = ()
     tempered: bool = False
+    row_tables: tuple[str, ...] = ()
 
     @property
     def num_data(self) -> int:

@@ -85,6 +85,7 @@ def set_up(
     brought = program.contract.controls() if program.contract is not None else {}
     program.controls = {k: value_of(k, v, 1 / steps) for k, v in {**brought, **(controls or {})}.items()}
     program.initialise(first, derived_seed(seed, Purpose.START))
+    program.start_rows(batch, derived_seed(seed, Purpose.START, 3))
     with seeded(derived_seed(seed, Purpose.CHECK), device):
         structure = inspect_program(program, first)
     usual = program.contract.objective() if program.contract is not None else None
@@ -106,7 +107,7 @@ def set_up(
     if held_out is not None and structure.per_datum:
         raise SettingError(
             f"the guide has parameters for each training row ('{structure.per_datum[0]}') and none for held-out "
-            "ones: leave validation out, or use an amortised guide"
+            "ones: leave validation out (`fitted.refine(x)` judges other rows afterwards), or use an amortised guide"
         )
     return Setup(problem, plan, batch, held_out, seed)
 
