@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 import warnings
@@ -51,6 +52,13 @@ def count(name: str, value: Any, least: int = 1) -> int:
         wanted = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
         raise SettingError(f"{name} must be {wanted}, not {value!r}")
     return int(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a float if it is a positive, finite number; else `SettingError`."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise SettingError(f"{name} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def warn_user(message: str) -> None:

@@ -20,6 +20,7 @@ from pyrolvm import (
     VAE,
     BayesianFactorAnalysis,
     ConditionalVAE,
+    BayesianGaussianMixture,
     DataError,
     GaussianMixture,
     PowerVAE,
@@ -47,6 +48,15 @@ CASES = {
     ),
     "GaussianMixture, prior": (
         lambda: GaussianMixture(4, 2, covariance="spherical", prior="conjugate"),
+        IRIS,
+    ),
+    "BayesianGaussianMixture": (lambda: BayesianGaussianMixture(4, 3), IRIS),
+    "BayesianGaussianMixture, sticks": (
+        lambda: BayesianGaussianMixture(4, 3, covariance="diagonal", weights_prior="stick_breaking"),
+        IRIS,
+    ),
+    "BayesianGaussianMixture, spherical": (
+        lambda: BayesianGaussianMixture(4, 3, covariance="spherical", concentration=0.001),
         IRIS,
     ),
     "BayesianFactorAnalysis": (lambda: BayesianFactorAnalysis(4, 2), IRIS),

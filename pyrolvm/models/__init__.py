@@ -7,6 +7,7 @@ from pyrolvm.models.base import LatentVariableModel as LatentVariableModel
 # isort: off
 from pyrolvm.models.ppca import PPCA as PPCA
 from pyrolvm.models.gmm import GaussianMixture as GaussianMixture
+from pyrolvm.models.bayesian_mixture import BayesianGaussianMixture as BayesianGaussianMixture
 from pyrolvm.models.factor_analysis import BayesianFactorAnalysis as BayesianFactorAnalysis
 from pyrolvm.models.vae import VAE as VAE
 from pyrolvm.models.power_vae import PowerVAE as PowerVAE
