@@ -18,9 +18,10 @@ from pyrolvm import (
     PPCA,
     REGISTRY,
     VAE,
+    Autoencoder,
     BayesianFactorAnalysis,
-    ConditionalVAE,
     BayesianGaussianMixture,
+    ConditionalVAE,
     DataError,
     GaussianMixture,
     PowerVAE,
@@ -68,6 +69,11 @@ CASES = {
         0.3 * IRIS.repeat(1, 4),
     ),
     "ConditionalVAE": (lambda: ConditionalVAE(4, 2, num_classes=3, likelihood="gaussian", hidden=(16,)), IRIS),
+    "Autoencoder": (lambda: Autoencoder(4, 2, hidden=(16,)), IRIS),
+    "Autoencoder, convolutional": (
+        lambda: Autoencoder(16, 2, "bernoulli", encoder="conv", decoder="conv"),
+        BINARY.repeat(1, 4),
+    ),
     "PowerVAE": (lambda: PowerVAE(4, 2, eta=0.5, likelihood="gaussian", hidden=(16,)), IRIS),
 }
 QUIET = {"progress": False, "engine": "eager"}
@@ -324,7 +330,7 @@ def test_answers_leave_modes_and_buffers_as_they_were(case):
     before = copy.deepcopy(fitted.model.state_dict())
     fitted.sample(3)
     fitted.posterior(x[:5], 2)
-    fitted.log_evidence(x[:5], "importance", 4)
+    fitted.log_evidence(x[:5], "prior" if fitted.structure.points else "importance", 4)
     assert [module.training for module in fitted.model.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in fitted.model.state_dict().items())
 

@@ -12,6 +12,7 @@ from pyrolvm.models.factor_analysis import BayesianFactorAnalysis as BayesianFac
 from pyrolvm.models.vae import VAE as VAE
 from pyrolvm.models.power_vae import PowerVAE as PowerVAE
 from pyrolvm.models.conditional_vae import ConditionalVAE as ConditionalVAE
+from pyrolvm.models.autoencoder import Autoencoder as Autoencoder
 # isort: on
 
 REGISTRY: dict[str, type[LatentVariableModel]] = {

@@ -279,7 +279,7 @@ def _save(fitted: FittedModel, restarts: Any, folder: RunFolder, job: Job, infer
     if restarts is not None:
         write_atomically(folder.path / "restarts.csv", lambda p: restarts.to_csv(p, index=False))
     if len(fitted.history):  # a run that went back to its start has none
-        figure = plot_elbo(fitted.history)
+        figure = plot_elbo(fitted.history, name=fitted.structure.bound_name)
         write_atomically(folder.path / "elbo.png", lambda p: figure.savefig(p, format="png", dpi=150))
     if inference_data:
         from pyrolvm.diagnostics.inference_data import save_inference_data, to_inference_data
@@ -295,6 +295,7 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job, path: Path) -> N
         console().print()
     history = fitted.history
     unit = "nats per datum" if fitted.structure.data_plate else "nats in total"
+    bound = fitted.structure.bound_name
     held_out, warmed = fitted.held_out_elbo, job.options.get("kl_warmup") and len(history)
     own = f" --model {job.named.text}" if ".py" in job.named.text else ""
     print_facts(
@@ -303,12 +304,12 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job, path: Path) -> N
         ("steps", int(history["step"].max()) if len(history) else 0),
         ("engine", fitted.engine),
         ("stopped", fitted.stopped_because),
-        (f"ELBO, {unit}", fitted.elbo),
-        ("ELBO, held out", None if math.isnan(held_out) else held_out),
+        (f"{bound}, {unit}", fitted.elbo),
+        (f"{bound}, held out", None if math.isnan(held_out) else held_out),
         ("KL weight at the end", float(history["kl_weight"].iloc[-1]) if warmed else None),
         ("run", str(path)),
         ("next", f"pyrolvm report {path}{own}"),
     )
     if rise := still_rising(history):
-        words = f"the ELBO rose by {rise:.3g} over the last fifth of the steps and may not be done"
+        words = f"the {bound} rose by {rise:.3g} over the last fifth of the steps and may not be done"
         caution(f"{words}: more --num-steps, or a larger --learning-rate")

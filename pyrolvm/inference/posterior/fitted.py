@@ -72,7 +72,7 @@ class FittedModel:
         steps = int(self.history["step"].iloc[-1]) if len(self.history) else 0
         lines = [f"FittedModel of {name}: {self.num_rows} rows, {steps} steps, {self.stopped_because}"]
         if steps:
-            lines.append(f"  ELBO {self.elbo:.4f} {unit}")
+            lines.append(f"  {self.structure.bound_name} {self.elbo:.4f} {unit}")
         if not math.isnan(self.held_out_elbo):
             lines[-1] += f", held out {self.held_out_elbo:.4f}"
         for role, sites in (("latents", self.structure.latents), ("data", self.structure.observed)):
@@ -91,7 +91,7 @@ class FittedModel:
 
     @property
     def elbo(self) -> float:
-        """The bound averaged over the last hundred steps, nats per datum."""
+        """The bound averaged over the last hundred steps, nats per datum; of a point estimate, log p(x, z) at it."""
         return float(self.history["elbo"].tail(100).mean())
 
     @property
@@ -269,7 +269,7 @@ class FittedModel:
         ProgramError
             No continuous latents of each datum, or the guide draws those of all data at once.
         """
-        data = suited(self.program, as_batch(x, self.program.dtype, self.program.device))
+        data = suited(self.program, x)
         self._check_columns(data)
         found = refine.climb(
             self, data, family, num_steps, learning_rate, num_samples, seed, engine, progress

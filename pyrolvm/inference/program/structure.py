@@ -131,6 +131,16 @@ class Structure:
         """Latents outside the data plate, shared by all data."""
         return tuple(s for s in self.latents if not s.local)
 
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Latents of each datum that the guide holds at points: it is an estimate, without a density."""
+        return tuple(s.name for s in self.local_latents if s.point)
+
+    @property
+    def bound_name(self) -> str:
+        """What an ELBO of this pair is: no bound where a latent of each datum has no density in the guide."""
+        return "log p(x, z) at a point" if self.points else "ELBO"
+
     def table(self) -> str:
         """One line per site: name, role, distribution, batch and event shape, plates."""
         return site_table(self.sites)

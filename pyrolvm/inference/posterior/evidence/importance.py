@@ -162,11 +162,10 @@ def check_guide(structure: Structure, method: str, from_prior: bool) -> None:
     if from_prior:
         refuse_enumeration(structure, f"method='{method}'")
         return
-    points = [s.name for s in structure.local_latents if s.point]
-    if points:
+    if structure.points:
         raise SettingError(
-            f"the guide is a point estimate of '{points[0]}': it has no density, so there are no importance weights "
-            "and no evidence by it; use method='prior', or a guide with a density"
+            f"the guide is a point estimate of '{structure.points[0]}': it has no density, so there are no "
+            "importance weights and no evidence by it; use method='prior', or a guide with a density"
         )
     if structure.joint_guide:
         raise SettingError(
