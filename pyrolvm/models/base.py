@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
 
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
+from pyrolvm.models.pieces import plain
 from pyrolvm.plates import current_rows, data_plate
 
 
@@ -69,8 +69,7 @@ class LatentVariableModel(nn.Module):
         # nn.Module.__setattr__ needs a finished __init__; copies and unpickling pass no arguments
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         given = {k: v for k, v in bound.arguments.items() if k != "self"}
-        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
-        object.__setattr__(self, "constructor", plain)
+        object.__setattr__(self, "constructor", {k: plain(v) for k, v in given.items()})
         return self
 
     # ------------------------------------------------------------------ the program

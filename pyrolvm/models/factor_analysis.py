@@ -14,7 +14,8 @@ Guide: mean-field over the global latents, and one linear map for the local ones
     q(W) q(b)     Normal,      q(noise_scale) q(alpha)   LogNormal
     q(z_n | x_n) = Normal(A (x_n - m) / s + c, C C^T),   C lower triangular
 
-which contains the exact p(z | x, W, b, psi), itself linear in x with one covariance for all data:
+(or another family: `guides.py`), which contains the exact p(z | x, W, b, psi), itself linear in x with one
+covariance for all data:
 
     p(z | x, W, b, psi) = Normal(M^-1 W' Psi^-1 (x - b), M^-1),   M = I + W' Psi^-1 W.
 
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from pyrolvm.errors import SettingError, one_of
 from pyrolvm.models.alignment import Aligned, align_loadings, canonical
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite, check_sizes
+from pyrolvm.models.guides import GuideFamily, linear_features, make_guide, set_covariance
 from pyrolvm.models.priors import inverse_chi
 from pyrolvm.models.starts import moments, principal_loadings
 
@@ -55,6 +57,8 @@ class BayesianFactorAnalysis(LatentVariableModel):
         L, factors, at most `data_dim`.
     loadings_prior : {"normal", "ard"}
         "ard" lets the data switch factors off.
+    guide : str or GuideFamily
+        The family of q(z | x), of `pyrolvm.models.guides.GUIDES`; "full" contains the exact one.
 
     Raises
     ------
@@ -69,7 +73,13 @@ class BayesianFactorAnalysis(LatentVariableModel):
     location: Tensor  # m [data_dim]
     unit: Tensor  # s [data_dim]
 
-    def __init__(self, data_dim: int, latent_dim: int, loadings_prior: Literal["normal", "ard"] = "normal"):
+    def __init__(
+        self,
+        data_dim: int,
+        latent_dim: int,
+        loadings_prior: Literal["normal", "ard"] = "normal",
+        guide: str | GuideFamily = "full",
+    ):
         super().__init__()
         self.data_dim, self.latent_dim = data_dim, latent_dim = check_sizes(data_dim, latent_dim)
         self.loadings_prior = one_of("loadings_prior", loadings_prior, ("normal", "ard"))
@@ -85,8 +95,10 @@ class BayesianFactorAnalysis(LatentVariableModel):
         if loadings_prior == "ard":
             self.relevance_loc = nn.Parameter(torch.zeros(latent_dim))
             self.relevance_log_sd = nn.Parameter(torch.full((latent_dim,), -1.0))
+        self.guide_family = make_guide(guide, latent_dim)
         self.encoder = nn.Linear(data_dim, latent_dim)  # A, c
-        self.raw_tril = nn.Parameter(torch.zeros(latent_dim, latent_dim))  # C, its diagonal in logs
+        self.log_scale = nn.Parameter(torch.zeros(latent_dim))  # of the diagonal of C
+        self.guide_features = linear_features(self.guide_family, data_dim)
 
     def model(self, x: Tensor | None = None) -> Tensor:
         """p(W, psi, b, z, x); returns x [batch, data_dim]."""
@@ -116,15 +128,13 @@ class BayesianFactorAnalysis(LatentVariableModel):
         pyro.sample("offset", q.to_event(1))
         if x is not None:
             with self.data_plate(x):
-                loc = self.encoder((x - self.location) / s)  # [batch, latent_dim]
-                pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self._scale_tril()))
+                r = (x - self.location) / s
+                q = self.guide_family(self.encoder(r), self.log_scale.exp(), self.guide_features(r))
+                pyro.sample("z", q)
 
     def _loadings_posterior(self) -> dist.Normal:
         s = self.unit.unsqueeze(-1)
         return dist.Normal(s * self.loadings_loc, s * self.loadings_log_sd.exp())
-
-    def _scale_tril(self) -> Tensor:
-        return self.raw_tril.tril(-1) + torch.diag_embed(self.raw_tril.diagonal().exp())  # [L, L]
 
     @torch.no_grad()
     def posterior_mean(self) -> dict[str, Tensor]:
@@ -259,8 +269,7 @@ class BayesianFactorAnalysis(LatentVariableModel):
 
         Notes
         -----
-        Sets the units m and s of the priors to the data's mean and deviation, and the deviations of q to
-        their order of magnitude, noise / sqrt(N).
+        Sets the units m and s of the priors, and the deviations of q to their order of magnitude, noise / sqrt(N).
         """
         x = self.check_data(x).to(self.unit)
         for buffer, value in zip((self.location, self.unit), moments(x), strict=True):
@@ -282,7 +291,8 @@ class BayesianFactorAnalysis(LatentVariableModel):
         self.encoder.weight.copy_(q.mean.mT)  # the mean's answer to each unit vector
         self.encoder.bias.zero_()
         tril = q.scale_tril[0] if q.scale_tril.dim() == 3 else q.scale_tril
-        self.raw_tril.copy_(tril.tril(-1) + torch.diag_embed(tril.diagonal().log()))
+        self.log_scale.copy_(tril.diagonal().log())
+        set_covariance(self.guide_family, self.guide_features, tril)
 
     def decode(self, z: Tensor) -> Tensor:
         """E_q[W] z + E_q[b] [..., data_dim], the mean of x given z [..., latent_dim] under q(W) q(b)."""

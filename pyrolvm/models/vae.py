@@ -64,9 +64,9 @@ class VAE(LatentVariableModel):
     image_shape : sequence of int, optional
         (channels, height, width) for "conv"; by default one square channel.
     guide : str or GuideFamily
-        The family of q(z | x), of `pyrolvm.models.guides.GUIDES`.
+        The family of q(z | x), of `pyrolvm.models.guides.GUIDES`, with its settings: "full", "iaf:4".
     prior : str or LatentPrior
-        p(z), of `pyrolvm.models.latent_priors.PRIORS`.
+        p(z), of `pyrolvm.models.latent_priors.PRIORS`, with its settings: "mixture:20".
 
     Raises
     ------
@@ -137,6 +137,10 @@ class VAE(LatentVariableModel):
     def decode(self, z: Tensor) -> Tensor:
         """The mean [..., data_dim] of p(x | z) for z [..., latent_dim]: a probability if Bernoulli."""
         return self.likelihood_dist(z).mean
+
+    def initialise_from(self, x: Tensor, seed: int = 0) -> None:
+        """Let the prior start from x [rows, data_dim]."""
+        self.latent_prior.initialise_from(x, seed)
 
     def check_data(self, x: Tensor) -> Tensor:
         """`x` as floats; raises `DataError` unless [rows, data_dim], finite and in the likelihood's support."""

@@ -77,8 +77,8 @@ def test_what_is_overridden_anywhere_above_is_known():
         "PPCA": {"check_data", "log_marginal", "decode"},
         "GaussianMixture": {"check_data", "check_fit", "log_marginal", "initialise_from"},
         "BayesianFactorAnalysis": {"check_data", "initialise_from", "decode"},
-        "VAE": {"check_data", "decode"},
-        "PowerVAE": {"check_data", "decode"},
+        "VAE": {"check_data", "initialise_from", "decode"},
+        "PowerVAE": {"check_data", "initialise_from", "decode"},
     }
     assert known.keys() == REGISTRY.keys()
 
