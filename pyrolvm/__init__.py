@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyrolvm.diagnostics import diagnose as diagnose
     from pyrolvm.diagnostics import to_inference_data as to_inference_data
     from pyrolvm.inference import FittedModel as FittedModel
+    from pyrolvm.inference import ImportanceWeighted as ImportanceWeighted
     from pyrolvm.inference import Objective as Objective
     from pyrolvm.inference import RenyiELBO as RenyiELBO
     from pyrolvm.inference import calibrate_loss as calibrate_loss
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _ROOMS = ("data", "diagnostics", "inference", "models", "plots", "report", "runs")
 _HOMES = {
     "FittedModel": "inference",
+    "ImportanceWeighted": "inference",
     "Objective": "inference",
     "RenyiELBO": "inference",
     "calibrate_loss": "inference",

@@ -151,6 +151,11 @@ CASES = {
     "unknown on-nan": (PPCA.format("iris") + " --on-nan stop", "on_nan='stop' is not known"),
     "particles of nothing": (PPCA.format("iris") + " --particles 3", "num_particles is of an objective"),
     "alpha of nothing": (PPCA.format("iris") + " --alpha 3", "alpha is of objective=renyi"),
+    "gradient of renyi": (
+        PPCA.format("iris") + " --objective renyi --gradient dreg",
+        "gradient is of objective=iwae",
+    ),
+    "unknown gradient": (PPCA.format("iris") + " --objective iwae --gradient path", "standard, stl, dreg"),
     "alpha one": (PPCA.format("iris") + " --objective renyi --alpha 1", "objective=trace"),
     "one particle of renyi": (PPCA.format("iris") + " --objective renyi --particles 1", "at least 2"),
     "large batch": (PPCA.format("iris") + " -b 1000", "batch_size="),

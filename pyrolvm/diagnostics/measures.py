@@ -33,6 +33,7 @@ class Measure(IntEnum):
     CALIBRATION = 7
     RESTARTS = 8
     ROWS = 9
+    GRADIENTS = 10
 
 
 def measure_seed(seed: int, measure: Measure, *index: int) -> int:

@@ -1,6 +1,6 @@
 """Objectives, engines, `fit` and fitted models, for any Pyro program."""
 
-from pyrolvm.inference.objectives import Objective, RenyiELBO
+from pyrolvm.inference.objectives import ImportanceWeighted, Objective, RenyiELBO
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
 from pyrolvm.inference.training.fit import fit
@@ -11,6 +11,7 @@ from pyrolvm.inference.training.restarts import fit_restarts
 __all__ = [
     "Callback",
     "FittedModel",
+    "ImportanceWeighted",
     "JSONLines",
     "LossWeight",
     "Objective",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import typing
@@ -33,6 +34,7 @@ from pyrolvm.shell.options import FIT, PREPARING
 from pyrolvm.shell.printing import caution, console, print_facts, print_table
 from pyrolvm.shell.values import annotation_text, read_as
 
+OF_OBJECTIVES = ("num_particles", "alpha", "gradient")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LAST_RATE = 0.01
 """The exponential schedule ends at this share of the learning rate."""
@@ -101,7 +103,7 @@ class Job:
         """The keyword arguments of `fit`: those given, words turned into objects."""
         o = self.options
         given: dict[str, Any] = {k: v for k, v in o.items() if k in FIT and k != "guide"}
-        given["objective"] = _objective(o.get("objective"), o.get("num_particles"), o.get("alpha"))
+        given["objective"] = _objective(o.get("objective"), {k: o[k] for k in OF_OBJECTIVES if k in o})
         if "dtype" in o:
             given["dtype"] = DTYPES[one_of("dtype", o["dtype"].removeprefix("torch."), DTYPES)]
         if "schedule" in o:
@@ -217,22 +219,32 @@ def _preparation(options: dict[str, Any]) -> Preparation:
     return Preparation(**{"split_seed": options.get("seed", 0)} | chosen)
 
 
-def _objective(name: str | None, num_particles: int | None, alpha: float | None) -> Any:
-    """The ELBO of this name, ours or its class's; None for the program's own default."""
+def _objective(name: str | None, given: dict[str, Any]) -> Any:
+    """The ELBO of this name, ours or its class's, with the settings that are given; None for the program's default."""
     names = {cls.__name__: short for short, cls in OBJECTIVES.items()}
     name = names.get(name or "", name)
-    if alpha is not None and name != "renyi":
-        raise SettingError("alpha is of objective=renyi: give both, or leave it out")
-    if alpha == 1.0:
-        raise SettingError("alpha=1 is the ELBO itself: take objective=trace")
+    if name is not None:
+        one_of("objective", name, OBJECTIVES)
+    for setting in given:
+        having = [n for n, cls in OBJECTIVES.items() if setting in inspect.signature(cls).parameters]
+        if name is None and setting == "num_particles":
+            raise SettingError(f"num_particles is of an objective: name it, {', '.join(having)}")
+        if name not in having:
+            raise SettingError(
+                f"{setting} is of objective={' and '.join(having)}: give both, or leave it out"
+            )
     if name is None:
-        if num_particles is None:
-            return None
-        raise SettingError(f"num_particles is of an objective: name it, {', '.join(OBJECTIVES)}")
-    cls = OBJECTIVES[one_of("objective", name, OBJECTIVES)]
-    least, usual, more = (2, 10, {"alpha": alpha or 0.0}) if name == "renyi" else (1, 1, {})
-    draws = count("num_particles", usual if num_particles is None else num_particles, least)
-    return cls(num_particles=draws, vectorize_particles=draws > 1, **more)
+        return None
+    if name == "renyi":
+        if given.get("alpha") == 1.0:
+            raise SettingError("alpha=1 is the ELBO itself: take objective=trace")
+        given = {"num_particles": 10, "alpha": 0.0} | given
+    least = 2 if name == "renyi" else 1
+    if "num_particles" in given:
+        draws = given["num_particles"] = count("num_particles", given["num_particles"], least)
+        if "vectorize_particles" in inspect.signature(OBJECTIVES[name]).parameters:
+            given["vectorize_particles"] = draws > 1
+    return OBJECTIVES[name](**given)
 
 
 def run_fit(

@@ -8,10 +8,12 @@ two names, never one. Pyro's own `Trace_ELBO`, `TraceGraph_ELBO`, `TraceMeanFiel
 from pyrolvm.inference.objectives.base import Estimate, Objective
 from pyrolvm.inference.objectives.choice import OBJECTIVES, as_objective, estimate, named, prepare
 from pyrolvm.inference.objectives.renyi import RenyiELBO
+from pyrolvm.inference.objectives.weighted import ImportanceWeighted
 
 __all__ = [
     "OBJECTIVES",
     "Estimate",
+    "ImportanceWeighted",
     "Objective",
     "RenyiELBO",
     "as_objective",

@@ -15,6 +15,7 @@ from pyrolvm.inference.objectives.renyi import PyroRenyi
 from pyrolvm.inference.objectives.renyi import RenyiELBO as RenyiBound
 from pyrolvm.inference.objectives.trace import MeanField, TraceBound
 from pyrolvm.inference.objectives.tracegraph import DownstreamCosts
+from pyrolvm.inference.objectives.weighted import ImportanceWeighted
 from pyrolvm.inference.program.plain import PlainPair
 from pyrolvm.inference.program.structure import Structure
 
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
     "tracegraph": TraceGraph_ELBO,
     "enum": TraceEnum_ELBO,
     "renyi": RenyiBound,
+    "iwae": ImportanceWeighted,
 }
 """By name: what `fit(objective="trace")` and a model's `objective()` mean."""
 

@@ -102,7 +102,7 @@ def set_up(
         schedules=schedules,
         num_steps=steps,
     )
-    _adopt(problem, rows, seed)
+    adopt_modules(problem, rows, seed)
     _first_step(problem, rows, seed)
     if held_out is not None and structure.per_datum:
         raise SettingError(
@@ -181,7 +181,7 @@ def plateau_of(patience: int | None, held_out: Batch | None, kl_warmup: float, s
     return Plateau(int(patience), first_step=round(kl_warmup * steps))
 
 
-def _adopt(problem: Problem, rows: torch.Tensor, seed: int) -> None:
+def adopt_modules(problem: Problem, rows: torch.Tensor, seed: int) -> None:
     """Take the objective's modules in; lazy ones get their shapes from a first estimate."""
     program, modules = problem.program, problem.objective.modules()
     for module in modules.values():
