@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 IRIS = torch.tensor(load_iris().data, dtype=torch.float32)
 IRIS = (IRIS - IRIS.mean(0)) / IRIS.std(0)
 BINARY = (IRIS > 0).float()
+COUNTS = (2 * IRIS + 5).round()
 
 CASES = {
     "PPCA": (lambda: PPCA(4, 2), IRIS),
@@ -64,11 +65,15 @@ CASES = {
     "BayesianFactorAnalysis, ard": (lambda: BayesianFactorAnalysis(4, 2, loadings_prior="ard"), IRIS),
     "VAE, gaussian": (lambda: VAE(4, 2, "gaussian", hidden=(16,)), IRIS),
     "VAE, bernoulli": (lambda: VAE(4, 2, hidden=(16,)), BINARY),
+    "VAE, poisson": (lambda: VAE(4, 2, "poisson", hidden=(16,)), COUNTS),
     "VAE, convolutional": (
         lambda: VAE(16, 2, "gaussian", encoder="conv", decoder="conv", image_shape=(1, 4, 4)),
         0.3 * IRIS.repeat(1, 4),
     ),
-    "ConditionalVAE": (lambda: ConditionalVAE(4, 2, num_classes=3, likelihood="gaussian", hidden=(16,)), IRIS),
+    "ConditionalVAE": (
+        lambda: ConditionalVAE(4, 2, num_classes=3, likelihood="gaussian", hidden=(16,)),
+        IRIS,
+    ),
     "Autoencoder": (lambda: Autoencoder(4, 2, hidden=(16,)), IRIS),
     "Autoencoder, convolutional": (
         lambda: Autoencoder(16, 2, "bernoulli", encoder="conv", decoder="conv"),

@@ -155,7 +155,11 @@ class BayesianGaussianMixture(LatentVariableModel):
     def weights_posterior(self) -> StickBreaking:
         """q(log pi): its `mean_weights` are E[pi] [num_components]."""
         counts = self.log_counts.exp()
-        return StickBreaking.dirichlet(counts) if self.weights_prior == "dirichlet" else StickBreaking(*counts.chunk(2))
+        return (
+            StickBreaking.dirichlet(counts)
+            if self.weights_prior == "dirichlet"
+            else StickBreaking(*counts.chunk(2))
+        )
 
     def scale_posterior(self) -> dist.TorchDistribution:
         """q(L) of the roots of all covariances: event [K, D, D], [K, D] or [K, 1]."""
@@ -238,10 +242,17 @@ class BayesianGaussianMixture(LatentVariableModel):
         # the plug-in density, then what the expectation of the log-determinant and the spread of the mean change
         log_det = (0.5 * torch.digamma(each / 2) + 0.5 * math.log(2) - log_scale).sum(-1)
         correction = log_det + self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return self.weights_posterior().mean + far.log_prob(x) + correction - 0.5 * D * (-self.log_precision).exp()
+        return (
+            self.weights_posterior().mean
+            + far.log_prob(x)
+            + correction
+            - 0.5 * D * (-self.log_precision).exp()
+        )
 
     @torch.no_grad()
-    def coordinate_update(self, x: Tensor, responsibilities: Tensor | None = None, num_rows: int | None = None) -> None:
+    def coordinate_update(
+        self, x: Tensor, responsibilities: Tensor | None = None, num_rows: int | None = None
+    ) -> None:
         """Set q to its optimum given q(z): the update of coordinate ascent.
 
         Parameters
@@ -342,7 +353,9 @@ class BayesianGaussianMixture(LatentVariableModel):
             With sticks, whose prior knows their order.
         """
         if self.weights_prior != "dirichlet":
-            raise SettingError("a stick-breaking prior changes with the order of components: relabel its draws")
+            raise SettingError(
+                "a stick-breaking prior changes with the order of components: relabel its draws"
+            )
         twin = copy.deepcopy(self)
         order = self.weights.argsort(descending=True)
         if reference is not None:

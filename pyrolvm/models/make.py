@@ -139,6 +139,18 @@ def make_decoder(
     return MLP(latent_dim, parts * data_dim, () if kind == "linear" else backwards, activation)
 
 
+@torch.no_grad()
+def start_decoder(decoder: nn.Module, out: Tensor) -> None:
+    """Let an `MLP` or `ConvDecoder` begin around `out` [parts * data_dim], by the bias of its last layer.
+
+    A convolution has one bias for each channel: the average of its pixels. Other modules stay as they are.
+    """
+    layers = [m for m in decoder.modules() if isinstance(m, nn.Linear | nn.ConvTranspose2d)]
+    if isinstance(decoder, MLP | ConvDecoder) and layers[-1].bias is not None:
+        bias = layers[-1].bias
+        bias.copy_(out.reshape(len(bias), -1).mean(-1))
+
+
 def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int, num_features: int = 0) -> None:
     """Raise `ProgramError` unless `encoder` maps [1, data_dim] to (loc, scale > 0), each [1, latent_dim].
 

@@ -90,7 +90,12 @@ class InverseWishartCholesky(dist.TorchDistribution):
         ratio = torch.linalg.solve_triangular(value, self.scale_tril, upper=False)
         power = self.df.unsqueeze(-1) + D + 1 - self._countdown()  # (df + D + 1) - (D - i + 1)
         log_density = self.df * self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return log_density - (power * log_diagonal).sum(-1) - 0.5 * ratio.square().sum((-2, -1)) - self._log_normaliser()
+        return (
+            log_density
+            - (power * log_diagonal).sum(-1)
+            - 0.5 * ratio.square().sum((-2, -1))
+            - self._log_normaliser()
+        )
 
     @property
     def mean(self) -> Tensor:
