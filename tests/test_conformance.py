@@ -21,6 +21,7 @@ from pyrolvm import (
     Autoencoder,
     BayesianFactorAnalysis,
     BayesianGaussianMixture,
+    BernoulliVAE,
     ConditionalVAE,
     DataError,
     GaussianMixture,
@@ -79,6 +80,7 @@ CASES = {
         lambda: Autoencoder(16, 2, "bernoulli", encoder="conv", decoder="conv"),
         BINARY.repeat(1, 4),
     ),
+    "BernoulliVAE": (lambda: BernoulliVAE(4, 3), BINARY),
     "PowerVAE": (lambda: PowerVAE(4, 2, eta=0.5, likelihood="gaussian", hidden=(16,)), IRIS),
 }
 QUIET = {"progress": False, "engine": "eager"}
@@ -346,7 +348,8 @@ class Points(pyro.poutine.messenger.Messenger):
     def _pyro_sample(self, msg):
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
             fn = msg["fn"]
-            msg["fn"] = dist.Delta(location(fn), event_dim=len(fn.event_shape))
+            point = location(fn).round() if fn.support.is_discrete else location(fn)
+            msg["fn"] = dist.Delta(point, event_dim=len(fn.event_shape))
 
 
 def test_a_guide_of_points_is_called_one(case):
