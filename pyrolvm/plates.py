@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
 
 DATA_PLATE = "data"
@@ -109,8 +108,3 @@ def row_entries(table: Tensor) -> Tensor:
     rows.tables.add(id(table))
     found = rows.entries.get(id(table))
     return table.index_select(0, rows.indices) if found is None else found
-
-
-def arange_rows(size: int, device: torch.device | None = None) -> Tensor:
-    """Row numbers 0, ..., size - 1: [size], int64."""
-    return torch.arange(size, device=device)

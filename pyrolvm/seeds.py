@@ -40,8 +40,6 @@ class Purpose(IntEnum):
     """Simulated data that something is checked against."""
     DIAGNOSE = 12
     """Every other measure of a fit."""
-    RESTART = 13
-    """Fits of the same model from other starts."""
     REFINE = 14
     """Refinement of a guide for each datum."""
 

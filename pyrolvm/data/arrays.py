@@ -22,6 +22,7 @@ from torch import Tensor
 from pyrolvm.data.columns import check_names
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.numeric import as_array
+from pyrolvm.data.plan import split_rows
 from pyrolvm.errors import DataError
 
 
@@ -100,6 +101,13 @@ class Batch:
         taken = self._map(lambda t: t.index_select(0, rows.to(t.device)))
         numbers = rows if self.rows is None else self.rows.index_select(0, rows.to(self.rows.device))
         return dataclasses.replace(taken, rows=numbers, total=self.total_rows)
+
+    def split(self, share: float, seed: int) -> tuple[Batch, Batch]:
+        """(rows to train on, rows held out), each numbered anew; see `split_rows`."""
+        self.check_rows()
+        parts = [self.take(rows) for rows in split_rows(self.num_rows, share, seed)]
+        train, held_out = (dataclasses.replace(part, rows=None, total=None) for part in parts)
+        return train, held_out
 
     def to(self, device: torch.device | str) -> Batch:
         """The same data on another device."""

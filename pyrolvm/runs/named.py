@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import pkgutil
@@ -16,7 +15,7 @@ from typing import Any
 from pyro.infer import autoguide
 from torch import nn
 
-from pyrolvm.errors import ProgramError, PyrolvmError, SettingError
+from pyrolvm.errors import ProgramError, PyrolvmError, SettingError, did_you_mean
 from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.models import REGISTRY
 
@@ -155,8 +154,7 @@ def registry_name(text: str) -> str:
     plain = text.lower().replace("-", "").replace("_", "")
     if plain in known:
         return known[plain]
-    near = dict.fromkeys(known[n] for n in difflib.get_close_matches(plain, known, n=3))
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = did_you_mean(plain, known, known.__getitem__)
     raise SettingError(
         f"there is no model '{text}': {hint}the models are {', '.join(REGISTRY)}; a pair of your own is "
         "file.py:ClassName"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
@@ -18,7 +17,8 @@ import torch
 from torch.optim import lr_scheduler
 
 from pyrolvm.data import BatchPlan
-from pyrolvm.errors import DivergenceError, SettingError, count, one_of
+from pyrolvm.data.precision import as_dtype
+from pyrolvm.errors import DivergenceError, SettingError, count, did_you_mean, one_of
 from pyrolvm.files import write_atomically
 from pyrolvm.inference.objectives import OBJECTIVES
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -32,10 +32,9 @@ from pyrolvm.seeds import Purpose, derived_seed
 from pyrolvm.shell.asking import source_of
 from pyrolvm.shell.options import FIT, PREPARING
 from pyrolvm.shell.printing import caution, console, print_facts, print_table
-from pyrolvm.shell.values import annotation_text, read_as
+from pyrolvm.shell.values import annotation_text, read_as, read_flags
 
 OF_OBJECTIVES = ("num_particles", "alpha", "gradient")
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LAST_RATE = 0.01
 """The exponential schedule ends at this share of the learning rate."""
 SCHEDULES: dict[str, Callable[[int], Any]] = {
@@ -66,7 +65,7 @@ class Job:
             takes_labels=self.named.takes_labels,
         )
         self.arguments = constructor_arguments(
-            self.named, own | _extra(extras), options.get("set", {}), self._from_data()
+            self.named, own | read_flags(extras), options.get("set", {}), self._from_data()
         )
         self.num_restarts = count("num_restarts", options.get("num_restarts", 1))
         self.fit_options = self._fit_options()
@@ -105,7 +104,7 @@ class Job:
         given: dict[str, Any] = {k: v for k, v in o.items() if k in FIT and k != "guide"}
         given["objective"] = _objective(o.get("objective"), {k: o[k] for k in OF_OBJECTIVES if k in o})
         if "dtype" in o:
-            given["dtype"] = DTYPES[one_of("dtype", o["dtype"].removeprefix("torch."), DTYPES)]
+            given["dtype"] = as_dtype(o["dtype"])
         if "schedule" in o:
             epochs, plan = o.get("num_epochs"), BatchPlan(self.data.train.num_rows, o.get("batch_size"))
             steps = plan.num_steps(epochs) if epochs else o.get("num_steps") or 1000
@@ -152,22 +151,6 @@ def _named(text: str, own: dict[str, Any], options: dict[str, Any]) -> NamedMode
     return find_model(text, options.get("guide"))
 
 
-def _extra(words: list[str]) -> dict[str, str]:
-    """`--name value` and `--name=value` of options that the shell does not know."""
-    found: dict[str, str] = {}
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("-"):
-            raise SettingError(
-                f"unexpected argument {word}: MODEL and DATA are all that stands without a flag"
-            )
-        name, sign, value = word.lstrip("-").partition("=")
-        alone = not left or left[0].startswith("--")
-        found[name.replace("-", "_")] = value if sign else "True" if alone else left.pop(0)
-    return found
-
-
 def constructor_arguments(
     named: NamedModel, words: dict[str, str], settings: dict[str, Any], from_data: dict[str, Any]
 ) -> dict[str, Any]:
@@ -198,8 +181,7 @@ def constructor_arguments(
 
 
 def _unknown(named: NamedModel, name: str) -> str:
-    near = difflib.get_close_matches(name, [*named.options, *FIT, *PREPARING], n=2)
-    hint = f"did you mean {' or '.join(map(_flag, near))}? " if near else ""
+    hint = did_you_mean(name, [*named.options, *FIT, *PREPARING], _flag)
     has = f"it has {', '.join(map(_flag, named.options))}" if named.options else "it has none"
     return f"{named.name} has no option {_flag(name)}: {hint}{has}"
 

@@ -42,7 +42,7 @@ from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.native import NativeLoop
 from pyrolvm.inference.engine.optimizers import OPTIMIZERS, OptimizerSpec
 from pyrolvm.inference.engine.problem import schedules_of
-from pyrolvm.inference.engine.tracing import UntraceableError
+from pyrolvm.inference.engine.untraceable import UntraceableError
 from pyrolvm.inference.objectives import prepare
 from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.noise import noise_state

@@ -14,7 +14,8 @@ from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.native import has_compiler, is_compiled
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
-from pyrolvm.inference.engine.tracing import UntraceableError, trace_step
+from pyrolvm.inference.engine.tracing import trace_step
+from pyrolvm.inference.engine.untraceable import UntraceableError
 
 ENGINES = ("auto", "compiled", "eager")
 DEVICES = ("cpu", "cuda")

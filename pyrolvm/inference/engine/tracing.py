@@ -3,47 +3,31 @@
 The step is run once while its tensor operations are recorded, without Pyro's handlers and the optimiser's
 Python. Nothing of Pyro or torch.optim is implemented a second time.
 
-`_static_pyro` and `_TensorScalars` replace the values that Pyro and the optimiser read on the host. A branch
-on values cannot be traced: `UntraceableError` names the operation and its line.
+The values that Pyro and the optimiser read on the host are replaced (`static`). A branch on values cannot be traced:
+`UntraceableError` names the operation and its line (`untraceable`).
 """
 
 from __future__ import annotations
 
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
-import pyro
-import pyro.infer.util
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx
-from torch.overrides import TorchFunctionMode
 
-from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine import graphs
 from pyrolvm.inference.engine.entries import collected, is_per_row, places_of
 from pyrolvm.inference.engine.problem import Problem
+from pyrolvm.inference.engine.static import TensorScalars, static_pyro
+from pyrolvm.inference.engine.untraceable import check_writes, explained, kept
 from pyrolvm.inference.program.noise import kept_generators
-from pyrolvm.inference.program.program import Program
 
 Slots = dict[str, dict[str, Tensor]]
 
 # their usual form branches on the count of steps or on gradients
 BRANCHING = (torch.optim.RAdam, torch.optim.Rprop, torch.optim.ASGD)
-
-_TORCH, _PYRO = (str(Path(module.__file__ or "").parent) for module in (torch, pyro))
-_LIBRARIES = (_TORCH, _PYRO, str(Path(__file__).parents[1]))
-_STANDARD = str(Path(traceback.__file__).parent)
-
-
-class UntraceableError(ProgramError):
-    """The program cannot be traced as one graph; the message names the operation and its line."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +145,9 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         written[:] = new
         return (*new.values(), terms)
 
-    with program.scope(), kept_generators(device), _kept(program), _explained(), _static_pyro():
+    with program.scope(), kept_generators(device), kept(program), explained(), static_pyro():
         graph, constants = graphs.record(run, inputs)
-    _check_writes(graph, list(state), len(inputs))
+    check_writes(graph, list(state), len(inputs))
     names = tuple(state)
     return TracedStep(
         graph,
@@ -223,7 +207,7 @@ def _update(
                 optimizer.state[parameter][slot] = own
                 old[key] = value
     with ExitStack() as stack:
-        stack.enter_context(_TensorScalars())
+        stack.enter_context(TensorScalars())
         stack.enter_context(torch.no_grad())
         if isinstance(optimizer, BRANCHING):
             # their form for graphs, which refuses the CPU unless something is being compiled
@@ -245,167 +229,3 @@ def _update(
             if isinstance(value, Tensor):
                 new[key] = value.to(old[key].dtype)
     return new
-
-
-class _TensorScalars(TorchFunctionMode):
-    """Keep numbers that an optimiser reads from tensors (`step.item()`) as tensors, in double precision."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is Tensor.item:
-            return args[0].to(torch.float64) if args[0].is_floating_point() else args[0]
-        for key in ("value", "alpha"):
-            if isinstance(kwargs.get(key), Tensor):
-                return _scaled(func.__name__, *args, kwargs.pop(key), **kwargs)
-        return func(*args, **kwargs)
-
-
-def _scaled(name: str, target: Tensor, *terms: Any) -> Tensor:
-    """`target.addcdiv_(a, b, value=scale)` and its kin, for a scale that is a tensor."""
-    *factors, scale = terms
-    term = scale * factors[0]
-    if name.startswith("addcdiv"):
-        term = term / factors[1]
-    elif name.startswith("addcmul"):
-        term = term * factors[1]
-    if name.startswith("sub"):
-        term = -term
-    return target.add_(term) if name.endswith("_") else target + term
-
-
-# ---------------------------------------------------------------- values that Pyro reads on the host
-
-
-@contextmanager
-def _static_pyro() -> Iterator[None]:
-    """Pyro without host reads and branches that serve only messages or speed."""
-    replaced = {"torch_item": _as_tensor, "warn_if_nan": lambda *args, **kwargs: None}
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("pyro.infer"):
-                for function, static in replaced.items():
-                    if hasattr(module, function):
-                        stack.enter_context(mock.patch.object(module, function, static))
-        stack.enter_context(mock.patch.object(pyro.infer.util, "_fulldot", _masked_dot))
-        # a distribution made before the trace (a PyroSample's prior) checks its values whatever the default now is
-        unchecked = mock.patch.object(
-            torch.distributions.Distribution, "_validate_sample", lambda *args: None
-        )
-        stack.enter_context(unchecked)
-        stack.enter_context(_NoShortcuts())
-        yield
-
-
-def _as_tensor(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _masked_dot(weight: Tensor, cost: Tensor) -> Tensor:
-    """sum weight * cost where the weight is not 0, the static form of a masked select."""
-    return (weight * torch.where(weight > 0, cost, torch.zeros_like(cost))).sum()
-
-
-class _NoShortcuts(TorchFunctionMode):
-    """`Dice.compute_expectation` branches on whether some weight is 0; `_masked_dot` needs no branch."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func is Tensor.__bool__ and _called_by(pyro.infer.util.Dice.compute_expectation):
-            return True
-        return func(*args, **(kwargs or {}))
-
-
-def _called_by(function: Callable[..., Any]) -> bool:
-    """Whether the nearest caller outside of torch and this file is `function`."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_TORCH):
-        frame = frame.f_back
-    return frame.f_code is function.__code__
-
-
-# ---------------------------------------------------------------- what a program must not do
-
-
-@contextmanager
-def _kept(program: Program) -> Iterator[None]:
-    """Restore parameters and buffers, inside `program.scope()`. Raises `UntraceableError` if one was replaced."""
-    tensors = program.tensors()
-    values = {k: v.detach().clone() for k, v in tensors.items()}
-    store = pyro.get_param_store()
-    entries = store.get_state()
-    owners = [m._buffers for module in program.modules.values() for m in module.modules()]
-    buffers = [dict(owner) for owner in owners]
-    try:
-        yield
-        before: list[dict[str, Any]] = [entries["params"], *buffers]
-        after: list[dict[str, Any]] = [store.get_state()["params"], *owners]
-        for old, new in zip(before, after, strict=True):
-            for name in old.keys() | new.keys():
-                if old.get(name) is not new.get(name):
-                    raise UntraceableError(f"'{name}' becomes another tensor in every step")
-    finally:
-        store.clear()
-        store.set_state(entries)
-        for owner, buffer in zip(owners, buffers, strict=True):
-            owner.update(buffer)
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(values[name])
-
-
-def _check_writes(graph: fx.GraphModule, names: list[str], num_inputs: int) -> None:
-    for position in graphs.written_inputs(graph):
-        if position >= len(names):
-            raise UntraceableError(
-                "the program writes to a tensor in place that is neither a parameter nor a buffer of a module"
-                if position >= num_inputs
-                else "the program writes to its data in place"
-            )
-
-
-class _LastSite(Messenger):
-    """Remembers the sample site that was reached last."""
-
-    name: str | None = None
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.name = msg["name"]
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    site = _LastSite()
-    try:
-        with site:
-            yield
-    except UntraceableError:
-        raise
-    except Exception as error:
-        where = _user_line(error) or (f"at the site '{site.name}'" if site.name else "in the optimiser")
-        if _depends_on_data(error):
-            raise UntraceableError(
-                f"Python reads or branches on the value of a tensor {where}: "
-                "use torch.where, a mask, or engine='eager'"
-            ) from error
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise UntraceableError(f"it could not be traced {where}: {first[0]}") from error
-
-
-def _depends_on_data(error: Exception) -> bool:
-    kinds = ("data-dependent", "DataDependent", "GuardOnDataDependent")
-    return any(kind in f"{type(error).__name__} {error}" for kind in kinds)
-
-
-def _user_line(error: Exception) -> str | None:
-    """The last line of the traceback that is the program's own."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        own = Path(frame.filename)
-        if frame.filename.startswith(_LIBRARIES) or str(own.parent) == _STANDARD:
-            continue
-        if frame.filename.startswith("<") or (own.suffix != ".py" and not frame.line):
-            continue
-        return f"in {own.name}, line {frame.lineno}: `{frame.line}`"
-    return None

@@ -107,7 +107,7 @@ def _rebuilt(
     return FittedModel(
         program,
         structure,
-        _read_history(path / HISTORY),
+        read_history(path),
         settings=config["settings"],
         example=given or (placeholder if alone else None),
         num_rows=int(config["num_rows"]),
@@ -176,11 +176,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_history(path: Path) -> pd.DataFrame:
+def read_history(path: Path) -> pd.DataFrame:
+    """history.csv of the run in `path`, without loading its model."""
     try:
-        return pd.read_csv(path)
+        return pd.read_csv(path / HISTORY)
+    except FileNotFoundError:
+        raise RunFolderError(f"{path / HISTORY} does not exist: is {path} the folder of a run?") from None
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path} cannot be read: {error}") from None
+        raise RunFolderError(f"{path / HISTORY} is damaged: {error}") from None
 
 
 def _build(record: dict[str, Any], registry: Mapping[str, Any], path: Path, saved: dict[str, Tensor]) -> Any:

@@ -8,7 +8,6 @@ parameter store, and runs the pair inside `scope()`, which leaves the process as
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -32,11 +30,11 @@ from pyrolvm.inference.program.routes import (
     reachable_modules,
     resolve,
 )
+from pyrolvm.inference.program.running import default_dtype, explained, without_handlers
 from pyrolvm.plates import Rows, data_rows
 
 START_ROWS = 4096
 """Rows whose entries are started at once."""
-_MISMATCH = re.compile(r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)")
 
 
 class Program:
@@ -125,10 +123,10 @@ class Program:
         with ExitStack() as stack:
             stack.enter_context(RUNNING)
             if not self._depth:
-                stack.enter_context(_without_handlers())
+                stack.enter_context(without_handlers())
                 stack.enter_context(pyro.get_param_store().scope(self._store))
                 stack.enter_context(pyro.validation_enabled(validate))
-                stack.enter_context(_default_dtype(self.dtype))
+                stack.enter_context(default_dtype(self.dtype))
                 if self.device.type != "cpu":
                     stack.enter_context(self.device)
                 stack.enter_context(controlled(self.controls))
@@ -297,53 +295,3 @@ class _Completed:
         rest = pyro.poutine.replay(self.model, trace=drawn.trace)
         pyro.poutine.block(rest, expose=self.names)(*args, **kwargs)
         return result
-
-
-@contextmanager
-def _without_handlers() -> Iterator[None]:
-    """Run inside apart from the handlers that are active outside: a user's `poutine.scale` around `fit`, say."""
-    # handlers, and the dimensions that plates outside have taken
-    stacks: list[list[Any]] = [_PYRO_STACK, _DIM_ALLOCATOR._stack]
-    active = [stack[:] for stack in stacks]
-    for stack in stacks:
-        stack.clear()
-    try:
-        yield
-    finally:
-        for stack, before in zip(stacks, active, strict=True):
-            stack[:] = before
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def explained(batch: Batch, role: str) -> Iterator[None]:
-    """Say which half of the pair failed, on what; the original error stays as the cause."""
-    try:
-        yield
-    except (ProgramError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        hint = ""
-        if "Multiple sample sites named" in str(error):
-            hint = "\nIf that is a plate: make it once, plate = pyrolvm.data_plate(x), and write `with plate:` twice."
-        if found := _MISMATCH.search(str(error)):
-            plate, site, dim, size, other = found.groups()
-            hint = (
-                f"\nThe batch of '{site}' has {other} entries where the plate '{plate}' has {size} rows (dimension "
-                f"{dim}): if the {other} belong to one datum, write .to_event(1) at '{site}'"
-            )
-        raise ProgramError(f"the {role} failed on data of {_describe(batch)}: {error}{hint}") from error
-
-
-def _describe(batch: Batch) -> str:
-    shapes = [f"{name}: {list(tensor.shape)} {tensor.dtype}" for name, tensor in batch.tensors()]
-    return "shapes " + ", ".join(shapes) if shapes else "no tensors"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.program.noise import seeded
-from pyrolvm.inference.program.program import Program, explained
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.running import explained
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
     LOSS,

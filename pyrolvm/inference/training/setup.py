@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from pyrolvm.controls import Schedule, value_of
 from pyrolvm.data.arrays import Batch
 from pyrolvm.data.dataset import Dataset
-from pyrolvm.data.plan import BatchPlan, split_rows
+from pyrolvm.data.plan import BatchPlan, is_share
 from pyrolvm.data.precision import check_precision
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
@@ -146,10 +145,8 @@ def _split(batch: Batch, validation: Any, program: Program, seed: int) -> tuple[
     """(training data, held-out data): a share of the rows, or data of their own."""
     if validation is None:
         return batch, None
-    if isinstance(validation, numbers.Real) and not isinstance(validation, bool):
-        train, held_out = split_rows(batch.num_rows, float(validation), seed)
-        parts = batch.take(train), batch.take(held_out)
-        return replace(parts[0], rows=None, total=None), replace(parts[1], rows=None, total=None)
+    if is_share(validation):
+        return batch.split(float(validation), seed)
     held = suited(program, validation)
     held.check_rows()
     return batch, held
@@ -176,9 +173,7 @@ def plateau_of(patience: int | None, held_out: Batch | None, kl_warmup: float, s
         return None
     if held_out is None:
         raise SettingError("patience watches the held-out bound: give validation=0.1 or held-out data")
-    if not isinstance(patience, numbers.Integral) or isinstance(patience, bool) or patience < 2:
-        raise SettingError(f"patience must be a whole number of at least 2 evaluations, not {patience!r}")
-    return Plateau(int(patience), first_step=round(kl_warmup * steps))
+    return Plateau(count("patience", patience, least=2), first_step=round(kl_warmup * steps))
 
 
 def adopt_modules(problem: Problem, rows: torch.Tensor, seed: int) -> None:
