@@ -16,7 +16,7 @@ from pyrolvm.inference.posterior.evidence import khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair, Values
-from pyrolvm.inference.program.structure import Site, Structure
+from pyrolvm.inference.program.structure import Site, Structure, refuse_bound
 from pyrolvm.seeds import Purpose, derived_seed
 
 
@@ -120,6 +120,7 @@ def local_sites(structure: Structure, what: str, *, summed_out: bool = False) ->
         raise ProgramError(
             f"{what} is about latents of each datum and this program has none in its data plate"
         )
+    refuse_bound(structure, what)
     if points:
         raise ProgramError(
             f"{what} needs a distribution, but the guide is a point estimate: it holds '{points[0]}' at one value per "

@@ -14,6 +14,7 @@ from pyrolvm.models.power_vae import PowerVAE as PowerVAE
 from pyrolvm.models.conditional_vae import ConditionalVAE as ConditionalVAE
 from pyrolvm.models.autoencoder import Autoencoder as Autoencoder
 from pyrolvm.models.bernoulli_vae import BernoulliVAE as BernoulliVAE
+from pyrolvm.models.diffusion import DiffusionVAE as DiffusionVAE
 # isort: on
 
 REGISTRY: dict[str, type[LatentVariableModel]] = {

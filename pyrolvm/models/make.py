@@ -156,7 +156,7 @@ def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int, num_featur
 
     And to features [1, num_features] where there are any.
     """
-    out = _try_out(encoder, "encoder", data_dim)
+    out = try_out(encoder, "encoder", data_dim)
     parts = out if isinstance(out, tuple) else ()
     wanted = [[1, latent_dim], [1, latent_dim], *([[1, num_features]] if num_features else [])]
     if [_shape(part) for part in parts] != wanted:
@@ -182,7 +182,7 @@ def check_decoder(decoder: nn.Module, latent_dim: int, data_dim: int) -> None:
 
 def _check_map(net: nn.Module, role: str, symbol: str, in_dim: int, out_dim: int) -> None:
     """Raise `ProgramError` unless `net` maps [1, in_dim] to [1, out_dim]; `symbol` is what it maps."""
-    out = _try_out(net, role, in_dim)
+    out = try_out(net, role, in_dim)
     if _shape(out) != [1, out_dim]:
         raise ProgramError(
             f"the {role} {type(net).__name__} returned {_described(out)} for {symbol} [1, {in_dim}]: "
@@ -190,14 +190,14 @@ def _check_map(net: nn.Module, role: str, symbol: str, in_dim: int, out_dim: int
         )
 
 
-def _try_out(net: nn.Module, role: str, in_dim: int) -> Any:
-    """Run a row of zeros [1, in_dim] through `net` in eval mode, leaving its statistics and modes as they were."""
+def try_out(net: nn.Module, role: str, in_dim: int, *more: Tensor) -> Any:
+    """Run a row of zeros [1, in_dim], and `more`, through `net` in eval mode; its statistics and modes stay."""
     like = next(net.parameters(), torch.empty(()))
     modes = [(module, module.training) for module in net.modules()]
     try:
         net.eval()
         with torch.no_grad():
-            return net(torch.zeros(1, in_dim, device=like.device, dtype=like.dtype))
+            return net(torch.zeros(1, in_dim, device=like.device, dtype=like.dtype), *more)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ProgramError(
             f"the {role} {type(net).__name__} does not take a row [1, {in_dim}] ({error}): give it layers of "

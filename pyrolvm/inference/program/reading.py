@@ -26,6 +26,7 @@ from pyrolvm.inference.program.structure import (
     base,
     find_data_plate,
     in_plate,
+    is_bound,
     sample_sites,
 )
 from pyrolvm.plates import Rows
@@ -90,6 +91,7 @@ def _site(
         discrete=kind == "latent" and _is_discrete(fn),
         point=name in drawn and isinstance(base(drawn[name]["fn"]), Delta) and not sources.get(name),
         left_to_prior=bool(site["infer"].get(LEFT_TO_PRIOR)) and name not in drawn,
+        bound=is_bound(fn),
     )
 
 

@@ -9,9 +9,15 @@ from typing import Any
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 
+from pyrolvm.errors import SettingError
+
 LEFT_TO_PRIOR = "left_to_prior"
 LOSS = "loss"
 """The mark of a site that is a loss and no density of data."""
+BOUND = "bound"
+"""A model's distribution with the attribute `bound = True` gives no log-density but an estimate: the mean over q of
+log p(z) - log q(z) is part of a bound, for q the guide that marks its own site by infer={"bound": True}. Such a mean is
+right, a weight made of it is not."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Site:
         Whether the guide holds the site at a point (a Delta that follows from no draw).
     left_to_prior : bool
         Whether the guide leaves the site to the prior on purpose.
+    bound : bool
+        Whether what stands for its log-density is an estimate of a bound.
     """
 
     name: str
@@ -55,6 +63,7 @@ class Site:
     discrete: bool = False
     point: bool = False
     left_to_prior: bool = False
+    bound: bool = False
 
     @property
     def observed(self) -> bool:
@@ -186,3 +195,19 @@ def find_data_plate(model_trace: Trace, batch_rows: int) -> Plate | None:
         return None
     frame = min(over_rows, key=lambda f: f.dim)
     return Plate(frame.name, frame.dim, frame.size, frame.full_size)
+
+
+def is_bound(fn: Any) -> bool:
+    """Whether a distribution's `log_prob` is an estimate of a bound: see `BOUND`."""
+    return bool(getattr(base(fn), BOUND, False))
+
+
+def refuse_bound(structure: Structure, what: str) -> None:
+    """Raise `SettingError` if a latent has no density but a bound's estimate, of which `what` would make a weight."""
+    names = [s.name for s in structure.sites if s.bound]
+    if names:
+        raise SettingError(
+            f"{what} needs densities, and the model has none for '{names[0]}': what stands for log p({names[0]}) is "
+            "an estimate of a bound, right on average and wrong as a weight; read the bound instead, from "
+            "fitted.history or the model's own methods"
+        )

@@ -36,6 +36,7 @@ from pyrolvm.inference.posterior.evidence.target import STARTS, Target
 from pyrolvm.inference.program.draws import refuse_enumeration
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.structure import refuse_bound
 from pyrolvm.progress import PATIENCE, progress_bar
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -189,6 +190,7 @@ def pilot(
 def check_annealable(pair: Pair, annealing: Annealing) -> None:
     """Raise `SettingError` if chains cannot run at once, or there is no density to start from."""
     refuse_enumeration(pair.structure, "method='ais'")
+    refuse_bound(pair.structure, "method='ais'")
     check_guide(pair.structure, "ais", annealing.start == "prior")
     if not pair.vectorized:
         raise SettingError(

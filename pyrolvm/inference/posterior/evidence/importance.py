@@ -27,7 +27,7 @@ from pyrolvm.inference.posterior.evidence.streams import LargestWeights, Streami
 from pyrolvm.inference.program.draws import refuse_enumeration
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.inference.program.structure import Structure, refuse_bound, sample_sites
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -167,6 +167,7 @@ def check_guide(structure: Structure, method: str, from_prior: bool) -> None:
             f"the guide is a point estimate of '{structure.points[0]}': it has no density, so there are no "
             "importance weights and no evidence by it; use method='prior', or a guide with a density"
         )
+    refuse_bound(structure, f"method='{method}'")
     if structure.joint_guide:
         raise SettingError(
             f"the guide draws the latents of all data at once ('{structure.joint_guide}'), so there is no density "
