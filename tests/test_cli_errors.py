@@ -106,7 +106,7 @@ CASES = {
     ),
     "more factors than columns": ("fit bfa iris -l 9 -o out", "latent_dim=9 must lie between 1"),
     "neither eta nor beta": ("fit powervae iris -l 2 -o out", "say exactly one of eta"),
-    "guide of a suite's model": ("fit vae iris -l 2 --guide full -o out", "brings its own guide"),
+    "guide of a suite's model": ("fit gmm iris -k 2 --guide full -o out", "brings its own guide"),
     "no such file of a model": ("fit none.py:A good.csv -o out", "there is no file none.py"),
     "file that fails": ("fit broken.py:A good.csv -o out", "broken.py failed at line 2: NameError"),
     "file that is no Python": ("fit syntax.py:A good.csv -o out", "syntax.py failed at line 1: SyntaxError"),

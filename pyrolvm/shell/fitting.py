@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import typing
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch.optim import lr_scheduler
 
 from pyrolvm.data import BatchPlan
 from pyrolvm.data.precision import as_dtype
-from pyrolvm.errors import DivergenceError, SettingError, count, did_you_mean, one_of
+from pyrolvm.errors import DivergenceError, SettingError, count, one_of
 from pyrolvm.files import write_atomically
 from pyrolvm.inference.objectives import OBJECTIVES
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -29,10 +27,11 @@ from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.plots import plot_elbo
 from pyrolvm.runs import NamedModel, Preparation, RunFolder, described, find_model, still_rising
 from pyrolvm.seeds import Purpose, derived_seed
+from pyrolvm.shell.arguments import constructor_arguments
 from pyrolvm.shell.asking import source_of
-from pyrolvm.shell.options import FIT, PREPARING
+from pyrolvm.shell.options import FIT
 from pyrolvm.shell.printing import caution, console, print_facts, print_table
-from pyrolvm.shell.values import annotation_text, read_as, read_flags
+from pyrolvm.shell.values import read_flags
 
 OF_OBJECTIVES = ("num_particles", "alpha", "gradient")
 LAST_RATE = 0.01
@@ -149,45 +148,6 @@ def _named(text: str, own: dict[str, Any], options: dict[str, Any]) -> NamedMode
             own["guide"] = options.pop("guide")
             return named
     return find_model(text, options.get("guide"))
-
-
-def constructor_arguments(
-    named: NamedModel, words: dict[str, str], settings: dict[str, Any], from_data: dict[str, Any]
-) -> dict[str, Any]:
-    """The constructor's arguments: by flag, by --set, and what the data give. Raises `SettingError`."""
-    known = named.options
-    free = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for name in [*words, *settings]:
-        if name in words and name in settings:
-            raise SettingError(f"{name} is given twice: by its flag and by --set")
-        if named.cls is None:
-            raise SettingError(
-                f"{named.text} is built already, so it takes no {_flag(name)}: name a class instead"
-            )
-        if name in named.from_data:
-            raise SettingError(f"{name} is taken from the data: leave it out")
-        if name not in known and not free:
-            raise SettingError(_unknown(named, name))
-    needed = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    for name in needed:
-        if name not in words and name not in settings:
-            raise SettingError(f"{named.name} needs {_flag(name)}: e.g. {_flag(name)} 2")
-    try:
-        hints = typing.get_type_hints(named.cls.__init__)  # type: ignore[misc]
-    except (NameError, TypeError, AttributeError):  # annotations that mean nothing at run time
-        hints = {}
-    read = {n: read_as(n, annotation_text(hints.get(n, Parameter.empty)), w) for n, w in words.items()}
-    return from_data | read | settings
-
-
-def _unknown(named: NamedModel, name: str) -> str:
-    hint = did_you_mean(name, [*named.options, *FIT, *PREPARING], _flag)
-    has = f"it has {', '.join(map(_flag, named.options))}" if named.options else "it has none"
-    return f"{named.name} has no option {_flag(name)}: {hint}{has}"
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -122,16 +122,34 @@ def options_of(
     if isinstance(node, ast.ClassDef) and not any(getattr(n, "name", "") == "__init__" for n in node.body):
         return {}
     function = _find(node, ["__init__"]) if isinstance(node, ast.ClassDef) else node
-    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
-    aliases = {t.id: n.value for n in assigned for t in n.targets if isinstance(t, ast.Name)}
     found = {}
     for argument, default in _arguments(function.args):
-        text = dict(written).get(argument.arg) or _annotation(argument.annotation, aliases)
+        text = dict(written).get(argument.arg) or _annotation(argument.annotation, tree)
         kind, words_ = documented.get(argument.arg, ("", ""))
         if argument.arg not in leave_out and kinds_of(text):
             choices = tuple(re.findall(r"[\"']([^\"']+)[\"']", kind)) if kind.startswith("{") else ()
             found[argument.arg] = Option(argument.arg, text, _default(default), words_, choices, panel)
     return found
+
+
+def _alias(name: str, tree: ast.Module) -> ast.expr | None:
+    """What a name is assigned in a file, or in the file of the package that it is imported from."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == name for t in node.targets
+        ):
+            return node.value
+        if isinstance(node, ast.ImportFrom) and any(a.name == name for a in node.names):
+            file = _file(node.module)
+            return None if file is None else _alias(name, ast.parse(file.read_text(encoding="utf-8")))
+    return None
+
+
+def _file(module: str | None) -> Path | None:
+    """The file of a module of the package."""
+    package, _, path = str(module).partition(".")
+    file = ROOT / f"{path.replace('.', '/')}.py"
+    return file if package == ROOT.name and file.is_file() else None
 
 
 def _find(node: Any, path: list[str]) -> Any:
@@ -149,10 +167,10 @@ def _arguments(arguments: ast.arguments) -> list[tuple[ast.arg, ast.expr | None]
     return [(argument, default) for argument, default in pairs if argument.arg != "self"]
 
 
-def _annotation(node: ast.expr | None, aliases: dict[str, ast.expr]) -> str:
-    """The annotation's source, a name that stands for a Literal in the same file put in full."""
-    if isinstance(node, ast.Name) and node.id in aliases:
-        node = aliases[node.id]
+def _annotation(node: ast.expr | None, tree: ast.Module) -> str:
+    """The annotation's source, a name that stands for a Literal put in full."""
+    if isinstance(node, ast.Name):
+        node = _alias(node.id, tree) or node
     return "" if node is None else ast.unparse(node)
 
 
@@ -191,10 +209,8 @@ def _registered() -> list[tuple[str, str]]:
     body = ast.parse((ROOT / "models/__init__.py").read_text(encoding="utf-8")).body
     above = itertools.takewhile(lambda node: not isinstance(node, ast.AnnAssign), body)
     lines = [node for node in above if isinstance(node, ast.ImportFrom) and node.module != BASE]
-    found = [
-        (f"{str(n.module).partition('.')[2].replace('.', '/')}.py", a.name) for n in lines for a in n.names
-    ]
-    return [(file, name) for file, name in found if (ROOT / file).is_file()]
+    found = [(_file(node.module), a.name) for node in lines for a in node.names]
+    return [(str(file.relative_to(ROOT)), name) for file, name in found if file is not None]
 
 
 def sharing(*groups: dict[str, Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
