@@ -57,7 +57,7 @@ def count(name: str, value: Any, least: int = 1) -> int:
 
 def positive(name: str, value: Any) -> float:
     """`value` as a float if it is a positive, finite number; else `SettingError`."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
         raise SettingError(f"{name} must be a positive number, not {value!r}")
     return float(value)
 

@@ -8,8 +8,8 @@ Generative story for N data of D dimensions and at most K components, in units o
     z_n | pi      ~ Categorical(pi)                           for n = 1..N
     x_n | z_n = k ~ Normal(mu_k, Sigma_k)
 
-Sigma_k is full, diagonal, or spherical; the last two have scaled inverse chi^2 priors of the same strength. With a small
-concentration c, components that the data do not need are left empty: their weight goes to zero and the rest of
+Sigma_k is full, diagonal, or spherical; the last two have scaled inverse chi^2 priors of the same strength. With a
+small concentration c, components that the data do not need are left empty: their weight goes to zero and the rest of
 their posterior back to the prior.
 
 Guide: the conjugate families, with every number in them free,
@@ -21,11 +21,11 @@ The assignments z are summed out given the parameters,
 
     ELBO = E_q[sum_n log sum_k pi_k Normal(x_n; mu_k, Sigma_k)] - KL(q(pi, mu, Sigma) | p(pi, mu, Sigma)),
 
-which is above the bound of coordinate ascent with its q(z) (Attias 2000; Bishop, section 10.2), where z and the parameters are
-independent. That coordinate ascent is where the guide starts.
+which is above the bound of coordinate ascent with its q(z) (Attias 2000; Bishop, section 10.2), where z and the
+parameters are independent. That coordinate ascent is where the guide starts.
 
-Weights are the site "log_weights", roots of covariances the site "scale". They stand outside the data plate and need the
-trainer's N/B scale when x is a minibatch: see `pyrolvm.plates`.
+Weights are the site "log_weights", roots of covariances the site "scale". They stand outside the data plate and need
+the trainer's N/B scale when x is a minibatch: see `pyrolvm.plates`.
 
 Sources: Attias (2000), "A variational Bayesian framework for graphical models"; Bishop (2006), section 10.2; Blei and
 Jordan (2006), "Variational inference for Dirichlet process mixtures", Bayesian Analysis 1.
@@ -33,7 +33,6 @@ Jordan (2006), "Variational inference for Dirichlet process mixtures", Bayesian 
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Literal, get_args
 
@@ -42,7 +41,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import SettingError, count, one_of, positive
+from pyrolvm.errors import count, one_of, positive
 from pyrolvm.models.alignment import match_components
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
 from pyrolvm.models.gmm import Covariance
@@ -56,7 +55,7 @@ MOST_START_ROWS = 2**13  # that coordinate ascent looks at
 
 
 class BayesianGaussianMixture(LatentVariableModel):
-    """At most `num_components` Gaussians over data [batch, data_dim] (or [batch] if data_dim is 1), and their posterior.
+    """At most `num_components` Gaussians over data [batch, data_dim] (or [batch] if it is 1), and their posterior.
 
     Parameters
     ----------
@@ -80,8 +79,8 @@ class BayesianGaussianMixture(LatentVariableModel):
 
     Notes
     -----
-    `initialise_from(x)` gives the guide its start and the priors their scale; without it the data are taken to have mean
-    0 and variance 1.
+    `initialise_from(x)` gives the guide its start and the priors their scale; without it the data are taken to have
+    mean 0 and variance 1.
     """
 
     location: Tensor  # m [data_dim]
@@ -155,11 +154,10 @@ class BayesianGaussianMixture(LatentVariableModel):
     def weights_posterior(self) -> StickBreaking:
         """q(log pi): its `mean_weights` are E[pi] [num_components]."""
         counts = self.log_counts.exp()
-        return (
-            StickBreaking.dirichlet(counts)
-            if self.weights_prior == "dirichlet"
-            else StickBreaking(*counts.chunk(2))
-        )
+        if self.weights_prior == "dirichlet":
+            return StickBreaking.dirichlet(counts)
+        a, b = counts.chunk(2)
+        return StickBreaking(a, b)
 
     def scale_posterior(self) -> dist.TorchDistribution:
         """q(L) of the roots of all covariances: event [K, D, D], [K, D] or [K, 1]."""
@@ -214,7 +212,7 @@ class BayesianGaussianMixture(LatentVariableModel):
         return self.weights.log() + t.log_prob(x)
 
     def log_predictive(self, x: Tensor) -> Tensor:
-        """log E_q[p(x | pi, mu, Sigma)] [batch] in nats: the density of new data under the posterior, in closed form."""
+        """log E_q[p(x | pi, mu, Sigma)] [batch] in nats: the density of new data, in closed form."""
         return self.log_predictive_joint(x).logsumexp(-1)
 
     def responsibilities(self, x: Tensor) -> Tensor:
@@ -224,12 +222,16 @@ class BayesianGaussianMixture(LatentVariableModel):
     @torch.no_grad()
     def effective_components(self, x: Tensor) -> int:
         """How many components hold at least one of the data `x` [rows, data_dim], by their responsibilities."""
-        return int((sum(self.responsibilities(part).sum(0) for part in x.split(2**16)) >= 1).sum())
+        held = torch.stack([self.responsibilities(part).sum(0) for part in x.split(2**16)]).sum(0)  # [K]
+        return int((held >= 1).sum())
 
     # ------------------------------------------------------------------ the start: coordinate ascent
 
     def expected_log_joint(self, x: Tensor) -> Tensor:
-        """E_q[log pi_k Normal(x; mu_k, Sigma_k)] [batch, num_components] in nats; Bishop (2006), 10.46 and 10.64 to 10.66."""
+        """E_q[log pi_k Normal(x; mu_k, Sigma_k)] [batch, num_components] in nats.
+
+        Bishop (2006), equations 10.46 and 10.64 to 10.66.
+        """
         D, x = self.data_dim, as_columns(x, self.data_dim).unsqueeze(-2)
         df, scale = self._df(), self._scale()
         if self.covariance == "full":
@@ -338,31 +340,28 @@ class BayesianGaussianMixture(LatentVariableModel):
             r = self.expected_log_joint(rows).softmax(-1)
 
     @torch.no_grad()
-    def relabelled(self, reference: BayesianGaussianMixture | None = None) -> BayesianGaussianMixture:
-        """A copy with its components renamed; the ELBO is the same as before.
+    def aligned(self, draws: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Draws of the posterior in this guide's order of components, as NUTS and other fits have another.
 
         Parameters
         ----------
-        reference : BayesianGaussianMixture, optional
-            Components are matched to its own one to one (`pyrolvm.models.alignment.match_components`); by default
-            the heaviest comes first.
+        draws : dict of str to Tensor
+            "log_weights" [S, K], "means" [S, K, D] and "scale" [S, K, D, D], [S, K, D] or [S, K, 1].
 
-        Raises
-        ------
-        SettingError
-            With sticks, whose prior knows their order.
+        Returns
+        -------
+        dict of str to Tensor
+            The same, each draw's components matched one to one to E[mu] and E[Sigma^-1]^-1 under q by
+            `pyrolvm.models.alignment.match_components`.
         """
-        if self.weights_prior != "dirichlet":
-            raise SettingError(
-                "a stick-breaking prior changes with the order of components: relabel its draws"
-            )
-        twin = copy.deepcopy(self)
-        order = self.weights.argsort(descending=True)
-        if reference is not None:
-            order = match_components(self.means, self.scale_tril, reference.means, reference.scale_tril)
-        for parameter in twin.parameters():
-            parameter.copy_(parameter[order])
-        return twin
+        tril = draws["scale"]
+        if self.covariance != "full":
+            tril = torch.diag_embed(tril.expand(*tril.shape[:-1], self.data_dim))
+        pairs = zip(draws["means"], tril, strict=True)
+        orders = [match_components(m, L, self.means.to(m), self.scale_tril.to(m)) for m, L in pairs]
+        order = torch.stack(orders)  # [S, K]
+        row = torch.arange(len(order), device=order.device).unsqueeze(-1)
+        return {name: draws[name][row, order] for name in ("log_weights", "means", "scale")}
 
     def check_data(self, x: Tensor) -> Tensor:
         """`x` as floats; raises `DataError` unless they are [rows, data_dim] and finite."""

@@ -114,7 +114,7 @@ class BernoulliVAE(LatentVariableModel):
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:
         """Centre by the mean of x [rows, data_dim]; without latents the decoder gives that mean."""
         mean = x.mean(0)
-        last: nn.Linear = self.decoders[0].layers[-1]  # type: ignore[assignment, index, union-attr]
+        last: nn.Linear = self.decoders[0].layers[-1]  # type: ignore[assignment, index]
         self.data_mean.copy_(mean)
         last.bias.copy_(mean.clamp(1e-3, 1 - 1e-3).logit())
         self.fresh = False

@@ -22,7 +22,8 @@ import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 from torch.distributions import constraints
-from torch.distributions.transforms import PowerTransform
+from torch.distributions.constraint_registry import biject_to, transform_to
+from torch.distributions.transforms import PowerTransform, Transform
 
 Size = torch.Size | list[int] | tuple[int, ...]
 
@@ -51,6 +52,52 @@ def inverse_chi(df: float | Tensor, scale: Tensor) -> dist.TransformedDistributi
     return _Root(variance, [PowerTransform(torch.full_like(scale, 0.5))])
 
 
+class _LowerCholesky(type(constraints.lower_cholesky)):  # type: ignore[misc]
+    """As torch's own, which has no bijection from free numbers: NUTS and AutoGuides need one."""
+
+
+class _FromEntries(Transform):
+    """Entries [D (D + 1) / 2] of a lower triangle by rows, the diagonal's in logs, to the triangle [D, D]."""
+
+    domain = constraints.real_vector
+    codomain = _LowerCholesky()
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _FromEntries)
+
+    def _call(self, x: Tensor) -> Tensor:
+        rows, columns, shape = self._triangle(x)
+        entries = torch.where(rows == columns, x.exp(), x)
+        triangle = x.new_zeros(shape)
+        triangle[..., rows, columns] = entries
+        return triangle
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows, columns = torch.tril_indices(*y.shape[-2:], device=y.device)
+        entries = y[..., rows, columns]
+        return torch.where(rows == columns, entries.abs().log(), entries)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def _triangle(self, x: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+        shape = self.forward_shape(x.shape)
+        rows, columns = torch.tril_indices(*shape[-2:], device=x.device)
+        return rows, columns, shape
+
+    def forward_shape(self, shape: Size) -> torch.Size:
+        D = math.isqrt(2 * shape[-1])
+        return torch.Size((*shape[:-1], D, D))
+
+    def inverse_shape(self, shape: Size) -> torch.Size:
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+for _registry in (biject_to, transform_to):
+    _registry.register(_LowerCholesky, lambda constraint: _FromEntries())
+
+
 class InverseWishartCholesky(dist.TorchDistribution):
     """The law of the Cholesky factor L when L L^T ~ InverseWishart(df, C C^T).
 
@@ -67,7 +114,7 @@ class InverseWishartCholesky(dist.TorchDistribution):
     """
 
     arg_constraints = {"df": constraints.positive, "scale_tril": constraints.lower_cholesky}  # noqa: RUF012
-    support = constraints.lower_cholesky
+    support = _LowerCholesky()
     has_rsample = True
 
     def __init__(self, df: float | Tensor, scale_tril: Tensor, validate_args: bool | None = None):
@@ -90,12 +137,8 @@ class InverseWishartCholesky(dist.TorchDistribution):
         ratio = torch.linalg.solve_triangular(value, self.scale_tril, upper=False)
         power = self.df.unsqueeze(-1) + D + 1 - self._countdown()  # (df + D + 1) - (D - i + 1)
         log_density = self.df * self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return (
-            log_density
-            - (power * log_diagonal).sum(-1)
-            - 0.5 * ratio.square().sum((-2, -1))
-            - self._log_normaliser()
-        )
+        log_density = log_density - (power * log_diagonal).sum(-1) - 0.5 * ratio.square().sum((-2, -1))
+        return log_density - self._log_normaliser()
 
     @property
     def mean(self) -> Tensor:
