@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pyrolvm.diagnostics import diagnose as diagnose
     from pyrolvm.diagnostics import to_inference_data as to_inference_data
     from pyrolvm.inference import FittedModel as FittedModel
+    from pyrolvm.inference import FreeBits as FreeBits
+    from pyrolvm.inference import InfoELBO as InfoELBO
     from pyrolvm.inference import Objective as Objective
     from pyrolvm.inference import RenyiELBO as RenyiELBO
     from pyrolvm.inference import fit as fit
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 _ROOMS = ("data", "diagnostics", "inference", "models", "plots", "report", "runs")
 _HOMES = {
     "FittedModel": "inference",
+    "FreeBits": "inference",
+    "InfoELBO": "inference",
     "Objective": "inference",
     "RenyiELBO": "inference",
     "control": "controls",

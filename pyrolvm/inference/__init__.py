@@ -1,6 +1,6 @@
 """Objectives, engines, `fit` and fitted models, for any Pyro program."""
 
-from pyrolvm.inference.objectives import Objective, RenyiELBO
+from pyrolvm.inference.objectives import FreeBits, InfoELBO, Objective, RenyiELBO
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
 from pyrolvm.inference.training.fit import fit
@@ -10,6 +10,8 @@ from pyrolvm.inference.training.restarts import fit_restarts
 __all__ = [
     "Callback",
     "FittedModel",
+    "FreeBits",
+    "InfoELBO",
     "JSONLines",
     "Objective",
     "RenyiELBO",

@@ -11,6 +11,8 @@ from pyrolvm.models.factor_analysis import BayesianFactorAnalysis as BayesianFac
 from pyrolvm.models.vae import VAE as VAE
 from pyrolvm.models.power_vae import PowerVAE as PowerVAE
 from pyrolvm.models.autoencoder import Autoencoder as Autoencoder
+from pyrolvm.models.info_vae import InfoVAE as InfoVAE
+from pyrolvm.models.hierarchical_vae import HierarchicalVAE as HierarchicalVAE
 # isort: on
 
 REGISTRY: dict[str, type[LatentVariableModel]] = {
