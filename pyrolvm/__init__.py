@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from pyrolvm.diagnostics import diagnose as diagnose
     from pyrolvm.diagnostics import to_inference_data as to_inference_data
     from pyrolvm.inference import FittedModel as FittedModel
+    from pyrolvm.inference import FreeBits as FreeBits
     from pyrolvm.inference import ImportanceWeighted as ImportanceWeighted
+    from pyrolvm.inference import InfoELBO as InfoELBO
     from pyrolvm.inference import Objective as Objective
     from pyrolvm.inference import RenyiELBO as RenyiELBO
     from pyrolvm.inference import calibrate_loss as calibrate_loss
@@ -37,6 +39,8 @@ _ROOMS = ("data", "diagnostics", "inference", "models", "plots", "report", "runs
 _HOMES = {
     "FittedModel": "inference",
     "ImportanceWeighted": "inference",
+    "FreeBits": "inference",
+    "InfoELBO": "inference",
     "Objective": "inference",
     "RenyiELBO": "inference",
     "calibrate_loss": "inference",

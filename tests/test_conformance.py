@@ -26,6 +26,8 @@ from pyrolvm import (
     DataError,
     DiffusionVAE,
     GaussianMixture,
+    HierarchicalVAE,
+    InfoVAE,
     PowerVAE,
     SettingError,
 )
@@ -86,6 +88,10 @@ CASES = {
         BINARY.repeat(1, 4),
     ),
     "BernoulliVAE": (lambda: BernoulliVAE(4, 3), BINARY),
+    "InfoVAE": (lambda: InfoVAE(4, 2, likelihood="gaussian", hidden=(16,)), IRIS),
+    "InfoVAE, median": (lambda: InfoVAE(4, 2, 0.2, 5.0, "imq", "median", "v", hidden=(16,)), BINARY),
+    "HierarchicalVAE": (lambda: HierarchicalVAE(4, (3, 2), "gaussian", hidden=(16,)), IRIS),
+    "HierarchicalVAE, free bits": (lambda: HierarchicalVAE(4, 1, hidden=(16, 8), free_bits=0.2), BINARY),
     "PowerVAE": (lambda: PowerVAE(4, 2, eta=0.5, likelihood="gaussian", hidden=(16,)), IRIS),
     "DiffusionVAE": (lambda: DiffusionVAE(4, chain_length=20, hidden=(16,)), IRIS),
     "DiffusionVAE, principal": (
@@ -120,6 +126,13 @@ def started(build, x):
 
 def parameters(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def codes(fitted, x):
+    """The codes of all local latents side by side: [rows, dimensions]."""
+    found = fitted.encode(x)
+    parts = found.values() if isinstance(found, dict) else [found]
+    return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 def test_every_registered_model_is_here():
@@ -162,9 +175,9 @@ def test_it_encodes_samples_saves_and_loads(case, tmp_path):
         assert torch.equal(again.program.tensors()[name], tensor)
     assert torch.equal(again.sample(9), samples)
     if [s for s in fitted.structure.local_latents if not s.enumerated]:
-        code = fitted.encode(x[:7])
+        code = codes(fitted, x[:7])
         assert code.shape[0] == 7
-        assert torch.equal(again.encode(x[:7]), code)
+        assert torch.equal(codes(again, x[:7]), code)
         assert fitted.reconstruct(x[:7]).shape == (7, x.shape[1])
     for value in fitted.posterior(x[:7], 5).values():
         assert value.shape[0] == 5
@@ -328,7 +341,7 @@ def test_a_subset_of_rows_is_answered_as_within_the_whole(case):
     fitted = pyrolvm.fit(started(build, x), x, num_steps=3, **QUIET)
     few = slice(20, 31)
     if [s for s in fitted.structure.local_latents if not s.discrete]:
-        torch.testing.assert_close(fitted.encode(x[few]), fitted.encode(x)[few])
+        torch.testing.assert_close(codes(fitted, x[few]), codes(fitted, x)[few])
         torch.testing.assert_close(fitted.reconstruct(x[few]), fitted.reconstruct(x)[few])
     if fitted.model.knows("log_marginal"):
         every, part = (torch.as_tensor(fitted.log_evidence(rows, "exact")) for rows in (x, x[few]))

@@ -1,6 +1,6 @@
 """Objectives, engines, `fit` and fitted models, for any Pyro program."""
 
-from pyrolvm.inference.objectives import ImportanceWeighted, Objective, RenyiELBO
+from pyrolvm.inference.objectives import FreeBits, ImportanceWeighted, InfoELBO, Objective, RenyiELBO
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
 from pyrolvm.inference.training.fit import fit
@@ -11,7 +11,9 @@ from pyrolvm.inference.training.restarts import fit_restarts
 __all__ = [
     "Callback",
     "FittedModel",
+    "FreeBits",
     "ImportanceWeighted",
+    "InfoELBO",
     "JSONLines",
     "LossWeight",
     "Objective",

@@ -139,13 +139,13 @@ class Job:
 
 
 def _named(text: str, own: dict[str, Any], options: dict[str, Any]) -> NamedModel:
-    """The model; `guide` is an option of its constructor if that has one of the name."""
+    """The model; `guide` and `alpha` are options of its constructor if that has some of the name."""
     if options.get("guide") in ROW_GUIDES:  # of any model: `fit` makes it
         return find_model(text, options["guide"])
     if ".py" not in text and ":" not in text:
         named = find_model(text)
-        if "guide" in named.options and "guide" in options:
-            own["guide"] = options.pop("guide")
+        own |= {n: str(options.pop(n)) for n in ("guide", "alpha") if n in named.options and n in options}
+        if "guide" in own:
             return named
     return find_model(text, options.get("guide"))
 

@@ -29,6 +29,7 @@ SHORT: dict[str, tuple[str, ...]] = {
     "batch_size": ("-b",),
     "latent_dim": ("-l",),
     "num_components": ("-k",),
+    "lambda_": ("--lambda",),
     "num_samples": ("-s",),
     "num_particles": ("--particles",),
     "num_restarts": ("--restarts",),

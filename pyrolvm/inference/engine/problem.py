@@ -126,7 +126,7 @@ class Problem:
             if not {"log_likelihood", "kl"} <= terms.keys():
                 raise SettingError(unweighable(type(self.objective).__name__))
             remainder = bound - (terms["log_likelihood"] - terms["kl"])
-            terms["kl"] = terms["kl"] / weight
+            terms |= {k: v / weight for k, v in terms.items() if k == "kl" or k.startswith("kl_")}
             bound = terms["log_likelihood"] - terms["kl"]
         n = self.structure.num_data
         self.terms = (BOUND, *terms)

@@ -175,6 +175,17 @@ def sample_sites(trace: Trace) -> Iterator[Any]:
             yield site
 
 
+def given_first(model: Trace, guide: Trace, name: str) -> bool:
+    """Whether the guide draws the latents that stand before `name` in the model before it draws `name`.
+
+    Only then may KL(q(name | ...) || p(name | ...)) in closed form stand for log q - log p at the draw: otherwise what
+    the prior depends on was drawn knowing the draw of `name`, as in a guide from the data up.
+    """
+    drawn = [s["name"] for s in sample_sites(guide)]
+    prior = [s["name"] for s in sample_sites(model) if s["name"] in drawn]
+    return set(prior[: prior.index(name)]) <= set(drawn[: drawn.index(name)])
+
+
 def in_plate(site: Any, plate: Plate | None) -> bool:
     """Whether a site of a trace stands in the plate."""
     return plate is not None and any(f.name == plate.name for f in site["cond_indep_stack"])
