@@ -96,10 +96,11 @@ class CollapseReport(Report):
         """The findings in plain words."""
         total, names = len(self.dimensions), list(self.dimensions.index[self.dimensions["collapsed"]])
         words = [
-            f"{self.active_units} of {total} latent dimensions are active and {len(names)} are collapsed"
-            + (f" ({_listed(names)})" if names else "")
-            + f"; of the average KL of {self.average_kl:.2f} nats, {self.mutual_information:.2f} are information "
-            f"about the datum and {self.marginal_kl:.2f} mismatch of the aggregated posterior and the prior."
+            f"{self.active_units} of {total} latent dimensions are active (the variance of E[z | x] over the data is "
+            f"above {self.threshold:g}) and {len(names)} are collapsed (average KL below {self.threshold:g} nats"
+            + (f": {_listed(names)}" if names else "")
+            + f"); of the average KL of {self.average_kl:z.2f} nats, {self.mutual_information:z.2f} are information "
+            f"about the datum and {self.marginal_kl:z.2f} mismatch of the aggregated posterior and the prior."
         ]
         if self.saturated:
             words.append(
@@ -109,7 +110,7 @@ class CollapseReport(Report):
         if not self.decoder_uses_latents:
             words.append(
                 "The decoder does not use the latents: giving every datum the latents of another one lowers "
-                f"log p(x | z) by {self.shuffle_loss:.3f} ± {self.standard_error['shuffle_loss']:.3f} nats."
+                f"log p(x | z) by {self.shuffle_loss:z.3f} ± {self.standard_error['shuffle_loss']:.3f} nats."
             )
         return words
 

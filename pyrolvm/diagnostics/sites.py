@@ -18,7 +18,7 @@ from torch.distributions import (
 )
 
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import given_first, sample_sites
 
 NORMALS = (MultivariateNormal, LowRankMultivariateNormal)
 
@@ -59,7 +59,7 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
     str
         "exact": closed form. "marginal": closed form of each dimension's marginal, which do not add up to the KL where
         q has correlations. "monte carlo": log q - log p at the draws, of the site as one where it does not fall into
-        dimensions (D = 1).
+        dimensions (D = 1), and of a site that is drawn before what its prior depends on.
     """
     nodes: Any = model.nodes
     q_node, p_node = latent_node(guide, name), nodes[name]
@@ -73,6 +73,8 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
         log_p = pair.log_prob(model, lambda s: s["name"] == name)
         return (log_q - log_p).unsqueeze(-1), "monte carlo"
     try:
+        if not given_first(model, guide, name):
+            raise NotImplementedError
         return pair.spread(q_node, kl_divergence(q, p), event_dims).double(), kind
     except NotImplementedError:
         value = q_node["value"]

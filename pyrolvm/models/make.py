@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, SettingError, one_of
-from pyrolvm.models.networks import MLP, ConvDecoder, ConvEncoder, MLPEncoder
+from pyrolvm.models.networks import MLP, ConvDecoder, ConvEncoder, MLPEncoder, conv_net
 
 KINDS = ("mlp", "conv", "linear")
 
@@ -79,6 +79,28 @@ def make_encoder(
     return MLPEncoder(data_dim, latent_dim, () if kind == "linear" else hidden, activation, num_features)
 
 
+def make_coder(
+    kind: str | nn.Module,
+    data_dim: int,
+    latent_dim: int,
+    hidden: Sequence[int] = (400,),
+    activation: str = "relu",
+    image_shape: Sequence[int] | None = None,
+) -> nn.Module:
+    """The encoder of a point named `kind`, or `kind` itself: x [..., data_dim] -> z [..., latent_dim].
+
+    Arguments and errors as of `make_encoder`.
+    """
+    if isinstance(kind, nn.Module):
+        _check_map(kind, "encoder", "x", data_dim, latent_dim)
+        return kind
+    one_of("encoder", kind, KINDS)
+    if kind == "conv":
+        image_shape = image_of(data_dim, image_shape)
+        return conv_net(image_shape, latent_dim, hidden=hidden, activation=activation)
+    return MLP(data_dim, latent_dim, () if kind == "linear" else hidden, activation)
+
+
 def make_decoder(
     kind: str | nn.Module,
     latent_dim: int,
@@ -117,6 +139,18 @@ def make_decoder(
     return MLP(latent_dim, parts * data_dim, () if kind == "linear" else backwards, activation)
 
 
+@torch.no_grad()
+def start_decoder(decoder: nn.Module, out: Tensor) -> None:
+    """Let an `MLP` or `ConvDecoder` begin around `out` [parts * data_dim], by the bias of its last layer.
+
+    A convolution has one bias for each channel: the average of its pixels. Other modules stay as they are.
+    """
+    layers = [m for m in decoder.modules() if isinstance(m, nn.Linear | nn.ConvTranspose2d)]
+    if isinstance(decoder, MLP | ConvDecoder) and layers[-1].bias is not None:
+        bias = layers[-1].bias
+        bias.copy_(out.reshape(len(bias), -1).mean(-1))
+
+
 def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int, num_features: int = 0) -> None:
     """Raise `ProgramError` unless `encoder` maps [1, data_dim] to (loc, scale > 0), each [1, latent_dim].
 
@@ -143,11 +177,16 @@ def check_decoder(decoder: nn.Module, latent_dim: int, data_dim: int) -> None:
 
     Pyro would take a decoder of width 1 without an error, broadcast over all columns.
     """
-    out = try_out(decoder, "decoder", latent_dim)
-    if _shape(out) != [1, data_dim]:
+    _check_map(decoder, "decoder", "z", latent_dim, data_dim)
+
+
+def _check_map(net: nn.Module, role: str, symbol: str, in_dim: int, out_dim: int) -> None:
+    """Raise `ProgramError` unless `net` maps [1, in_dim] to [1, out_dim]; `symbol` is what it maps."""
+    out = try_out(net, role, in_dim)
+    if _shape(out) != [1, out_dim]:
         raise ProgramError(
-            f"the decoder {type(decoder).__name__} returned {_described(out)} for z [1, {latent_dim}]: "
-            f"it must map z [..., {latent_dim}] to one tensor [..., {data_dim}]"
+            f"the {role} {type(net).__name__} returned {_described(out)} for {symbol} [1, {in_dim}]: "
+            f"it must map {symbol} [..., {in_dim}] to one tensor [..., {out_dim}]"
         )
 
 

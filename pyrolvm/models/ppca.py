@@ -16,11 +16,12 @@ eigenvectors and eigenvalues of the covariance of the data,
     W = U_L (Lambda_L - sigma^2 I)^1/2,    sigma^2 = mean of the data_dim - latent_dim smallest lambda.
 
 The guide is amortised and linear, q(z | x) = N(A (x - b), S) with one S for all rows. The exact
-posterior has this form, and is reached when S is a full matrix. A diagonal S loses
+posterior has this form, and is reached when S is a full matrix (`guide="full"`). A diagonal S loses
 
     KL(q || p) = 1/2 (sum_i log M_ii - log det M)   nats per datum, at best:
 
-nothing where the columns of W are orthogonal, as they are in the closed form.
+nothing where the columns of W are orthogonal, as they are in the closed form. Families that are not
+Gaussian read linear features of x.
 
 Three ways to train: `PPCA.closed_form(x, latent_dim)`; gradient on the exact likelihood, with
 `marginal_model` as the program and a guide that samples nothing; stochastic variational inference,
@@ -39,8 +40,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import DataError, SettingError, one_of
+from pyrolvm.errors import DataError, SettingError
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite, check_sizes
+from pyrolvm.models.guides import FullCovariance, GuideFamily, linear_features, make_guide, set_covariance
 
 
 class PPCA(LatentVariableModel):
@@ -52,8 +54,9 @@ class PPCA(LatentVariableModel):
         Columns of the data.
     latent_dim : int
         Dimensions of z, at most `data_dim`.
-    guide : {"mean_field", "full"}
-        A diagonal covariance of q(z | x), or a Cholesky factor.
+    guide : str or GuideFamily
+        "mean_field" (or "diagonal") for a diagonal covariance of q(z | x), "full" for a Cholesky factor, or another
+        family of `pyrolvm.models.guides.GUIDES`.
 
     Attributes
     ----------
@@ -70,17 +73,16 @@ class PPCA(LatentVariableModel):
         For an unknown guide or `latent_dim` outside 1..`data_dim`.
     """
 
-    def __init__(self, data_dim: int, latent_dim: int, guide: str = "mean_field") -> None:
+    def __init__(self, data_dim: int, latent_dim: int, guide: str | GuideFamily = "mean_field") -> None:
         super().__init__()
         self.data_dim, self.latent_dim = data_dim, latent_dim = check_sizes(data_dim, latent_dim)
-        self.guide_family = one_of("guide", guide, ("mean_field", "full"))
+        self.guide_family = make_guide(guide, latent_dim)
         self.loadings = nn.Parameter(torch.randn(data_dim, latent_dim) / math.sqrt(data_dim))
         self.offset = nn.Parameter(torch.zeros(data_dim))
         self.log_noise_scale = nn.Parameter(torch.zeros(()))
         self.guide_loadings = nn.Parameter(torch.empty(latent_dim, data_dim))
         self.guide_log_scale = nn.Parameter(torch.empty(latent_dim))
-        if guide == "full":
-            self.guide_tril = nn.Parameter(torch.zeros(latent_dim, latent_dim))
+        self.guide_features = linear_features(self.guide_family, data_dim)
         self.solve_guide()
 
     @property
@@ -123,13 +125,10 @@ class PPCA(LatentVariableModel):
         return dist.Normal(z @ self.loadings.T + self.offset, self.noise_scale).to_event(1)
 
     def posterior_dist(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z | x) = N(A (x - b), S) for x [..., data_dim], event [latent_dim]."""
-        loc = (x - self.offset) @ self.guide_loadings.T  # [..., latent_dim]
-        scale = self.guide_log_scale.exp()  # [latent_dim]
-        if self.guide_family == "mean_field":
-            return dist.Normal(loc, scale).to_event(1)
-        scale_tril = self.guide_tril.tril(-1) + torch.diag_embed(scale)  # [latent_dim, latent_dim]
-        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+        """q(z | x) = N(A (x - b), S), or of another family, for x [..., data_dim]; event [latent_dim]."""
+        r = x - self.offset
+        loc, scale = r @ self.guide_loadings.T, self.guide_log_scale.exp()  # [..., latent_dim], [latent_dim]
+        return self.guide_family(loc, scale, self.guide_features(r))
 
     def decode(self, z: Tensor) -> Tensor:
         """W z + b [..., data_dim], the mean of p(x | z) for z [..., latent_dim]."""
@@ -150,20 +149,20 @@ class PPCA(LatentVariableModel):
         """Set the guide to the best of its family for the present W, b and sigma.
 
         "full": the exact posterior. "mean_field": its mean, and the variances sigma^2 / M_ii that
-        minimise KL(q || p) (the inverse of the diagonal of the precision).
+        minimise KL(q || p) (the inverse of the diagonal of the precision). Other families start there.
         """
         M = _capacitance(self.loadings, self.noise_scale)
         self.guide_loadings.copy_(torch.linalg.solve(M, self.loadings.T))
-        if self.guide_family == "mean_field":
-            self.guide_log_scale.copy_(self.log_noise_scale - 0.5 * M.diagonal().log())
-        else:
+        if isinstance(self.guide_family, FullCovariance):
             scale_tril = _posterior_scale_tril(M, self.noise_scale)
             self.guide_log_scale.copy_(scale_tril.diagonal().log())
-            self.guide_tril.copy_(scale_tril.tril(-1))
+            set_covariance(self.guide_family, self.guide_features, scale_tril)
+        else:
+            self.guide_log_scale.copy_(self.log_noise_scale - 0.5 * M.diagonal().log())
 
     @classmethod
-    def closed_form(cls, x: Tensor, latent_dim: int, guide: str = "mean_field") -> PPCA:
-        """Maximum likelihood in closed form, with the guide at its best (the exact posterior).
+    def closed_form(cls, x: Tensor, latent_dim: int, guide: str | GuideFamily = "mean_field") -> PPCA:
+        """Maximum likelihood in closed form, with a Gaussian guide at its best (the exact posterior).
 
         Parameters
         ----------
@@ -171,7 +170,7 @@ class PPCA(LatentVariableModel):
             The data; the answer has their dtype and device, computed in float64.
         latent_dim : int
             Dimensions of z, less than data_dim and less than rows - 1.
-        guide : {"mean_field", "full"}
+        guide : str or GuideFamily
             As in the constructor.
 
         Returns

@@ -34,7 +34,7 @@ from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
 from pyrolvm.models.guides import GuideFamily, make_guide
 from pyrolvm.models.latent_priors import LatentPrior, make_prior
 from pyrolvm.models.likelihoods import WITH_NOISE, Likelihood, make_likelihood
-from pyrolvm.models.make import make_decoder, make_encoder
+from pyrolvm.models.make import make_decoder, make_encoder, start_decoder
 
 
 class VAE(LatentVariableModel):
@@ -48,15 +48,15 @@ class VAE(LatentVariableModel):
         Dimensions of z.
     likelihood : str or Likelihood
         "bernoulli" for data of zeros and ones, "gaussian" for real numbers, or another of
-        `pyrolvm.models.likelihoods.LIKELIHOODS`.
+        `pyrolvm.models.likelihoods.LIKELIHOODS`, such as "poisson" for counts or "categorical:6" for codes 0 to 5.
     encoder : {"mlp", "conv", "linear"} or Module
         A module maps x [..., data_dim] to (loc, scale), each [..., latent_dim], and to what else the guide wants.
     decoder : {"mlp", "conv", "linear"} or Module
         A module maps z [..., latent_dim] to logits or means [..., data_dim]; to several blocks of data_dim columns
         where the likelihood has more `parts`.
     noise_scale : float or {"shared", "per_feature", "network"}, optional
-        Of the Gaussian, in the units of the data: a number (fixed), "shared" (one learned number, the default),
-        "per_feature" (data_dim learned numbers), or "network" (a function of z, the decoder's second part).
+        Of "gaussian" and "student_t", in the units of the data: a number (fixed), "shared" (one learned number, the
+        default), "per_feature" (data_dim learned numbers), or "network" (a function of z, the decoder's second part).
     hidden : sequence of int
         Sizes of the encoder's fully connected hidden layers; the decoder has them reversed.
     activation : str
@@ -64,9 +64,9 @@ class VAE(LatentVariableModel):
     image_shape : sequence of int, optional
         (channels, height, width) for "conv"; by default one square channel.
     guide : str or GuideFamily
-        The family of q(z | x), of `pyrolvm.models.guides.GUIDES`.
+        The family of q(z | x), of `pyrolvm.models.guides.GUIDES`, with its settings: "full", "iaf:4".
     prior : str or LatentPrior
-        p(z), of `pyrolvm.models.latent_priors.PRIORS`.
+        p(z), of `pyrolvm.models.latent_priors.PRIORS`, with its settings: "mixture:20".
 
     Raises
     ------
@@ -137,6 +137,21 @@ class VAE(LatentVariableModel):
     def decode(self, z: Tensor) -> Tensor:
         """The mean [..., data_dim] of p(x | z) for z [..., latent_dim]: a probability if Bernoulli."""
         return self.likelihood_dist(z).mean
+
+    def initialise_from(self, x: Tensor, seed: int = 0) -> None:
+        """Let the decoder begin at the columns' own distribution, and the prior at the data, where they know how.
+
+        Parameters
+        ----------
+        x : Tensor [rows, data_dim]
+        seed : int
+            Of the prior's start.
+        """
+        start = self.likelihood.start(self.check_data(x))
+        if start is not None:
+            start_decoder(self.decoder, start)
+        self.latent_prior.initialise_from(x, seed)
+        self.fresh = False
 
     def check_data(self, x: Tensor) -> Tensor:
         """`x` as floats; raises `DataError` unless [rows, data_dim], finite and in the likelihood's support."""

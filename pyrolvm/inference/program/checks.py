@@ -33,11 +33,11 @@ def inspect_program(program: Program, batch: Batch) -> Structure:
     The guide is completed by the sites that it leaves to the prior. Raises `ProgramError` that names the site and
     what to type.
     """
-    model, guide, made = trial_traces(program, batch)
+    model, guide, rows = trial_traces(program, batch)
     _check_match(model, guide, batch)
     left = [s["name"] for s in sample_sites(model) if s["infer"].get(LEFT_TO_PRIOR) and _is_missing(s, guide)]
     _check_own_guide(model, guide)
-    structure = read_structure(program, batch, model, guide, made)
+    structure = read_structure(program, batch, model, guide, rows)
     program.complete_guide(left)
     _check_mixed(structure)
     _check_shapes(model, guide, structure.sites)

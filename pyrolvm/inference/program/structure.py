@@ -12,6 +12,8 @@ from pyro.poutine.trace_struct import Trace
 from pyrolvm.errors import SettingError
 
 LEFT_TO_PRIOR = "left_to_prior"
+LOSS = "loss"
+"""The mark of a site that is a loss and no density of data."""
 BOUND = "bound"
 """A model's distribution with the attribute `bound = True` gives no log-density but an estimate: the mean over q of
 log p(z) - log q(z) is part of a bound, for q the guide that marks its own site by infer={"bound": True}. Such a mean is
@@ -79,6 +81,8 @@ class Structure:
         The plate over the rows of the data.
     per_datum : tuple of str
         Parameters of which each row of the training data has its own entry.
+    row_tables : tuple of str
+        Those of them that are read by `row_entries`, [N, ...]: a minibatch trains its rows of them alone.
     joint_guide : str or None
         A guide site outside the data plate that local latents are computed from.
     takes_any_rows : bool
@@ -87,7 +91,8 @@ class Structure:
         Auxiliary sites of the guide that other draws depend on without being determined by them: the density of those
         draws is an integral that nothing computes.
     tempered : bool
-        Whether data are weighted by more or less than one each (a power of the likelihood, row weights).
+        Whether data are weighted by more or less than one each (a power of the likelihood, row weights), or enter by a
+        loss.
     """
 
     sites: tuple[Site, ...]
@@ -98,6 +103,7 @@ class Structure:
     takes_any_rows: bool = False
     mixed: tuple[str, ...] = ()
     tempered: bool = False
+    row_tables: tuple[str, ...] = ()
 
     @property
     def num_data(self) -> int:
@@ -134,6 +140,16 @@ class Structure:
         """Latents outside the data plate, shared by all data."""
         return tuple(s for s in self.latents if not s.local)
 
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Latents of each datum that the guide holds at points: it is an estimate, without a density."""
+        return tuple(s.name for s in self.local_latents if s.point)
+
+    @property
+    def bound_name(self) -> str:
+        """What an ELBO of this pair is: no bound where a latent of each datum has no density in the guide."""
+        return "log p(x, z) at a point" if self.points else "ELBO"
+
     def table(self) -> str:
         """One line per site: name, role, distribution, batch and event shape, plates."""
         return site_table(self.sites)
@@ -157,6 +173,17 @@ def sample_sites(trace: Trace) -> Iterator[Any]:
     for site in trace.nodes.values():
         if site["type"] == "sample" and not isinstance(site["fn"], _Subsample):
             yield site
+
+
+def given_first(model: Trace, guide: Trace, name: str) -> bool:
+    """Whether the guide draws the latents that stand before `name` in the model before it draws `name`.
+
+    Only then may KL(q(name | ...) || p(name | ...)) in closed form stand for log q - log p at the draw: otherwise what
+    the prior depends on was drawn knowing the draw of `name`, as in a guide from the data up.
+    """
+    drawn = [s["name"] for s in sample_sites(guide)]
+    prior = [s["name"] for s in sample_sites(model) if s["name"] in drawn]
+    return set(prior[: prior.index(name)]) <= set(drawn[: drawn.index(name)])
 
 
 def in_plate(site: Any, plate: Plate | None) -> bool:

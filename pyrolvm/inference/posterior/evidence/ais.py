@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import SettingError, count, one_of
 from pyrolvm.inference.posterior.evidence.chunks import evidence_chunks
 from pyrolvm.inference.posterior.evidence.hmc import State, adapted, hmc_move
 from pyrolvm.inference.posterior.evidence.importance import check_guide
@@ -71,14 +71,10 @@ class Annealing:
     num_leapfrog: int = 10
 
     def __post_init__(self) -> None:
-        for name, known in (("start", STARTS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise SettingError(
-                    f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(known)}"
-                )
-        for name in ("num_steps", "num_leapfrog"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} must be at least 1, not {getattr(self, name)}")
+        one_of("start", self.start, STARTS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        count("num_steps", self.num_steps)
+        count("num_leapfrog", self.num_leapfrog)
 
     @property
     def betas(self) -> list[float]:
