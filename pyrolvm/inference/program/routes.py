@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, one_of
 from pyrolvm.plates import DATA_PLATE, current_rows
+from pyrolvm.semi_implicit import SemiImplicitGuide
 
 AUTOGUIDES = tuple(
     name
@@ -45,7 +46,8 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
             "AutoGuide such as pyro.infer.autoguide.AutoNormal"
         )
     if isinstance(guide, str):
-        guide = getattr(pyro.infer.autoguide, one_of("guide", guide, AUTOGUIDES))
+        one_of("guide", guide, (*AUTOGUIDES, SemiImplicitGuide.__name__))
+        guide = getattr(pyro.infer.autoguide, guide, SemiImplicitGuide)
     if isinstance(guide, type):
         guide = guide(program)  # an AutoGuide class
     if isinstance(guide, AutoGuide) and guide.create_plates is None:
