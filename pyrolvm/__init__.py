@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pyrolvm.models import *  # noqa: F403
     from pyrolvm.models import loss as loss
     from pyrolvm.plates import data_plate as data_plate
+    from pyrolvm.semi_implicit import SemiImplicit as SemiImplicit
+    from pyrolvm.semi_implicit import SemiImplicitGuide as SemiImplicitGuide
 
 # Imported when first used: torch and Pyro take seconds that `pyrolvm --help` need not wait for
 _ROOMS = ("data", "diagnostics", "inference", "models", "plots", "report", "runs")
@@ -44,6 +46,8 @@ _HOMES = {
     "Objective": "inference",
     "RenyiELBO": "inference",
     "calibrate_loss": "inference",
+    "SemiImplicit": "semi_implicit",
+    "SemiImplicitGuide": "semi_implicit",
     "control": "controls",
     "data_plate": "plates",
     "diagnose": "diagnostics",
