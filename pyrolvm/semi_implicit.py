@@ -205,7 +205,7 @@ class SemiImplicitGuide(AutoGuide):
         self._encode, self.plate = encode or _rows, plate
         self.nets, self.conditionals = nn.ModuleDict(), nn.ModuleDict()
 
-    def _prototype_hide_fn(self, msg: Any) -> bool:  # type: ignore[override]
+    def _prototype_hide_fn(self, msg: Any) -> bool:
         """Whether a site of the model is not drawn here: data, plates, and what is summed out or left to the prior."""
         return prototype_hide_fn(msg) or _drawn_elsewhere(msg)
 

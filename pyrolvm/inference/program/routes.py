@@ -59,7 +59,7 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
         )
     if isinstance(guide, str):
         one_of("guide", guide, (*ROW_GUIDES, *AUTOGUIDES, SemiImplicitGuide.__name__))
-        named = ROW_GUIDES.get(guide) or getattr(pyro.infer.autoguide, guide, SemiImplicitGuide)
+        named: Any = ROW_GUIDES.get(guide) or getattr(pyro.infer.autoguide, guide, SemiImplicitGuide)
         guide = named() if guide in ROW_GUIDES else named
     if isinstance(guide, type):
         guide = guide() if guide in ROW_GUIDES.values() else guide(program)  # else an AutoGuide class
