@@ -47,6 +47,7 @@ for _command in (
     commands.sample,
     commands.encode,
     commands.reconstruct,
+    commands.impute,
     commands.evidence,
     commands.diagnose,
     commands.compare,
