@@ -111,6 +111,28 @@ class Question:
         labels = self.dataset.labels
         return {"row": np.arange(self.dataset.num_rows)} | ({} if labels is None else {"label": labels})
 
+    def impute(self, **options: Any) -> None:
+        """`pyrolvm impute`."""
+        found = self.fitted.impute(self.dataset, **options)
+        missing = found.missing.cpu().numpy()
+        read = (
+            self.source.like(self.recipe.record).read().values.reshape(missing.shape)
+        )  # not rounded by transforms
+        filled = {n: self.recipe.undo(getattr(found, n)) for n in ("mean", "lower", "upper")}
+        arrays = {name: np.where(missing, values, read) for name, values in filled.items()}
+        labels = {} if self.dataset.labels is None else {"label": self.dataset.labels}
+        suffix = ".csv" if self.out is None else self.out.suffix.lower()
+        if suffix in (".csv", ".tsv"):
+            gaps = np.flatnonzero(missing.any(0))
+            names = self.saved.columns or [f"column_{i}" for i in range(found.mean.shape[1])]
+            ends = [f"{names[i]}_{end}" for end in ("lower", "upper") for i in gaps]
+            beside = (arrays["lower"][:, gaps], arrays["upper"][:, gaps])
+            write_values(np.concatenate([arrays["mean"], *beside], 1), self.out, [*names, *ends], labels)
+        else:
+            write_values(arrays["mean"] if suffix == ".npy" else arrays, self.out, beside=labels)
+        if self.out is not None:
+            note(repr(found))
+
     def evidence(self, method: str = "importance", num_samples: int | None = None, **options: Any) -> None:
         """`pyrolvm evidence`."""
         table = evidence_table(self.fitted.pair(self.dataset), method, num_samples, **options)

@@ -16,6 +16,7 @@ from pyrolvm.shell.options import (
     ENCODE,
     EVIDENCE,
     FIT,
+    IMPUTE,
     LOADING,
     OUTPUT,
     PICTURE,
@@ -143,6 +144,21 @@ def reconstruct(run: RunName, data: DataName, out: Out = None, **shared: Any) ->
 
     question = Question(run, shared, out, PICTURES, data)
     question.write_rows(question.fitted.reconstruct(question.dataset, **given(shared, RECONSTRUCT)))
+
+
+@sharing(IMPUTE, READING, LOADING)
+def impute(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+    """DATA with what is missing filled, in their units: averages of draws, and intervals beside them.
+
+    A csv has the filled table, then NAME_lower and NAME_upper of the columns with gaps; an npz mean, lower and upper.
+
+    [bold]Example[/bold]
+
+    pyrolvm impute runs/bfi bfi.csv --interval 0.8 --out filled.csv
+    """
+    from pyrolvm.shell.asking import Question
+
+    Question(run, shared, out, data=data).impute(**given(shared, IMPUTE))
 
 
 @sharing(EVIDENCE, READING, LOADING)

@@ -19,6 +19,7 @@ from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.inference.posterior import evidence, refine, saving
 from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
 from pyrolvm.inference.posterior.history import held_out_elbo
+from pyrolvm.inference.posterior.imputation import Imputation, impute
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
 from pyrolvm.inference.program.enumerated import can_be_drawn, responsibilities
@@ -129,6 +130,19 @@ class FittedModel:
         """Draws of new data at the posterior of `x`: observed site -> [num_samples, rows, ...]."""
         self._check_observes()
         return self.draws(x, num_samples, seed=seed).predictive
+
+    @torch.no_grad()
+    def impute(self, x: Any, num_samples: int = 100, *, interval: float = 0.9, seed: int = 0) -> Imputation:
+        """The rows of `x` with what is missing (NaN) filled, by draws given what is observed.
+
+        Parameters
+        ----------
+        num_samples : int
+            Draws from q(z | x) and p(x | z) for each row.
+        interval : float
+            The mass between `lower` and `upper`.
+        """
+        return impute(self, x, num_samples, interval=interval, seed=seed)
 
     @torch.no_grad()
     def reconstruct(self, x: Any, *, seed: int = 0) -> Values:
