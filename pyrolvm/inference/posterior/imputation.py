@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrolvm.errors import DataError, SettingError
-
-if TYPE_CHECKING:
-    from pyrolvm.inference.posterior.fitted import FittedModel
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,9 +39,12 @@ class Imputation:
 
 
 def impute(
-    fitted: FittedModel, x: Any, num_samples: int = 100, *, interval: float = 0.9, seed: int = 0
+    fitted: Any, x: Any, num_samples: int = 100, *, interval: float = 0.9, seed: int = 0
 ) -> Imputation:
-    """Draws of what is missing in `x`: z ~ q(z | observed), x ~ p(x | z), some rows at a time."""
+    """Draws of what is missing in `x`: z ~ q(z | observed), x ~ p(x | z), some rows at a time.
+
+    `fitted` is a `FittedModel`, whose method this is.
+    """
     if not 0 < interval < 1:
         raise SettingError(f"interval is the mass between lower and upper, between 0 and 1, not {interval}")
     batch = fitted.batch(x)
