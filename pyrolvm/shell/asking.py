@@ -97,14 +97,22 @@ class Question:
         turns = np.resize(codes, count("num_samples", num_samples or len(codes)))
         return self.write_rows(self.fitted.sample(len(turns), given={"y": turns}, **options), len(codes))
 
-    def encode(self, seed: int = 0) -> None:
-        """`pyrolvm encode`: means and standard deviations of q(z | x), with the rows' numbers and labels."""
-        means = self.fitted.encode(self.dataset, seed=seed)
-        site = self.fitted.structure.local_latents[0].name
+    def encode(self, refine: bool = False, seed: int = 0) -> None:
+        """`pyrolvm encode`: means and standard deviations of q(z | x), with the rows' numbers and labels.
+
+        With `refine` of the guide refined for each row, whose bounds before and after are columns beside them.
+        """
+        fitted, beside = self.fitted, self._beside()
+        if refine:
+            fitted = refined = fitted.refine(self.dataset, seed=seed)
+            beside |= {name: refined.table[name].to_numpy() for name in ("elbo_start", "elbo", "gap")}
+            note(refined.sentence)
+        means = fitted.encode(self.dataset, seed=seed)
+        site = fitted.structure.local_latents[0].name
         codes = dict(means) if isinstance(means, dict) else {site: means}
         if self.out is None or self.out.suffix.lower() != ".npy":
-            codes |= {f"{name}_sd": sd for name, sd in deviations(self.fitted, self.dataset).items()}
-        write_values(codes, self.out, beside=self._beside())
+            codes |= {f"{name}_sd": sd for name, sd in deviations(fitted, self.dataset).items()}
+        write_values(codes, self.out, beside=beside)
 
     def _beside(self) -> dict[str, Any]:
         """What identifies a row of an answer."""

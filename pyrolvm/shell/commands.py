@@ -120,16 +120,26 @@ def sample(
 
 
 @sharing(ENCODE, READING, LOADING)
-def encode(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+def encode(
+    run: RunName,
+    data: DataName,
+    out: Out = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Improve q(z | x) for each row alone first, the model held.")
+    ] = False,
+    **shared: Any,
+) -> None:
     """Where the guide of RUN puts each row of DATA: mean and sd of q(z | x), or class probabilities.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     pyrolvm encode runs/iris iris --out codes.csv
+
+    pyrolvm encode runs/vae digits --refine --out refined.csv
     """
     from pyrolvm.shell.asking import Question
 
-    Question(run, shared, out, data=data).encode(**given(shared, ENCODE))
+    Question(run, shared, out, data=data).encode(refine, **given(shared, ENCODE))
 
 
 @sharing(RECONSTRUCT, PICTURE, READING, LOADING)

@@ -301,6 +301,7 @@ class FittedModel:
             table=found.table,
             family=found.family,
             of_guide=found.of_guide,
+            trained=bool(self.structure.per_datum),
         )
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
@@ -408,11 +409,14 @@ class Refined(FittedModel):
     family : {"mean_field", "full"}
     of_guide : bool
         Whether the start was the fitted guide, of this family: then `gap` is the amortisation gap.
+    trained : bool
+        Whether that guide had parameters of each of these rows already.
     """
 
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     family: str = ""
     of_guide: bool = True
+    trained: bool = False
 
     def __repr__(self) -> str:
         return f"Refined {saving.model_record(self.model)['name']}: {self.sentence}"
@@ -422,6 +426,8 @@ class Refined(FittedModel):
         """What was gained, in plain words."""
         mean = self.table.mean()
         what = "the amortisation gap" if self.of_guide else "from another start than a guide of this family"
+        if self.of_guide and self.trained:
+            what = "what training had left"
         family = self.family.replace("_", "-")
         return (
             f"a {family} Gaussian for each of {self.num_rows} rows: the bound rose from {mean['elbo_start']:.3f} to "
