@@ -14,7 +14,8 @@ from pyrolvm.inference.engine.compiled import CompiledEngine
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.optimizers import OPTIMIZERS, OptimizerSpec
-from pyrolvm.inference.engine.tracing import UntraceableError, trace_step
+from pyrolvm.inference.engine.tracing import trace_step
+from pyrolvm.inference.engine.untraceable import UntraceableError
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.inference.training.setup import set_up
 

@@ -56,6 +56,7 @@ class CoordinateAscent:
     """
 
     name = "eager"
+    setup_seconds = 0.0
 
     def __init__(self, problem: Problem) -> None:
         if problem.minibatch:
