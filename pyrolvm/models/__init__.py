@@ -10,6 +10,7 @@ from pyrolvm.models.gmm import GaussianMixture as GaussianMixture
 from pyrolvm.models.factor_analysis import BayesianFactorAnalysis as BayesianFactorAnalysis
 from pyrolvm.models.vae import VAE as VAE
 from pyrolvm.models.power_vae import PowerVAE as PowerVAE
+from pyrolvm.models.nonlinear_lvm import NonlinearLVM as NonlinearLVM
 # isort: on
 
 REGISTRY: dict[str, type[LatentVariableModel]] = {
