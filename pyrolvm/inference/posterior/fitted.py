@@ -142,7 +142,8 @@ class FittedModel:
         interval : float
             The mass between `lower` and `upper`.
         """
-        return impute(self, x, num_samples, interval=interval, seed=seed)
+        batch = self.batch(x)
+        return impute(batch, self.structure, self.draw_chunks(batch, num_samples, seed=seed), interval)
 
     @torch.no_grad()
     def reconstruct(self, x: Any, *, seed: int = 0) -> Values:

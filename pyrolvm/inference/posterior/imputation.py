@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import DataError, SettingError
+from pyrolvm.inference.program.draws import Draws
+from pyrolvm.inference.program.structure import Structure
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,25 +41,19 @@ class Imputation:
         return f"Imputation of {number:,} entries in {rows:,} rows, with {self.interval:.0%} intervals"
 
 
-def impute(
-    fitted: Any, x: Any, num_samples: int = 100, *, interval: float = 0.9, seed: int = 0
-) -> Imputation:
-    """Draws of what is missing in `x`: z ~ q(z | observed), x ~ p(x | z), some rows at a time.
-
-    `fitted` is a `FittedModel`, whose method this is.
-    """
+def impute(batch: Batch, structure: Structure, chunks: Iterable[Draws], interval: float) -> Imputation:
+    """What is missing in the first tensor of `batch`, from draws of its rows, some at a time."""
     if not 0 < interval < 1:
         raise SettingError(f"interval is the mass between lower and upper, between 0 and 1, not {interval}")
-    batch = fitted.batch(x)
     data = next((t for _, t in batch.tensors()), None)
-    names = [s.name for s in fitted.structure.observed]
+    names = [s.name for s in structure.observed]
     if data is None or len(names) != 1 or not data.is_floating_point():
         raise SettingError(
             f"there is no one table of data to impute: the observed sites are {', '.join(names)}"
         )
     [name], parts, first = names, [], 0
-    categorical = fitted.structure.observed[0].family in ("Codes", "Categorical")
-    for draws in fitted.draw_chunks(batch, num_samples, seed=seed):
+    categorical = structure.observed[0].family in ("Codes", "Categorical")
+    for draws in chunks:
         made = draws.predictive[name]  # [num_samples, rows, data_dim]
         known = data[first : first + made.shape[1]]
         first += made.shape[1]
