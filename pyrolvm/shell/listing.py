@@ -10,9 +10,10 @@ from typing import Any
 
 from pyrolvm.data import DATASETS
 from pyrolvm.inference.posterior.history import held_out_elbo
+from pyrolvm.inference.posterior.loading import read_history
 from pyrolvm.models import REGISTRY
 from pyrolvm.runs import NamedModel, described
-from pyrolvm.runs.saved import count_parameters, read_config, read_evidence, read_history
+from pyrolvm.runs.saved import count_parameters, read_config, read_evidence
 from pyrolvm.shell.printing import caution, note, print_table
 
 COMPARED = {name: name for name in ("run", "model", "parameters", "steps")}

@@ -11,7 +11,7 @@ import typer
 from pyrolvm.shell.signatures import Option, listed, model_options, options_of
 
 MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
-OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi", "info", "free_bits")
+OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi", "iwae", "info", "free_bits")
 SCHEDULES = ("none", "cosine", "exponential")
 
 
@@ -90,9 +90,10 @@ ADDED = listed(
     Option(
         "alpha",
         "float",
-        help="Of renyi; 0 is the importance-weighted bound. Of InfoVAE, 1 is the MMD-VAE.",
+        help="Of renyi and iwae; 0 is the importance-weighted bound. Of InfoVAE, 1 is the MMD-VAE.",
         panel=TRAINING,
     ),
+    Option("gradient", "str", help="Of iwae: standard, stl or dreg.", panel=TRAINING),
     Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
     Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
 )
@@ -108,6 +109,7 @@ CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
 SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
 ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
 RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))
+IMPUTE = options_of(FITTED, "FittedModel.impute", ("x",))
 EVIDENCE = options_of(
     "inference/posterior/evidence/__init__.py", "evidence_table", ("pair", "progress", "annealing")
 )

@@ -114,7 +114,7 @@ def test_the_kl_of_each_layer_is_that_of_the_closed_form():
     assert set(report.dimensions.loc["z2", "kl_kind"]) == {"exact"}
     assert report.average_kl == pytest.approx(wanted.sum().item(), abs=0.05)
     assert report.active_by_site == {"z1": (2, 2), "z2": (2, 2)}
-    assert "(z2 2 of 2, z1 2 of 2)" in report.sentence
+    assert "active, z2 2 of 2 and z1 2 of 2 (" in report.sentence
 
 
 @pytest.mark.parametrize("objective", ["trace", "meanfield", "free_bits"])

@@ -11,11 +11,13 @@ from pyrolvm.inference.objectives.free_bits import FreeBits
 from pyrolvm.inference.objectives.info import InfoELBO
 from pyrolvm.inference.objectives.mmd import mmd
 from pyrolvm.inference.objectives.renyi import RenyiELBO
+from pyrolvm.inference.objectives.weighted import ImportanceWeighted
 
 __all__ = [
     "OBJECTIVES",
     "Estimate",
     "FreeBits",
+    "ImportanceWeighted",
     "InfoELBO",
     "Objective",
     "RenyiELBO",
