@@ -17,6 +17,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import given_first, sample_sites
 
@@ -72,6 +73,15 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
     if isinstance(q, Delta):
         # of a function of an auxiliary: the Delta has the Jacobian, the auxiliary the rest
         sources = {name, f"{name}_unconstrained", f"{name}_aux"}
+        drawn = {
+            s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary") and pair.is_local(s)
+        }
+        if drawn and not drawn & sources:  # one vector for all latents of a datum
+            if len(pair.structure.local_latents) > 1:
+                raise ProgramError(
+                    f"the guide draws '{name}' together with other latents: its own KL is not known"
+                )
+            sources |= drawn
         log_q = pair.log_prob(guide, lambda s: s["name"] in sources)
         log_p = pair.log_prob(model, lambda s: s["name"] == name)
         return (log_q - log_p).unsqueeze(-1), "monte carlo"

@@ -21,7 +21,7 @@ from pyrolvm import (
 )
 from pyrolvm import semi_implicit as module
 from pyrolvm.controls import exponential
-from pyrolvm.diagnostics import diagnose, gradient_draws
+from pyrolvm.diagnostics import collapse_report, diagnose, gradient_draws
 from pyrolvm.semi_implicit import GaussianConditional
 
 QUIET = {"progress": False, "engine": "eager"}
@@ -287,6 +287,21 @@ def test_constrained_latents_in_several_plates(tmp_path):
     guide = SemiImplicitGuide(constrained, num_mixing=3, hidden=(8,))
     again = pyrolvm.load(fitted.save(tmp_path / "run"), model=constrained, guide=guide)
     torch.testing.assert_close(again.posterior(x[:5], 4)["share"], values["share"])
+
+
+def test_the_kl_of_a_latent_that_is_a_map_of_the_draw_has_both_densities():
+    def positive(x):
+        with data_plate(x):
+            rate = pyro.sample("rate", dist.Gamma(2.0, x.new_ones(())))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    x = torch.tensor([1.0, 3.0, 0.0, 2.0, 4.0])
+    guide = SemiImplicitGuide(positive, num_mixing=5, hidden=(8,))
+    fitted = pyrolvm.fit(positive, x, guide=guide, num_steps=20, **QUIET)
+    draws = fitted.draws(x, 2000)
+    kl = (draws.log_guide - draws.log_prior).mean()
+    found = collapse_report(fitted, x, 400, progress=False).dimensions["kl"].iloc[0]
+    assert found == pytest.approx(kl.item(), abs=0.15)
 
 
 def test_the_compiled_engine_trains_it_by_dreg_as_the_eager_one_does():
