@@ -59,9 +59,9 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
         Nats.
     str
         "exact": closed form. "marginal": closed form of each dimension's marginal, which do not add up to the KL where
-        q has correlations. "moments": of the Gaussians of each dimension's first two moments, where q or p does not fall
-        into dimensions (a flow, a mixture); with a Gaussian p, at most the KL of the marginal. "monte carlo": log q -
-        log p at the draws, of the site as one where q is a function of an auxiliary (D = 1).
+        q has correlations. "moments": of the Gaussians of each dimension's first two moments, where q or p does not
+        fall into dimensions (a flow, a mixture); with a Gaussian p, at most the KL of the marginal. "monte carlo":
+        log q - log p at the draws, of the site as one where q is a function of an auxiliary (D = 1).
     """
     nodes: Any = model.nodes
     q_node, p_node = latent_node(guide, name), nodes[name]
