@@ -182,11 +182,14 @@ def _stats(
     structure, stats = fitted.structure, {}
     if structure.data_plate is not None and structure.joint_guide is None:
         stats = {row: parts[row] for row in ROWS if parts[row].shape[1] == pair.num_rows}
+    if structure.points:
+        stats.pop("log_q_row", None)
+        return stats, f"no log_q: the guide is a point estimate of '{structure.points[0]}', without a density"
     if structure.global_latents and not is_whole(fitted, pair):
         return stats, (
             f"no log_p and log_q: '{structure.global_latents[0].name}' is shared by all data, its guide is fitted to "
-            f"{fitted.num_rows} rows, and weights for the {pair.num_rows} rows given would lead to another "
-            "posterior"
+            f"{fitted.num_rows} rows, and weights for the {pair.num_rows} rows given, which are others, would lead to "
+            "another posterior"
         )
     for joint in ("log_p", "log_q"):
         shared = parts.get(f"{joint}_global", 0.0)

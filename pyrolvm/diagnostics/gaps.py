@@ -74,8 +74,8 @@ class Gaps(Report):
         """The findings in plain words."""
         m, family = self.means, self.family.replace("_", "-")
         words = (
-            f"The bound is {m['inference_gap']:.2f} nats per datum below {self.name}: {m['approximation_gap']:.2f} "
-            f"because q is a {family} Gaussian, {m['amortisation_gap']:.2f} because one network serves all data."
+            f"The bound is {m['inference_gap']:z.2f} nats per datum below {self.name}: {m['approximation_gap']:z.2f} "
+            f"because q is a {family} Gaussian, {m['amortisation_gap']:z.2f} because one network serves all data."
         )
         if not self.of_guide:
             words += " The guide is of another family, so that the second number may be negative."

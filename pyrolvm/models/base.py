@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
 
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
+from pyrolvm.models.pieces import plain
 from pyrolvm.plates import current_rows, data_plate
 
 
@@ -39,6 +39,7 @@ class LatentVariableModel(nn.Module):
     method               what the model knows                                   who uses it
     ===================  =====================================================  ==================================
     `check_data`         which data it can have generated, and in which dtype   every function that takes data
+    `check_condition`    which second argument it takes, and in which dtype     every function that takes data
     `check_fit`          whether the end of a fit is no answer                  `fit`, after the last step
     `log_marginal`       the exact log p(x)                                     the evidence, method "exact"
     `initialise_from`    starting values from the data                          `fit(initialise=True)`, if `fresh`
@@ -54,10 +55,13 @@ class LatentVariableModel(nn.Module):
     fresh : bool
         True from construction until the parameters are fitted, loaded or set. Only a fresh model is started from
         the data by `fit`; code that writes to the parameters by hand sets `fresh = False`.
+    takes_labels : bool
+        Whether `model` and `guide` are of (x, y): the labels of a `Dataset` are then passed as y.
     """
 
     constructor: dict[str, Any]
     fresh: bool = True
+    takes_labels: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LatentVariableModel:
         """Note the arguments in `constructor`."""
@@ -65,8 +69,7 @@ class LatentVariableModel(nn.Module):
         # nn.Module.__setattr__ needs a finished __init__; copies and unpickling pass no arguments
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         given = {k: v for k, v in bound.arguments.items() if k != "self"}
-        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
-        object.__setattr__(self, "constructor", plain)
+        object.__setattr__(self, "constructor", {k: plain(v) for k, v in given.items()})
         return self
 
     # ------------------------------------------------------------------ the program
@@ -122,6 +125,21 @@ class LatentVariableModel(nn.Module):
             For data outside the support of p(x); by default, for values that are not finite.
         """
         check_finite(x)
+        return None
+
+    def check_condition(self, y: Tensor) -> Tensor | None:
+        """Refuse, before the first step, labels or covariates that the model cannot take.
+
+        Parameters
+        ----------
+        y : Tensor [rows, ...]
+            The second argument of `model`, finite.
+
+        Returns
+        -------
+        Tensor [rows, ...] or None
+            As the model wants it; None for `y` unchanged.
+        """
         return None
 
     def check_fit(self, x: Tensor) -> None:

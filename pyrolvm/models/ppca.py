@@ -16,11 +16,12 @@ eigenvectors and eigenvalues of the covariance of the data,
     W = U_L (Lambda_L - sigma^2 I)^1/2,    sigma^2 = mean of the data_dim - latent_dim smallest lambda.
 
 The guide is amortised and linear, q(z | x) = N(A (x - b), S) with one S for all rows. The exact
-posterior has this form, and is reached when S is a full matrix. A diagonal S loses
+posterior has this form, and is reached when S is a full matrix (`guide="full"`). A diagonal S loses
 
     KL(q || p) = 1/2 (sum_i log M_ii - log det M)   nats per datum, at best:
 
-nothing where the columns of W are orthogonal, as they are in the closed form.
+nothing where the columns of W are orthogonal, as they are in the closed form. Families that are not
+Gaussian read linear features of x.
 
 Three ways to train: `PPCA.closed_form(x, latent_dim)`; gradient on the exact likelihood, with
 `marginal_model` as the program and a guide that samples nothing; stochastic variational inference,
@@ -40,8 +41,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import DataError, SettingError, one_of
+from pyrolvm.errors import DataError, SettingError
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_sizes
+from pyrolvm.models.guides import FullCovariance, GuideFamily, linear_features, make_guide, set_covariance
 from pyrolvm.models.linear_gaussian import (
     capacitance,
     linear_gaussian_log_marginal,
@@ -62,9 +64,10 @@ class PPCA(LatentVariableModel):
         Columns of the data.
     latent_dim : int
         Dimensions of z, at most `data_dim`.
-    guide : {"mean_field", "full", "exact"}, optional
-        A diagonal covariance of q(z | x) (the default), a Cholesky factor, or p(z | x) itself at the present W, b and
-        sigma, which has no parameters of its own (the default where entries are missing, and the only one).
+    guide : str or GuideFamily, optional
+        "mean_field" (or "diagonal"; the default) for a diagonal covariance of q(z | x), "full" for a Cholesky factor,
+        another family of `pyrolvm.models.guides.GUIDES`, or "exact" for p(z | x) itself at the present W, b and sigma,
+        which has no parameters of its own (the default where entries are missing, and the only one).
     missing : {"mask"}, optional
         "mask" takes rows in which entries are missing (NaN); by default they are refused.
 
@@ -87,7 +90,7 @@ class PPCA(LatentVariableModel):
         self,
         data_dim: int,
         latent_dim: int,
-        guide: Literal["mean_field", "full", "exact"] | None = None,
+        guide: str | GuideFamily | None = None,
         missing: Literal["mask"] | None = None,
     ) -> None:
         super().__init__()
@@ -98,15 +101,15 @@ class PPCA(LatentVariableModel):
                 f'guide={guide!r} is one linear map for all rows, and takes no missing entries: write guide="exact"'
             )
         self.data_dim, self.latent_dim = data_dim, latent_dim = check_sizes(data_dim, latent_dim)
-        self.guide_family = one_of("guide", guide, ("mean_field", "full", "exact"))
+        self.exact_guide = guide == "exact"
         self.loadings = nn.Parameter(torch.randn(data_dim, latent_dim) / math.sqrt(data_dim))
         self.offset = nn.Parameter(torch.zeros(data_dim))
         self.log_noise_scale = nn.Parameter(torch.zeros(()))
-        if guide != "exact":
+        if not self.exact_guide:
+            self.guide_family = make_guide(guide, latent_dim)
             self.guide_loadings = nn.Parameter(torch.empty(latent_dim, data_dim))
             self.guide_log_scale = nn.Parameter(torch.empty(latent_dim))
-        if guide == "full":
-            self.guide_tril = nn.Parameter(torch.zeros(latent_dim, latent_dim))
+            self.guide_features = linear_features(self.guide_family, data_dim)
         self.solve_guide()
 
     @property
@@ -135,6 +138,10 @@ class PPCA(LatentVariableModel):
         Pyro's low-rank normal inverts a latent_dim x latent_dim matrix (Woodbury's identity); no
         data_dim x data_dim matrix is formed. Train with `guide=lambda x: None`.
         """
+        if self.missing is not None:
+            raise SettingError(
+                "marginal_model is of complete rows: train the model itself, whose bound is the exact likelihood"
+            )
         noise_variance = self.noise_scale.square().expand(self.data_dim)
         marginal = dist.LowRankMultivariateNormal(self.offset, self.loadings, noise_variance)
         with self.data_plate(x):
@@ -149,16 +156,13 @@ class PPCA(LatentVariableModel):
         return dist.Normal(z @ self.loadings.T + self.offset, self.noise_scale).to_event(1)
 
     def posterior_dist(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z | x) = N(A (x - b), S), or p(z | x) if guide="exact", for x [..., data_dim], event [latent_dim]."""
-        if self.guide_family == "exact":
+        """q(z | x) = N(A (x - b), S), or of another family, for x [..., data_dim]; event [latent_dim]."""
+        if self.exact_guide:
             mean, scale_tril = self.exact_posterior(x)
             return dist.MultivariateNormal(mean, scale_tril=scale_tril)
-        loc = (x - self.offset) @ self.guide_loadings.T  # [..., latent_dim]
-        scale = self.guide_log_scale.exp()  # [latent_dim]
-        if self.guide_family == "mean_field":
-            return dist.Normal(loc, scale).to_event(1)
-        scale_tril = self.guide_tril.tril(-1) + torch.diag_embed(scale)  # [latent_dim, latent_dim]
-        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+        r = x - self.offset
+        loc, scale = r @ self.guide_loadings.T, self.guide_log_scale.exp()  # [..., latent_dim], [latent_dim]
+        return self.guide_family(loc, scale, self.guide_features(r))
 
     def decode(self, z: Tensor) -> Tensor:
         """W z + b [..., data_dim], the mean of p(x | z) for z [..., latent_dim]."""
@@ -187,24 +191,23 @@ class PPCA(LatentVariableModel):
         """Set the guide to the best of its family for the present W, b and sigma.
 
         "full": the exact posterior. "mean_field": its mean, and the variances sigma^2 / M_ii that
-        minimise KL(q || p) (the inverse of the diagonal of the precision). "exact": nothing is to be set.
+        minimise KL(q || p) (the inverse of the diagonal of the precision). Other families start there. "exact": nothing
+        is to be set.
         """
-        if self.guide_family == "exact":
+        if self.exact_guide:
             return
         M = capacitance(self.loadings, self.noise_scale)
         self.guide_loadings.copy_(torch.linalg.solve(M, self.loadings.T))
-        if self.guide_family == "mean_field":
-            self.guide_log_scale.copy_(self.log_noise_scale - 0.5 * M.diagonal().log())
-        else:
+        if isinstance(self.guide_family, FullCovariance):
             scale_tril = posterior_scale_tril(M, self.noise_scale)
             self.guide_log_scale.copy_(scale_tril.diagonal().log())
-            self.guide_tril.copy_(scale_tril.tril(-1))
+            set_covariance(self.guide_family, self.guide_features, scale_tril)
+        else:
+            self.guide_log_scale.copy_(self.log_noise_scale - 0.5 * M.diagonal().log())
 
     @classmethod
-    def closed_form(
-        cls, x: Tensor, latent_dim: int, guide: Literal["mean_field", "full", "exact"] = "mean_field"
-    ) -> PPCA:
-        """Maximum likelihood in closed form, with the guide at its best (the exact posterior).
+    def closed_form(cls, x: Tensor, latent_dim: int, guide: str | GuideFamily = "mean_field") -> PPCA:
+        """Maximum likelihood in closed form, with a Gaussian guide at its best (the exact posterior).
 
         Parameters
         ----------
@@ -212,7 +215,7 @@ class PPCA(LatentVariableModel):
             The data; the answer has their dtype and device, computed in float64.
         latent_dim : int
             Dimensions of z, less than data_dim and less than rows - 1.
-        guide : {"mean_field", "full", "exact"}
+        guide : str or GuideFamily
             As in the constructor.
 
         Returns

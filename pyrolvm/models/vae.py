@@ -66,9 +66,9 @@ class VAE(LatentVariableModel):
     image_shape : sequence of int, optional
         (channels, height, width) for "conv"; by default one square channel.
     guide : str or GuideFamily
-        The family of q(z | x), of `pyrolvm.models.guides.GUIDES`.
+        The family of q(z | x), of `pyrolvm.models.guides.GUIDES`, with its settings: "full", "iaf:4".
     prior : str or LatentPrior
-        p(z), of `pyrolvm.models.latent_priors.PRIORS`.
+        p(z), of `pyrolvm.models.latent_priors.PRIORS`, with its settings: "mixture:20".
     missing : {"mask"}, optional
         "mask" takes rows in which entries are missing (NaN): see `pyrolvm.models.missing`. By default they are refused.
 
@@ -145,13 +145,13 @@ class VAE(LatentVariableModel):
         return self.likelihood_dist(z).mean
 
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:
-        """Let the decoder begin at the columns' own distribution, where the likelihood knows what that is.
+        """Let the decoder begin at the columns' own distribution, and the prior at the data, where they know how.
 
         Parameters
         ----------
         x : Tensor [rows, data_dim]
         seed : int
-            Not used: the start has a closed form.
+            Of the prior's start.
         """
         x = self.check_data(x)
         check_columns_seen(x)
@@ -160,6 +160,7 @@ class VAE(LatentVariableModel):
         start = self.likelihood.start(x)
         if start is not None:
             start_decoder(self.decoder, start)
+        self.latent_prior.initialise_from(x, seed)
         self.fresh = False
 
     def check_data(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import Delta
 
 from pyrolvm.data import Dataset
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import SettingError, count
 from pyrolvm.files import write_atomically
 from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, evidence_table, khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -49,8 +49,8 @@ class Question:
         self.source = source_of(data or "", given(shared, READING))
         self.dataset: Dataset | Any = None if data is None else self.recipe.read(self.source)
 
-    def write_rows(self, values: Any) -> None:
-        """Rows like those of the data: a table or array under the data's columns, or a picture."""
+    def write_rows(self, values: Any, across: int | None = None) -> None:
+        """Rows like those of the data: a table or array under their columns, or a picture, `across` in a line."""
         values, columns = self.recipe.undo(values), self.saved.columns
         if self.out is None or self.out.suffix.lower() != ".png":
             labels = self.dataset.labels if self.source.labels else None
@@ -58,7 +58,44 @@ class Question:
         elif isinstance(values, dict):
             raise SettingError(f"the model has several observed sites ({', '.join(values)}): use .npz")
         else:
-            write_png(values, self.out, self.image_shape, columns)
+            write_png(values, self.out, self.image_shape, columns, across)
+
+    def take(self, rows: str) -> Any:
+        """The rows of DATA with these numbers."""
+        numbers, last = label_words(rows), self.dataset.num_rows - 1
+        for number in numbers:
+            if not isinstance(number, int) or not 0 <= number <= last:
+                raise SettingError(f"rows={rows}: write numbers from 0 to {last}, e.g. 0,{min(5, last)}")
+        return self.dataset.take(np.array(numbers, dtype=int))
+
+    def has_label(self, label: str) -> np.ndarray:
+        """Which rows of DATA have the label, bool [rows]."""
+        labels = self.dataset.labels
+        if labels is None:
+            raise SettingError(f"{self.dataset.name} has no labels: name their column, labels=...")
+        if self.recipe.record.get("labelled"):
+            return labels == self.recipe.codes(label_words(label))[0]
+        return labels.astype(str) == label
+
+    def write_grid(self, values: torch.Tensor) -> None:
+        """Pictures [rows, columns, ...] as one picture, or as a table or array of all."""
+        rows, columns = values.shape[:2]
+        flat = self.recipe.undo(values.reshape(rows * columns, *values.shape[2:]))
+        if self.out is not None and self.out.suffix.lower() == ".png":
+            write_png(flat, self.out, self.image_shape, self.saved.columns, columns)
+        else:
+            places = {"line": np.repeat(np.arange(rows), columns), "place": np.tile(np.arange(columns), rows)}
+            write_values(flat, self.out, self.saved.columns, places)
+
+    def sample(self, labels: str | None = None, num_samples: int | None = None, **options: Any) -> None:
+        """`pyrolvm sample`; the labels, in words, in turn."""
+        if labels is None:
+            if self.recipe.record.get("labelled"):
+                raise SettingError("the model takes labels: give those of the new rows, e.g. labels=0,1")
+            return self.write_rows(self.fitted.sample(count("num_samples", num_samples or 1), **options))
+        codes = self.recipe.codes(label_words(labels))
+        turns = np.resize(codes, count("num_samples", num_samples or len(codes)))
+        return self.write_rows(self.fitted.sample(len(turns), given={"y": turns}, **options), len(codes))
 
     def encode(self, seed: int = 0) -> None:
         """`pyrolvm encode`: means and standard deviations of q(z | x), with the rows' numbers and labels."""
@@ -144,6 +181,15 @@ class Question:
         if names or quick:
             _print_summary(summary)
         note(f"{self.path}: {', '.join([*written, 'summary.csv'])}")
+
+
+def label_words(text: str) -> list[Any]:
+    """Labels as they are written: numbers where they are numbers."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        return words
 
 
 def source_of(data: str, options: dict[str, Any]) -> Source:

@@ -92,7 +92,17 @@ def _words(parameter: Any, value: Any) -> list[str]:
 
 
 @sharing(SAMPLE, PICTURE, LOADING)
-def sample(run: RunName, out: Out = None, **shared: Any) -> None:
+def sample(
+    run: RunName,
+    out: Out = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels", metavar="A,B", help="Of the new rows, in turn, for a model that takes labels."
+        ),
+    ] = None,
+    **shared: Any,
+) -> None:
     """Draw new data from the model of RUN, in the units of its data; --out may be a png.
 
     [bold]Examples[/bold]
@@ -100,11 +110,13 @@ def sample(run: RunName, out: Out = None, **shared: Any) -> None:
     pyrolvm sample runs/iris --num-samples 1000 --out new.csv
 
     pyrolvm sample runs/vae --num-samples 64 --mean --out digits.png
+
+    pyrolvm sample runs/cvae --labels 0,1,2,3 --num-samples 40 --out some.png
     """
     from pyrolvm.shell.asking import PICTURES, Question
 
     question = Question(run, shared, out, PICTURES)
-    question.write_rows(question.fitted.sample(**given(shared, SAMPLE)))
+    question.sample(labels, **given(shared, SAMPLE))
 
 
 @sharing(ENCODE, READING, LOADING)

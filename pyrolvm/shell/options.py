@@ -11,7 +11,7 @@ import typer
 from pyrolvm.shell.signatures import Option, listed, model_options, options_of
 
 MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
-OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi")
+OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi", "iwae", "info", "free_bits")
 SCHEDULES = ("none", "cosine", "exponential")
 
 
@@ -87,7 +87,13 @@ FIT = options_of(
 )
 ADDED = listed(
     Option("num_particles", "int", help="Draws per datum of the objective.", panel=TRAINING),
-    Option("alpha", "float", help="Of renyi; 0 is the importance-weighted bound.", panel=TRAINING),
+    Option(
+        "alpha",
+        "float",
+        help="Of renyi and iwae; 0 is the importance-weighted bound. Of InfoVAE, 1 is the MMD-VAE.",
+        panel=TRAINING,
+    ),
+    Option("gradient", "str", help="Of iwae: standard, stl or dreg.", panel=TRAINING),
     Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
     Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
 )

@@ -135,3 +135,19 @@ def literal(text: str) -> Any:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
     return list(value) if isinstance(value, tuple) else value
+
+
+def read_flags(words: list[str]) -> dict[str, str]:
+    """`--name value` and `--name=value` of options that the shell does not know."""
+    found: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            raise SettingError(
+                f"unexpected argument {word}: MODEL and DATA are all that stands without a flag"
+            )
+        name, sign, value = word.lstrip("-").partition("=")
+        alone = not left or left[0].startswith("--")
+        found[name.replace("-", "_")] = value if sign else "True" if alone else left.pop(0)
+    return found

@@ -200,7 +200,7 @@ def test_full_guide_is_exact_for_any_loadings_and_has_no_gradient_left():
     x = torch.randn(7, 5).double()
     weights = log_weights(ppca, x, 4)
     torch.testing.assert_close(weights, ppca.log_marginal(x).expand(4, -1), rtol=0, atol=1e-9)
-    guide = [ppca.guide_loadings, ppca.guide_log_scale, ppca.guide_tril]
+    guide = [ppca.guide_loadings, ppca.guide_log_scale, ppca.guide_features.value]
     kl = torch.distributions.kl_divergence(posterior(ppca, x), ppca.posterior_dist(x))
     assert max(g.abs().max() for g in torch.autograd.grad(kl.sum(), guide)) < 1e-9
 
@@ -351,6 +351,6 @@ def test_bad_data_and_settings_are_refused():
     bad[2, 3] = float("nan")
     with pytest.raises(DataError, match="row 2, column 3"):
         ppca.check_data(bad)
-    with pytest.raises(SettingError, match="choose from mean_field, full"):
+    with pytest.raises(SettingError, match="choose from diagonal, mean_field, full"):
         PPCA(4, 2, guide="fullrank")
     assert PPCA(4, latent_dim=2).constructor == {"data_dim": 4, "latent_dim": 2}

@@ -7,15 +7,23 @@ two names, never one. Pyro's own `Trace_ELBO`, `TraceGraph_ELBO`, `TraceMeanFiel
 
 from pyrolvm.inference.objectives.base import Estimate, Objective
 from pyrolvm.inference.objectives.choice import OBJECTIVES, as_objective, estimate, named, prepare
+from pyrolvm.inference.objectives.free_bits import FreeBits
+from pyrolvm.inference.objectives.info import InfoELBO
+from pyrolvm.inference.objectives.mmd import mmd
 from pyrolvm.inference.objectives.renyi import RenyiELBO
+from pyrolvm.inference.objectives.weighted import ImportanceWeighted
 
 __all__ = [
     "OBJECTIVES",
     "Estimate",
+    "FreeBits",
+    "ImportanceWeighted",
+    "InfoELBO",
     "Objective",
     "RenyiELBO",
     "as_objective",
     "estimate",
+    "mmd",
     "named",
     "prepare",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions.kl import kl_divergence
 
 from pyrolvm.inference.objectives.base import TraceObjective, kl_term
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import given_first, sample_sites
 
 
 class TraceBound(TraceObjective):
@@ -51,16 +51,22 @@ class MeanField(TraceObjective):
     def parts(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any, Any]:
         """(bound, surrogate, KL) of one pair of traces."""
         observed = [s["log_prob_sum"] for s in sample_sites(model_trace) if s["is_observed"]]
-        kl = sum(_site_kl(site, model_trace) for site in sample_sites(guide_trace))
+        kl = sum(_site_kl(site, model_trace, guide_trace) for site in sample_sites(guide_trace))
         bound = sum(observed) - kl
         return bound, -bound, kl
 
+    def site_kl(self, model_trace: Trace, guide_trace: Trace, name: str) -> Any:
+        """In closed form where the sum has it so."""
+        return _site_kl(guide_trace.nodes[name], model_trace, guide_trace)
 
-def _site_kl(guide_site: Any, model_trace: Trace) -> Tensor:
+
+def _site_kl(guide_site: Any, model_trace: Trace, guide_trace: Trace) -> Tensor:
     model_site: Any = model_trace.nodes.get(guide_site["name"])
     if model_site is None:  # auxiliary
         return guide_site["log_prob_sum"]
     try:
+        if not given_first(model_trace, guide_trace, guide_site["name"]):
+            raise NotImplementedError
         kl = kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:
         if is_validation_enabled():

@@ -33,7 +33,7 @@ EXAMPLE_ROWS = 8
 def fit(
     model: Any,
     data: Any,
-    *,
+    *misplaced: Any,
     guide: Any = None,
     objective: ELBO | str | None = None,
     optimizer: str | type[Optimizer] = "adam",
@@ -70,6 +70,8 @@ def fit(
     data : tensor, array, DataFrame or Dataset
         A tuple (positional) or dict (keyword) of them for a program of several arguments. Floating values are cast to
         `dtype`; integers stay integers.
+    *misplaced : Any
+        Refused: everything after the data goes by name.
     guide : callable, AutoGuide instance, AutoGuide class or name of one, optional
         Of the model's arguments; e.g. `AutoNormal` or "AutoNormal".
     objective : pyro.infer.ELBO or str, optional
@@ -141,6 +143,11 @@ def fit(
     DivergenceError
         The bound or a parameter stopped being finite, or the model's own `check_fit` refuses the end.
     """
+    if misplaced:
+        raise SettingError(
+            "fit takes two arguments by position, the model and the data: several arrays are one tuple or dict, and "
+            "all else goes by name, as in fit(model, (x, y), guide=guide)"
+        )
     _check_settings(on_nan, kl_warmup, objective, seed, checkpoint_seconds)
     folder = Path(checkpoint) if checkpoint is not None else None
     begun = recorded_engine(folder) if resume else None
@@ -196,7 +203,7 @@ def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
         program.contract.fresh = False
     if program.knows("check_fit"):  # it keeps the parameters of the last step
         with program.scope(mode="predict"):
-            program.contract.check_fit(*batch.args, **batch.kwargs)
+            program.contract.check_fit(*batch.args[:1])
     return FittedModel(
         program,
         structure,

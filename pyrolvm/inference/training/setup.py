@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import Schedule, value_of
-from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.arrays import Batch
 from pyrolvm.data.dataset import Dataset
-from pyrolvm.data.plan import BatchPlan, split_rows
+from pyrolvm.data.plan import BatchPlan, is_share
 from pyrolvm.data.precision import check_precision
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
@@ -71,7 +70,7 @@ def set_up(
 ) -> Setup:
     """Read the data, start the model, look at the program, and take one step on trial."""
     program = Program(model, guide, device=device, dtype=dtype)
-    batch = suited(program, as_batch(data, dtype, device))
+    batch = suited(program, data)
     _warn_of_precision(data, dtype)
     if batch_size is not None or validation is not None:
         batch.check_rows()
@@ -85,6 +84,7 @@ def set_up(
     brought = program.contract.controls() if program.contract is not None else {}
     program.controls = {k: value_of(k, v, 1 / steps) for k, v in {**brought, **(controls or {})}.items()}
     program.initialise(first, derived_seed(seed, Purpose.START))
+    program.start_rows(batch, derived_seed(seed, Purpose.START, 3))
     with seeded(derived_seed(seed, Purpose.CHECK), device):
         structure = inspect_program(program, first)
     usual = program.contract.objective() if program.contract is not None else None
@@ -101,12 +101,12 @@ def set_up(
         schedules=schedules,
         num_steps=steps,
     )
-    _adopt(problem, rows, seed)
+    adopt_modules(problem, rows, seed)
     _first_step(problem, rows, seed)
     if held_out is not None and structure.per_datum:
         raise SettingError(
             f"the guide has parameters for each training row ('{structure.per_datum[0]}') and none for held-out "
-            "ones: leave validation out, or use an amortised guide"
+            "ones: leave validation out (`fitted.refine(x)` judges other rows afterwards), or use an amortised guide"
         )
     return Setup(problem, plan, batch, held_out, seed)
 
@@ -145,11 +145,9 @@ def _split(batch: Batch, validation: Any, program: Program, seed: int) -> tuple[
     """(training data, held-out data): a share of the rows, or data of their own."""
     if validation is None:
         return batch, None
-    if isinstance(validation, numbers.Real) and not isinstance(validation, bool):
-        train, held_out = split_rows(batch.num_rows, float(validation), seed)
-        parts = batch.take(train), batch.take(held_out)
-        return replace(parts[0], rows=None, total=None), replace(parts[1], rows=None, total=None)
-    held = suited(program, as_batch(validation, program.dtype, program.device))
+    if is_share(validation):
+        return batch.split(float(validation), seed)
+    held = suited(program, validation)
     held.check_rows()
     return batch, held
 
@@ -175,12 +173,10 @@ def plateau_of(patience: int | None, held_out: Batch | None, kl_warmup: float, s
         return None
     if held_out is None:
         raise SettingError("patience watches the held-out bound: give validation=0.1 or held-out data")
-    if not isinstance(patience, numbers.Integral) or isinstance(patience, bool) or patience < 2:
-        raise SettingError(f"patience must be a whole number of at least 2 evaluations, not {patience!r}")
-    return Plateau(int(patience), first_step=round(kl_warmup * steps))
+    return Plateau(count("patience", patience, least=2), first_step=round(kl_warmup * steps))
 
 
-def _adopt(problem: Problem, rows: torch.Tensor, seed: int) -> None:
+def adopt_modules(problem: Problem, rows: torch.Tensor, seed: int) -> None:
     """Take the objective's modules in; lazy ones get their shapes from a first estimate."""
     program, modules = problem.program, problem.objective.modules()
     for module in modules.values():
