@@ -106,7 +106,8 @@ class CollapseReport(Report):
         each = f", {' and '.join(layers)}" if len(layers) > 1 else ""
         words = [
             f"{self.active_units} of {total} latent dimensions are active{each} (the variance of E[z | x] over "
-            f"the data is above {self.threshold:g}) and {len(names)} are collapsed (average KL below {self.threshold:g} nats"
+            f"the data is above {self.threshold:g}) and {len(names)} are collapsed (average KL below "
+            f"{self.threshold:g} nats"
             + (f": {_listed(names)}" if names else "")
             + f"); of the average KL of {self.average_kl:z.2f} nats, {self.mutual_information:z.2f} are information "
             f"about the datum and {self.marginal_kl:z.2f} mismatch of the aggregated posterior and the prior."
