@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyrolvm.inference import ImportanceWeighted as ImportanceWeighted
     from pyrolvm.inference import InfoELBO as InfoELBO
     from pyrolvm.inference import Objective as Objective
+    from pyrolvm.inference import PerDatum as PerDatum
     from pyrolvm.inference import RenyiELBO as RenyiELBO
     from pyrolvm.inference import calibrate_loss as calibrate_loss
     from pyrolvm.inference import fit as fit
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from pyrolvm.models import *  # noqa: F403
     from pyrolvm.models import loss as loss
     from pyrolvm.plates import data_plate as data_plate
+    from pyrolvm.plates import row_entries as row_entries
+    from pyrolvm.semi_implicit import SemiImplicit as SemiImplicit
+    from pyrolvm.semi_implicit import SemiImplicitGuide as SemiImplicitGuide
 
 # Imported when first used: torch and Pyro take seconds that `pyrolvm --help` need not wait for
 _ROOMS = ("data", "diagnostics", "inference", "models", "plots", "report", "runs")
@@ -42,14 +46,18 @@ _HOMES = {
     "FreeBits": "inference",
     "InfoELBO": "inference",
     "Objective": "inference",
+    "PerDatum": "inference",
     "RenyiELBO": "inference",
     "calibrate_loss": "inference",
+    "SemiImplicit": "semi_implicit",
+    "SemiImplicitGuide": "semi_implicit",
     "control": "controls",
     "data_plate": "plates",
     "diagnose": "diagnostics",
     "fit": "inference",
     "fit_restarts": "inference",
     "loss": "models",
+    "row_entries": "plates",
     "to_inference_data": "diagnostics",
 }
 

@@ -47,8 +47,9 @@ class CollapseReport(Report):
     ----------
     dimensions : DataFrame
         One row per (site, dimension): `kl` (mean over data), `kl_kind` ("exact" given the latents above it, "marginal"
-        of a guide with correlations, "monte carlo"), `mean_variance` (A_d over all rows), `active`,
-        `mean_variance_first` and `active_first` (over the first 500 rows, as in the IWAE paper's code), `collapsed`.
+        of a guide with correlations, "moments" of a flow or mixture, "monte carlo": see `diagnostics.sites.site_kl`),
+        `mean_variance` (A_d over all rows), `active`, `mean_variance_first` and `active_first` (over the first 500
+        rows, as in the IWAE paper's code), `collapsed`.
     average_kl, mutual_information, marginal_kl : float
         The first is the sum of the others, exactly, of the same draws of all latents together.
     shuffle_loss : float
@@ -77,6 +78,12 @@ class CollapseReport(Report):
         return int(self.dimensions["active"].sum())
 
     @property
+    def active_by_site(self) -> dict[str, tuple[int, int]]:
+        """Site -> (active dimensions, dimensions), in the order of the model: the layers of a hierarchy."""
+        sites = self.dimensions.groupby(level="site", sort=False)["active"]
+        return {str(name): (int(active.sum()), len(active)) for name, active in sites}
+
+    @property
     def collapsed_share(self) -> float:
         """Share of the dimensions whose average KL is below the threshold."""
         return float(self.dimensions["collapsed"].mean())
@@ -95,9 +102,12 @@ class CollapseReport(Report):
     def sentences(self) -> list[str]:
         """The findings in plain words."""
         total, names = len(self.dimensions), list(self.dimensions.index[self.dimensions["collapsed"]])
+        layers = [f"{site} {active} of {size}" for site, (active, size) in self.active_by_site.items()]
+        each = f", {' and '.join(layers)}" if len(layers) > 1 else ""
         words = [
-            f"{self.active_units} of {total} latent dimensions are active (the variance of E[z | x] over the data is "
-            f"above {self.threshold:g}) and {len(names)} are collapsed (average KL below {self.threshold:g} nats"
+            f"{self.active_units} of {total} latent dimensions are active{each} (the variance of E[z | x] over "
+            f"the data is above {self.threshold:g}) and {len(names)} are collapsed (average KL below "
+            f"{self.threshold:g} nats"
             + (f": {_listed(names)}" if names else "")
             + f"); of the average KL of {self.average_kl:z.2f} nats, {self.mutual_information:z.2f} are information "
             f"about the datum and {self.marginal_kl:z.2f} mismatch of the aggregated posterior and the prior."

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyrolvm.diagnostics.dims import Arrays, Dims, Layout, check_dims, name_dims
 from pyrolvm.diagnostics.measures import is_whole
+from pyrolvm.diagnostics.predictive import observed_mask
 from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import model_record, versions
@@ -144,9 +145,15 @@ def _observe(pair: Pair, parts: _Parts) -> dict[str, Layout]:
     for chunk in pair.chunks():
         sites = list(sample_sites(chunk.model(given=chunk.means())))
         layouts = layouts or {s["name"]: _layout(s, pair.structure, s["name"] in data) for s in sites}
-        values = {s["name"]: tidy(pair.structure, s, s["value"])[0] for s in sites if s["name"] in data}
+        values = {s["name"]: _with_gaps(chunk, s) for s in sites if s["name"] in data}
         parts.add("observed_data", values)
     return layouts
+
+
+def _with_gaps(pair: Pair, site: Any) -> Tensor:
+    """The observed values of a site, [rows, ...]; numbers that a mask leaves out are NaN."""
+    value, kept = tidy(pair.structure, site, site["value"])[0], observed_mask(pair, site)
+    return value if kept is None or not value.is_floating_point() else value.masked_fill(~kept, torch.nan)
 
 
 def _layout(site: Any, structure: Structure, data: bool) -> Layout:

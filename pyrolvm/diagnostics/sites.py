@@ -17,9 +17,11 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import given_first, sample_sites
 
+MOMENT_DRAWS = 1000
 NORMALS = (MultivariateNormal, LowRankMultivariateNormal)
 
 
@@ -58,20 +60,35 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
         Nats.
     str
         "exact": closed form. "marginal": closed form of each dimension's marginal, which do not add up to the KL where
-        q has correlations. "monte carlo": log q - log p at the draws, of the site as one where it does not fall into
-        dimensions (D = 1), and of a site that is drawn before what its prior depends on.
+        q has correlations. "moments": of the Gaussians of each dimension's first two moments, where q or p does not
+        fall into dimensions (a flow, a mixture); with a Gaussian p, at most the KL of the marginal. "monte carlo":
+        log q - log p at the draws, of the site as one where q is a function of an auxiliary (D = 1), and of a site that
+        is drawn before what its prior depends on.
     """
     nodes: Any = model.nodes
     q_node, p_node = latent_node(guide, name), nodes[name]
     q, kind = _marginals(q_node["fn"])
     p, p_kind = _marginals(p_node["fn"])
     event_dims = len(q_node["fn"].event_shape)
-    if q.event_shape or p.event_shape or "marginal" in p_kind or isinstance(q, Delta):
+    if isinstance(q, Delta):
         # of a function of an auxiliary: the Delta has the Jacobian, the auxiliary the rest
         sources = {name, f"{name}_unconstrained", f"{name}_aux"}
+        drawn = {
+            s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary") and pair.is_local(s)
+        }
+        if drawn and not drawn & sources:  # one vector for all latents of a datum
+            if len(pair.structure.local_latents) > 1:
+                raise ProgramError(
+                    f"the guide draws '{name}' together with other latents: its own KL is not known"
+                )
+            sources |= drawn
         log_q = pair.log_prob(guide, lambda s: s["name"] in sources)
         log_p = pair.log_prob(model, lambda s: s["name"] == name)
         return (log_q - log_p).unsqueeze(-1), "monte carlo"
+    if q.event_shape or p.event_shape:
+        q, p, kind = _moments(q), _moments(p), "moments"
+    elif p_kind == "marginal":
+        kind = p_kind
     try:
         if not given_first(model, guide, name):
             raise NotImplementedError
@@ -87,6 +104,18 @@ def base_of(fn: Distribution) -> Distribution:
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return fn
+
+
+def _moments(fn: Any) -> Normal:
+    """The normals of each dimension's first two moments; of 1000 draws where they have no closed form."""
+    if not fn.event_shape:  # each dimension stands alone
+        return fn if isinstance(fn, Normal) else Normal(fn.mean, fn.variance.sqrt(), validate_args=False)
+    try:
+        mean, variance = fn.mean, fn.variance
+    except (NotImplementedError, AttributeError):
+        draws = fn.sample((MOMENT_DRAWS,))
+        mean, variance = draws.mean(0), draws.var(0)
+    return Normal(mean, variance.sqrt(), validate_args=False)
 
 
 def _marginals(fn: Distribution) -> tuple[Distribution, str]:

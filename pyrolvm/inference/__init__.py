@@ -1,7 +1,8 @@
 """Objectives, engines, `fit` and fitted models, for any Pyro program."""
 
 from pyrolvm.inference.objectives import FreeBits, ImportanceWeighted, InfoELBO, Objective, RenyiELBO
-from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.posterior.fitted import FittedModel, Refined
+from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.loop import Callback, Report
@@ -17,6 +18,8 @@ __all__ = [
     "JSONLines",
     "LossWeight",
     "Objective",
+    "PerDatum",
+    "Refined",
     "RenyiELBO",
     "Report",
     "TensorBoard",

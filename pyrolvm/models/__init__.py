@@ -17,6 +17,7 @@ from pyrolvm.models.bernoulli_vae import BernoulliVAE as BernoulliVAE
 from pyrolvm.models.diffusion import DiffusionVAE as DiffusionVAE
 from pyrolvm.models.info_vae import InfoVAE as InfoVAE
 from pyrolvm.models.hierarchical_vae import HierarchicalVAE as HierarchicalVAE
+from pyrolvm.models.nonlinear_lvm import NonlinearLVM as NonlinearLVM
 # isort: on
 
 REGISTRY: dict[str, type[LatentVariableModel]] = {

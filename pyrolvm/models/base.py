@@ -245,15 +245,18 @@ def check_sizes(data_dim: int, latent_dim: int) -> tuple[int, int]:
     return data_dim, latent_dim
 
 
-def check_finite(x: Tensor) -> None:
-    """Raise `DataError` naming the first row and column of `x` [rows, ...] that is not finite."""
+def check_finite(x: Tensor, hint: str = "") -> None:
+    """Raise `DataError` naming the first row and column of `x` [rows, ...] that is not finite.
+
+    `hint` ends the sentence about a missing value.
+    """
     where = first_row_where(x, lambda part: ~torch.isfinite(part)) if x.is_floating_point() else None
     if where is None:
         return
     value = x[tuple(where)].item()
     raise DataError(
         f"the data hold {value} at row {where[0]}, column {tuple(where[1:]) if len(where) != 2 else where[1]}: "
-        "drop or fill such rows first, e.g. x[np.isfinite(x).all(axis=1)]"
+        f"drop or fill such rows first, e.g. x[np.isfinite(x).all(axis=1)]{hint if value != value else ''}"
     )
 
 

@@ -124,7 +124,7 @@ class DiffusionVAE(LatentVariableModel):
         num_times: int = 1,
         levels: int | None = None,
         scaling: str | None = None,
-        sampling_steps: int = 100,
+        sampling_steps: int = 50,
     ) -> None:
         super().__init__()
         self.data_dim = count("data_dim", data_dim)

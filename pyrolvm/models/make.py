@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, SettingError, one_of
+from pyrolvm.models.missing import MaskAware, Missing
 from pyrolvm.models.networks import MLP, ConvDecoder, ConvEncoder, MLPEncoder, conv_net
 
 KINDS = ("mlp", "conv", "linear")
@@ -36,6 +37,12 @@ def image_of(data_dim: int, image_shape: Sequence[int] | None) -> Sequence[int]:
     return image_shape
 
 
+def _doubled(data_dim: int, image_shape: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of an image with as many channels again."""
+    channels, *sides = image_of(data_dim, image_shape)
+    return (2 * channels, *sides)
+
+
 def make_encoder(
     kind: str | nn.Module,
     data_dim: int,
@@ -44,6 +51,7 @@ def make_encoder(
     activation: str = "relu",
     image_shape: Sequence[int] | None = None,
     num_features: int = 0,
+    missing: Missing = None,
 ) -> nn.Module:
     """The encoder named `kind`, or `kind` itself if it is a module that can be one.
 
@@ -58,6 +66,9 @@ def make_encoder(
         (channels, height, width) for "conv"; by default one square channel.
     num_features : int
         Numbers beside loc and scale that the guide's family wants.
+    missing : "mask" or None
+        "mask" makes it take x in which entries are NaN: the encoder, a module too, then takes [..., 2 * data_dim], the
+        data with the gaps filled and 1 where they are observed.
 
     Raises
     ------
@@ -67,6 +78,10 @@ def make_encoder(
         For a module that does not map x [..., data_dim] to (loc, scale > 0), each [..., latent_dim], and to features
         [..., num_features] where there are any.
     """
+    if missing is not None:
+        image_shape = _doubled(data_dim, image_shape) if kind == "conv" else None
+        nets = (hidden, activation, image_shape, num_features)
+        return MaskAware(make_encoder(kind, 2 * data_dim, latent_dim, *nets), data_dim)
     if isinstance(kind, nn.Module):
         check_encoder(kind, data_dim, latent_dim, num_features)
         return kind

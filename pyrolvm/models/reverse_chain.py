@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -11,9 +11,6 @@ from torch import Tensor
 
 from pyrolvm.errors import count, one_of
 from pyrolvm.models.noise_schedule import NoiseSchedule, Tables
-
-if TYPE_CHECKING:
-    from pyrolvm.models.diffusion import DiffusionVAE
 
 UNIFORM_SHARE = 0.1
 
@@ -38,7 +35,7 @@ class ReverseChain(dist.TorchDistribution):
     support = constraints.real_vector
     bound = True  # log_prob is no log-density: whoever would weigh by it must know
 
-    def __init__(self, vae: DiffusionVAE, x0: Tensor | None, batch_shape: torch.Size | None = None) -> None:
+    def __init__(self, vae: Any, x0: Tensor | None, batch_shape: torch.Size | None = None) -> None:
         self.vae, self.x0 = vae, x0
         rows = torch.Size() if x0 is None else x0.shape[:-1]
         event = torch.Size((vae.latent_dim,))

@@ -18,6 +18,7 @@ from torch import nn
 from pyrolvm.errors import ProgramError, PyrolvmError, SettingError, did_you_mean
 from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.models import REGISTRY
+from pyrolvm.semi_implicit import SemiImplicitGuide
 
 ALIASES = {
     "gmm": "GaussianMixture",
@@ -221,6 +222,8 @@ def _find_guide(name: str, module: ModuleType, place: str) -> Any:
         return getattr(module, name)
     if name.startswith("Auto") and name in autoguide.__all__:
         return getattr(autoguide, name)
+    if name == SemiImplicitGuide.__name__ and not hasattr(module, name):
+        return SemiImplicitGuide
     other, _, inner = name.rpartition(":")
     return _resolve(_module(other), other, inner) if other else _resolve(module, place, name)
 

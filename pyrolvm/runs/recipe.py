@@ -70,7 +70,7 @@ class Source:
         return not self.is_named and self.text.lower().endswith(suffixes)
 
     def like(self, record: dict[str, Any]) -> Source:
-        """With the columns, key and header of the data recorded, where none are given."""
+        """With the columns, key and header of the data recorded, where none are given, and their missing values."""
         columns, chosen = record.get("columns"), self.columns
         if chosen and columns and chosen != columns and sorted(chosen) == sorted(columns):
             raise DataError(
@@ -83,7 +83,8 @@ class Source:
             "header": self.ends_in(TEXT),
         }
         taken: Any = {n: record.get(n) for n, has_it in has.items() if has_it and getattr(self, n) is None}
-        return replace(self, **taken)
+        missing = self.allow_missing or bool(record.get("allow_missing"))
+        return replace(self, allow_missing=missing, **taken)
 
 
 @dataclass(frozen=True)

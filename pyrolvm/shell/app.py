@@ -53,6 +53,7 @@ for _command in (
     latent.analogy,
     latent.shift,
     latent.recondition,
+    commands.impute,
     commands.evidence,
     commands.diagnose,
     commands.compare,

@@ -97,19 +97,49 @@ class Question:
         turns = np.resize(codes, count("num_samples", num_samples or len(codes)))
         return self.write_rows(self.fitted.sample(len(turns), given={"y": turns}, **options), len(codes))
 
-    def encode(self, seed: int = 0) -> None:
-        """`pyrolvm encode`: means and standard deviations of q(z | x), with the rows' numbers and labels."""
-        means = self.fitted.encode(self.dataset, seed=seed)
-        site = self.fitted.structure.local_latents[0].name
+    def encode(self, refine: bool = False, seed: int = 0) -> None:
+        """`pyrolvm encode`: means and standard deviations of q(z | x), with the rows' numbers and labels.
+
+        With `refine` of the guide refined for each row, whose bounds before and after are columns beside them.
+        """
+        fitted, beside = self.fitted, self._beside()
+        if refine:
+            fitted = refined = fitted.refine(self.dataset, seed=seed)
+            beside |= {name: refined.table[name].to_numpy() for name in ("elbo_start", "elbo", "gap")}
+            note(refined.sentence)
+        means = fitted.encode(self.dataset, seed=seed)
+        site = fitted.structure.local_latents[0].name
         codes = dict(means) if isinstance(means, dict) else {site: means}
         if self.out is None or self.out.suffix.lower() != ".npy":
-            codes |= {f"{name}_sd": sd for name, sd in deviations(self.fitted, self.dataset).items()}
-        write_values(codes, self.out, beside=self._beside())
+            codes |= {f"{name}_sd": sd for name, sd in deviations(fitted, self.dataset).items()}
+        write_values(codes, self.out, beside=beside)
 
     def _beside(self) -> dict[str, Any]:
         """What identifies a row of an answer."""
         labels = self.dataset.labels
         return {"row": np.arange(self.dataset.num_rows)} | ({} if labels is None else {"label": labels})
+
+    def impute(self, **options: Any) -> None:
+        """`pyrolvm impute`."""
+        found = self.fitted.impute(self.dataset, **options)
+        missing = found.missing.cpu().numpy()
+        read = (
+            self.source.like(self.recipe.record).read().values.reshape(missing.shape)
+        )  # not rounded by transforms
+        filled = {n: self.recipe.undo(getattr(found, n)) for n in ("mean", "lower", "upper")}
+        arrays = {name: np.where(missing, values, read) for name, values in filled.items()}
+        labels = {} if self.dataset.labels is None else {"label": self.dataset.labels}
+        suffix = ".csv" if self.out is None else self.out.suffix.lower()
+        if suffix in (".csv", ".tsv"):
+            gaps = np.flatnonzero(missing.any(0))
+            names = self.saved.columns or [f"column_{i}" for i in range(found.mean.shape[1])]
+            ends = [f"{names[i]}_{end}" for end in ("lower", "upper") for i in gaps]
+            beside = (arrays["lower"][:, gaps], arrays["upper"][:, gaps])
+            write_values(np.concatenate([arrays["mean"], *beside], 1), self.out, [*names, *ends], labels)
+        else:
+            write_values(arrays["mean"] if suffix == ".npy" else arrays, self.out, beside=labels)
+        if self.out is not None:
+            note(repr(found))
 
     def evidence(self, method: str = "importance", num_samples: int | None = None, **options: Any) -> None:
         """`pyrolvm evidence`."""

@@ -112,6 +112,7 @@ CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
 SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
 ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
 RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))
+IMPUTE = options_of(FITTED, "FittedModel.impute", ("x",))
 EVIDENCE = options_of(
     "inference/posterior/evidence/__init__.py", "evidence_table", ("pair", "progress", "annealing")
 )

@@ -68,7 +68,11 @@ def kinds_of(annotation: str) -> Kinds:
 def _alternatives(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.BinOp):
         return [*_alternatives(node.left), *_alternatives(node.right)]
-    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("Optional", "Union"):
+    # at run time a union with a Literal is typing.Optional[...]
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value).removeprefix("typing.") in (
+        "Optional",
+        "Union",
+    ):
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice, ast.Constant(None)]
         return [a for part in inner for a in _alternatives(part)]
     return [node]

@@ -561,10 +561,10 @@ def test_what_needs_a_density_is_refused_by_name():
             SettingError, match=f"method='{method}' needs densities, and the model has none for 'z'"
         ):
             fitted.log_evidence(x, method, 10, num_particles=5 if method == "iwae" else None)
-    with pytest.raises(SettingError, match="RenyiELBO needs densities"):
-        pyrolvm.fit(
-            DiffusionVAE(3, chain_length=10, hidden=(8,)), x, objective=RenyiELBO(num_particles=3), **QUIET
-        )
+    for objective in (RenyiELBO(num_particles=3), "iwae"):
+        vae = DiffusionVAE(3, chain_length=10, hidden=(8,))
+        with pytest.raises(SettingError, match=r"(RenyiELBO|ImportanceWeighted) needs densities"):
+            pyrolvm.fit(vae, x, objective=objective, num_steps=2, **QUIET)
     with pytest.raises(ProgramError, match="a bound that holds under its own guide only"):
         pyrolvm.fit(
             DiffusionVAE(3, chain_length=10, hidden=(8,)), x, guide="AutoNormal", num_steps=2, **QUIET

@@ -98,7 +98,7 @@ def prepare(objective: ELBO | str | tuple | None, structure: Structure) -> Objec
             f"the model asks for '{summed_out[0]}' to be summed out, which {type(objective).__name__} does not do "
             "(it would draw it from the prior): use TraceEnum_ELBO(), or give the guide a site for it"
         )
-    if isinstance(objective, RenyiELBO):
+    if isinstance(objective, RenyiELBO | ImportanceWeighted):
         refuse_bound(structure, type(objective).__name__)
     objective = copy.copy(objective)
     if getattr(objective, "max_plate_nesting", 0) == float("inf"):

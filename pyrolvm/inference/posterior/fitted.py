@@ -19,6 +19,7 @@ from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.inference.posterior import evidence, refine, saving
 from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
 from pyrolvm.inference.posterior.history import held_out_elbo
+from pyrolvm.inference.posterior.imputation import Imputation, impute
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
 from pyrolvm.inference.program.enumerated import can_be_drawn, responsibilities
@@ -129,6 +130,20 @@ class FittedModel:
         """Draws of new data at the posterior of `x`: observed site -> [num_samples, rows, ...]."""
         self._check_observes()
         return self.draws(x, num_samples, seed=seed).predictive
+
+    @torch.no_grad()
+    def impute(self, x: Any, num_samples: int = 100, *, interval: float = 0.9, seed: int = 0) -> Imputation:
+        """The rows of `x` with what is missing (NaN) filled, by draws given what is observed.
+
+        Parameters
+        ----------
+        num_samples : int
+            Draws from q(z | x) and p(x | z) for each row.
+        interval : float
+            The mass between `lower` and `upper`.
+        """
+        batch = self.batch(x)
+        return impute(batch, self.structure, self.draw_chunks(batch, num_samples, seed=seed), interval)
 
     @torch.no_grad()
     def reconstruct(self, x: Any, *, seed: int = 0) -> Values:
@@ -287,6 +302,7 @@ class FittedModel:
             table=found.table,
             family=found.family,
             of_guide=found.of_guide,
+            trained=bool(self.structure.per_datum),
         )
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
@@ -394,11 +410,14 @@ class Refined(FittedModel):
     family : {"mean_field", "full"}
     of_guide : bool
         Whether the start was the fitted guide, of this family: then `gap` is the amortisation gap.
+    trained : bool
+        Whether that guide had parameters of each of these rows already.
     """
 
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     family: str = ""
     of_guide: bool = True
+    trained: bool = False
 
     def __repr__(self) -> str:
         return f"Refined {saving.model_record(self.model)['name']}: {self.sentence}"
@@ -408,6 +427,8 @@ class Refined(FittedModel):
         """What was gained, in plain words."""
         mean = self.table.mean()
         what = "the amortisation gap" if self.of_guide else "from another start than a guide of this family"
+        if self.of_guide and self.trained:
+            what = "what training had left"
         family = self.family.replace("_", "-")
         return (
             f"a {family} Gaussian for each of {self.num_rows} rows: the bound rose from {mean['elbo_start']:.3f} to "

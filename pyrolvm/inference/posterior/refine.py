@@ -40,6 +40,8 @@ from pyrolvm.seeds import Purpose, derived_seed
 
 CHUNK_ROWS = 1024
 """The most rows that climb at once."""
+RATES = (4.0, 2.0, 1.0)
+"""Climbs of a row, by their share of the learning rate; each takes its units from what the last one found."""
 JUDGED_DRAWS = 1000
 """Draws for each of the two bounds of a row."""
 
@@ -114,17 +116,19 @@ def climb(
     first = batch.take(parts[0])
     program.initialise(first, derived_seed(seed, Purpose.REFINE))
     program.start_rows(batch, derived_seed(seed, Purpose.REFINE, 1))
+    guide.count_in_units(every)
+    program.collect()
     with seeded(derived_seed(seed, Purpose.CHECK), program.device):
         structure = inspect_program(program, first)
     program.hold(structure.row_tables)
     pair = Pair(program, structure, batch)
-    before = {name: table.detach().clone() for name, table in program.parameters.items()}
+    before = {name: table.clone() for name, table in guide.entries().items()}
     start = fitted.pair(batch) if of_guide and not fitted.structure.per_datum else pair
     judged = [_bounds(start, seed, i) for i in range(2)]
     note = _take_steps(
         pair, parts, count("num_steps", num_steps), learning_rate, num_samples, seed, engine, progress
     )
-    _keep_better(program, before, judged[0], _bounds(pair, seed, 0))
+    _keep_better(guide, before, judged[0], _bounds(pair, seed, 0))
     table = _table(judged[1], _bounds(pair, seed, 1))
     return Climb(program, structure, batch, table, family, of_guide, note)
 
@@ -159,6 +163,9 @@ def _family(fitted: Refinable, batch: Batch, own: Any, family: str) -> tuple[str
     """(family, whether the guide is of it): what "auto" means."""
     if own is not fitted.program.guide:
         return ("mean_field" if family == "auto" else family), False
+    if fitted.program.row_guide is not None:
+        usual = fitted.program.row_guide.family
+        return (usual, True) if family == "auto" else (family, family == usual)
     few = batch.take(torch.arange(min(2, batch.num_rows), device=batch.indices.device))
     with torch.no_grad(), seeded(0, fitted.program.device):
         guide = Pair(fitted.program, fitted.structure, few if fitted.structure.chunkable else batch).guide()
@@ -193,26 +200,32 @@ def _take_steps(
     if not learning_rate > 0:
         raise SettingError(f"learning_rate must be positive, not {learning_rate}")
     spec = OptimizerSpec(learning_rate=lambda share: learning_rate * _falling(share))
+    length = max(1, num_steps // len(RATES))
+    guide = program.row_guide
+    assert guide is not None
     problem = Problem(
         program, structure, prepare(elbo, structure), spec, pair.batch, minibatch=True, num_rows=pair.batch.num_rows,
-        schedules=dict(program.controls), num_steps=num_steps,
+        schedules=dict(program.controls), num_steps=length * len(RATES),
     )  # fmt: skip
     with (
         program.evaluating(),
-        progress_bar("refining", len(parts) * num_steps, enabled=progress, after=PATIENCE) as bar,
+        progress_bar("refining", len(parts) * length * len(RATES), enabled=progress, after=PATIENCE) as bar,
     ):
-        running, note = choose_engine(engine, problem, len(parts) * num_steps, on_compile=bar.note)
+        running, note = choose_engine(engine, problem, len(parts) * length * len(RATES), on_compile=bar.note)
         for i, rows in enumerate(parts):
-            noise = noise_state(derived_seed(seed, Purpose.REFINE, 2, i), program.device)
-            state = TrainingState(program.tensors(), {}, 0, noise)
-            running.run(state, rows.cpu().expand(num_steps, -1))
-            bar.advance(num_steps)
+            random = noise_state(derived_seed(seed, Purpose.REFINE, 2, i), program.device)
+            for turn in range(len(RATES)):
+                state = TrainingState(program.tensors(), {}, turn * length, random)
+                random = running.run(state, rows.cpu().expand(length, -1))[0].random
+                guide.count_in_units(rows)
+                bar.advance(length)
     return getattr(running, "note", note)
 
 
 def _falling(share: float) -> float:
-    """The rate's share after that share of the steps: level, then to a hundredth along a cosine."""
-    return 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, share - 0.25) / 0.75)))
+    """The rate's share after that share of the steps: of each climb its own, to a hundredth along a cosine."""
+    turn, within = divmod(share * len(RATES) - 1e-9, 1)
+    return RATES[int(turn)] * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * within)))
 
 
 @torch.no_grad()
@@ -234,10 +247,10 @@ def _weights(pair: Pair) -> Any:
 
 
 @torch.no_grad()
-def _keep_better(program: Program, before: dict[str, Tensor], start: Tensor, end: Tensor) -> None:
+def _keep_better(guide: PerDatum, before: dict[str, Tensor], start: Tensor, end: Tensor) -> None:
     """Put the start back where the climb failed: judged by other draws than those that are reported."""
     failed = ~(end.mean(0) >= start.mean(0))
-    for name, table in program.parameters.items():
+    for name, table in guide.entries().items():
         table[failed] = before[name][failed]
 
 

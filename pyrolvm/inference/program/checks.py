@@ -95,7 +95,8 @@ def _check_mixed(structure: Structure) -> None:
             f"the guide draws latents from a distribution that depends on the auxiliary '{name}', so that "
             f"their density is an integral over '{name}' that nothing computes, and the objective would be no bound: "
             f"compute the latents from '{name}' (dist.Delta), or give the model a density of '{name}' given the "
-            f"latents, pyro.sample('{name}', ...) at its end, and take is_auxiliary off"
+            f"latents, pyro.sample('{name}', ...) at its end, and take is_auxiliary off; or draw the latents from "
+            "pyrolvm.SemiImplicit, whose density is a bound"
         )
 
 

@@ -100,11 +100,11 @@ class PerDatum(nn.Module):
 
     def __init__(self, family: str = "mean_field", start: Callable[..., Any] | None = None) -> None:
         super().__init__()
-        self.family = one_of("family", family, FAMILIES)
+        self.family, self.in_units = one_of("family", family, FAMILIES), False
         self.sites: tuple[Local, ...] = ()
         self.fresh = True
-        self._start, self._own, self._shared = start, start, None
-        self._model: Callable[..., Any] | None = None
+        self._start = (start,)  # in tuples: modules among them are not this guide's own
+        self._program: tuple[Any, Any, Any] = (None, None, None)
         self._others: Callable[..., Any] | None = None
 
     @property
@@ -117,8 +117,21 @@ class PerDatum(nn.Module):
 
         `shared` is the guide of what the rows share, by default `own` too.
         """
-        self._model, self._own, self._shared = model, self._start or own, shared or own
+        start = self._start[0] or own
+        self._program = (model, start, shared or start)
         return self
+
+    @property
+    def _model(self) -> Any:
+        return self._program[0]
+
+    @property
+    def _own(self) -> Any:
+        return self._program[1]
+
+    @property
+    def _shared(self) -> Any:
+        return self._program[2]
 
     # ------------------------------------------------------------------ the guide
 
@@ -140,6 +153,9 @@ class PerDatum(nn.Module):
     def distribution(self, site: Local) -> dist.TorchDistribution:
         """q of the batch's rows."""
         loc, log_scale, *lower = (row_entries(t).movedim(0, site.axis) for t in self._tables(site))
+        if self.in_units:
+            at, unit = (row_entries(t).movedim(0, site.axis) for t in self._units(site))
+            loc = at + unit * loc
         if not lower:
             found = dist.Normal(loc, log_scale.exp()).to_event(site.event_dims)
         else:
@@ -157,6 +173,31 @@ class PerDatum(nn.Module):
     def _tables(self, site: Local) -> list[Tensor]:
         names = ("loc", "log_scale", "lower") if self._has_lower(site) else ("loc", "log_scale")
         return [getattr(self, f"{site.key}_{name}") for name in names]
+
+    def _units(self, site: Local) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"{site.key}_at"), getattr(self, f"{site.key}_unit")
+
+    def entries(self) -> dict[str, Tensor]:
+        """Everything that has an entry for each row, by name."""
+        own = [f"{s.key}_{kind}" for s in self.sites for kind in ("loc", "log_scale", "lower", "at", "unit")]
+        return {name: getattr(self, name).detach() for name in own if hasattr(self, name)}
+
+    @torch.no_grad()
+    def count_in_units(self, rows: Tensor) -> None:
+        """From now on `loc` of these rows counts from where it is, in units of the scale as it is.
+
+        A step of an optimiser is then as long as it is wide, whatever the units of the latent.
+        """
+        for site in self.sites:
+            loc, log_scale = self._tables(site)[:2]
+            if not self.in_units:
+                self.register_buffer(f"{site.key}_at", torch.zeros_like(loc))
+                self.register_buffer(f"{site.key}_unit", torch.ones_like(loc))
+            at, unit = self._units(site)
+            at[rows] += unit[rows] * loc[rows]
+            unit[rows] = log_scale[rows].exp()
+            loc[rows] = 0
+        self.in_units = True
 
     def _has_lower(self, site: Local) -> bool:
         return self.family == "full" and site.size > 1
@@ -201,7 +242,7 @@ class PerDatum(nn.Module):
             self._make_tables(site, rows.total)
         others = [s["name"] for s in latents if all(s is not own for own in local)]
         if others:
-            self._others = self._shared_guide(others, trace)
+            self._others = self._shared_guide(others)
 
     def _local(self, site: Any, plate: Plate, index: int) -> Local:
         frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != plate.name]
@@ -224,18 +265,24 @@ class PerDatum(nn.Module):
             lower = torch.zeros(total, *batch, site.size, site.size)
             self.register_parameter(f"{site.key}_lower", nn.Parameter(lower))
 
-    def _shared_guide(self, names: list[str], trace: Trace) -> Callable[..., Any]:
+    def _shared_guide(self, names: list[str]) -> Callable[..., Any]:
         if self._shared is None:
             return AutoNormal(poutine.block(self._model, expose=names))
-        plates = [n for n, s in trace.nodes.items() if s["type"] == "sample" and n == self._plate.name]
-        return poutine.block(self._shared, hide=[s.name for s in self.sites] + plates)
+
+        def is_hidden(site: Any) -> bool:
+            """What it draws for each datum (with what that is computed from), and its plate."""
+            return site["name"] == self._plate.name or (
+                in_plate(site, self._plate) and site["name"] not in names
+            )
+
+        return poutine.block(self._shared, hide_fn=is_hidden)
 
     # ------------------------------------------------------------------ where it starts
 
     @torch.no_grad()
     def start(self, rows: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         """Set the entries of `rows` [batch] from the guide that the model brings, or from the prior."""
-        source = self._own or self._model
+        source = self._own or self._prior
         traces = [poutine.trace(source).get_trace(*args, **kwargs)]
         known = {s.name: self._exact(s, traces[0]) for s in self.sites}
         if any(found is None for found in known.values()):
@@ -244,11 +291,24 @@ class PerDatum(nn.Module):
             loc, scale_tril = known[site.name] or self._moments(site, traces)
             self._write(site, rows, loc, scale_tril)
 
+    def _prior(self, *args: Any, **kwargs: Any) -> None:
+        """The model's own draws, given those of what the rows share by its guide."""
+        model: Any = self._model
+        if self._others is not None:
+            with poutine.block():
+                shared = poutine.trace(self._others).get_trace(*args, **kwargs)
+            model = poutine.replay(model, trace=shared)
+        model(*args, **kwargs)
+
     def _exact(self, site: Local, trace: Trace) -> tuple[Tensor, Tensor] | None:
         """(loc, C) of a site that is Gaussian where it is drawn, rows first; None if it is not."""
         node: Any = trace.nodes.get(site.name)
         fn = None if node is None else node["fn"]
-        if fn is None or not site.is_real or (kind := kind_of_gaussian(fn)) is None:
+        if isinstance(fn, dist.TransformedDistribution) and fn.transforms == [site.transform]:
+            fn = fn.base_dist
+        elif not site.is_real:
+            return None
+        if fn is None or (kind := kind_of_gaussian(fn)) is None:
             return None
         full = kind == "full" and self._has_lower(site)
         return fn.mean.movedim(site.axis, 0), (fn.scale_tril if full else fn.stddev).movedim(site.axis, 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta, TransformedDistribution, Unit
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.trace_struct import Trace
@@ -81,7 +81,7 @@ def _site(
         name=name,
         kind=kind,
         local=in_plate(site, plate),
-        family=base(fn).__class__.__name__,
+        family=_family(fn),
         batch_shape=tuple(fn.batch_shape),
         event_shape=tuple(fn.event_shape),
         plates=tuple(f.name for f in site["cond_indep_stack"] if f.vectorized),
@@ -93,6 +93,13 @@ def _site(
         left_to_prior=bool(site["infer"].get(LEFT_TO_PRIOR)) and name not in drawn,
         bound=is_bound(fn),
     )
+
+
+def _family(fn: Any) -> str:
+    """The name of a distribution below `to_event` and masks; of a flow, not that of its base."""
+    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__
 
 
 def _kind(site: dict[str, Any], plate: Plate | None, batch: Batch) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyrolvm.errors import ProgramError, one_of
 from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.plates import DATA_PLATE, current_rows
+from pyrolvm.semi_implicit import SemiImplicitGuide
 
 AUTOGUIDES = tuple(
     name
@@ -57,8 +58,9 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
             "AutoGuide such as pyro.infer.autoguide.AutoNormal"
         )
     if isinstance(guide, str):
-        one_of("guide", guide, (*ROW_GUIDES, *AUTOGUIDES))
-        guide = ROW_GUIDES[guide]() if guide in ROW_GUIDES else getattr(pyro.infer.autoguide, guide)
+        one_of("guide", guide, (*ROW_GUIDES, *AUTOGUIDES, SemiImplicitGuide.__name__))
+        named: Any = ROW_GUIDES.get(guide) or getattr(pyro.infer.autoguide, guide, SemiImplicitGuide)
+        guide = named() if guide in ROW_GUIDES else named
     if isinstance(guide, type):
         guide = guide() if guide in ROW_GUIDES.values() else guide(program)  # else an AutoGuide class
     if isinstance(guide, PerDatum):

@@ -18,12 +18,14 @@ from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.plan import BatchPlan, is_share
 from pyrolvm.data.precision import check_precision
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
+from pyrolvm.inference.engine.ascent import LEAST_DRAWS, CoordinateAscent
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem, schedules_of, unweighable
 from pyrolvm.inference.objectives import prepare
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.training.evaluation import HeldOutBound
 from pyrolvm.inference.training.plateau import Plateau
@@ -231,7 +233,35 @@ def _check_weighted(problem: Problem, terms: Mapping[str, float], remainder: flo
         raise SettingError(unweighable(f"{problem.objective.settings().get('name', 'this objective')}"))
 
 
-def settings_of(setup: Setup, optimizer: OptimizerSpec) -> dict[str, Any]:
+def alternating(setup: Setup, objective: Any, num_draws: int) -> tuple[CoordinateAscent, str]:
+    """The engine of coordinate ascent, on the ELBO of `num_draws` fixed draws, and its sentence.
+
+    Raises
+    ------
+    SettingError
+        Too few draws, a weight of the KL, or an objective that is not the ELBO.
+    """
+    problem = setup.problem
+    count("alternate", num_draws, least=LEAST_DRAWS)
+    program = problem.program
+    usual = program.contract.objective() if objective is None and program.contract is not None else objective
+    if usual not in (None, "trace", "meanfield", "enum"):
+        raise SettingError(
+            f"coordinate ascent (alternate=) climbs the ELBO, not {usual!r}: take objective='trace'"
+        )
+    if KL_WEIGHT in problem.schedules or len(problem.scheduled) > 1:
+        raise SettingError(
+            "coordinate ascent (alternate=) climbs one bound: leave kl_warmup and schedules out"
+        )
+    at_once = Pair(program, problem.structure, setup.batch).vectorized
+    name = "enum" if problem.structure.enumerated else usual or "meanfield"
+    settings = {"num_particles": num_draws, "vectorize_particles": at_once}
+    problem.objective = prepare((name, settings), problem.structure)
+    engine = CoordinateAscent(problem)
+    return engine, engine.note
+
+
+def settings_of(setup: Setup, optimizer: OptimizerSpec, alternate: int | None = None) -> dict[str, Any]:
     """What must agree for a checkpoint to be of the same run: plain values, JSON-able."""
     problem = setup.problem
     return {
@@ -243,6 +273,7 @@ def settings_of(setup: Setup, optimizer: OptimizerSpec) -> dict[str, Any]:
             k: list(v) if isinstance(v, tuple) else v for k, v in optimizer.options.items()
         },
         "clip_norm": optimizer.clip_norm,
+        "alternate": alternate,
         "controls": problem.constants | dict.fromkeys(problem.scheduled[1:], "a function"),
         "batch_size": setup.plan.batch_size,
         "num_rows": setup.batch.num_rows,

@@ -34,8 +34,8 @@ class Noisy(Likelihood):
     The likelihood has no upper bound as the noise goes to zero where the decoder can pass through the data (Mattei and
     Frellsen 2018, "Leveraging the exact likelihood of deep latent variable models"), hence the floor.
 
-    There is no `start`: a decoder that begins at the mean of the data, with noise wider than they are, has nothing to
-    gain from z and stays there (on the digits, -8.3 nats per datum after 1500 steps in place of 5.1).
+    A decoder that begins at the mean of the data, with noise as wide as they are, has nothing to gain from z and stays
+    there (on the digits, -8.3 nats per datum after 1500 steps in place of 5.1). So there is no `start`.
     """
 
     fixed_noise_scale: Tensor | None
