@@ -187,7 +187,8 @@ def site_terms(
     if len(local) < 2 or not apart:
         return {}
     totals = {s.name: sum(kl(model, guide, s.name) for model, guide in runs) for s in local}
-    return {f"kl_{name}": torch.as_tensor(total).detach() / len(runs) for name, total in totals.items()}
+    plain = {name: torch.as_tensor(detach_provenance(total)).detach() for name, total in totals.items()}
+    return {f"kl_{name}": total / len(runs) for name, total in plain.items()}
 
 
 def kl_term(model_trace: Trace, guide_trace: Trace) -> Any:
