@@ -81,6 +81,12 @@ CASES = {
         lambda: VAE(16, 2, "gaussian", encoder="conv", decoder="conv", image_shape=(1, 4, 4)),
         0.3 * IRIS.repeat(1, 4),
     ),
+    "VAE, iaf": (lambda: VAE(4, 2, "gaussian", hidden=(16,), guide="iaf"), IRIS),
+    "VAE, planar": (lambda: VAE(4, 2, "gaussian", hidden=(16,), guide="planar", prior="flow"), IRIS),
+    "VAE, mixture": (lambda: VAE(4, 2, "gaussian", hidden=(16,), guide="mixture", prior="mixture:3"), IRIS),
+    "VAE, vamp": (lambda: VAE(4, 2, "gaussian", hidden=(16,), guide="spline", prior="vamp:5"), IRIS),
+    "PPCA, low rank": (lambda: PPCA(4, 2, guide="low_rank"), IRIS),
+    "BayesianFactorAnalysis, iaf": (lambda: BayesianFactorAnalysis(4, 2, guide="iaf"), IRIS),
     "ConditionalVAE": (
         lambda: ConditionalVAE(4, 2, num_classes=3, likelihood="gaussian", hidden=(16,)),
         IRIS,

@@ -47,9 +47,9 @@ class CollapseReport(Report):
     ----------
     dimensions : DataFrame
         One row per (site, dimension): `kl` (mean over data), `kl_kind` ("exact" given the latents above it, "marginal"
-        of a guide with correlations, "moments" where guide or prior is no Gaussian, "monte carlo"), `mean_variance`
-        (A_d over all rows), `active`, `mean_variance_first` and `active_first` (over the first 500 rows, as in the
-        IWAE paper's code), `collapsed`.
+        of a guide with correlations, "moments" of a flow or mixture, "monte carlo": see `diagnostics.sites.site_kl`),
+        `mean_variance` (A_d over all rows), `active`, `mean_variance_first` and `active_first` (over the first 500
+        rows, as in the IWAE paper's code), `collapsed`.
     average_kl, mutual_information, marginal_kl : float
         The first is the sum of the others, exactly, of the same draws of all latents together.
     shuffle_loss : float

@@ -188,8 +188,11 @@ class Conditioner(nn.Module):
         self.register_buffer("to_out", (seen <= degree.unsqueeze(1)).float(), persistent=False)  # [D, hidden]
         self.first = nn.Linear(dim + context, hidden)
         self.last = nn.Linear(hidden, outputs * dim)
-        with torch.no_grad():  # near the identity
-            self.last.weight.mul_(0.1)
+        with torch.no_grad():
+            # bent where x is, which is of unit scale: a hidden layer that is nearly linear learns curves slowly
+            self.first.weight[:, :dim].normal_().mul_(min(1.0, 2 / math.sqrt(dim)))
+            self.first.bias.normal_()
+            self.last.weight.mul_(0.1)  # near the identity
             self.last.bias.zero_()
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:

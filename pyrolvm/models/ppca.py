@@ -138,6 +138,10 @@ class PPCA(LatentVariableModel):
         Pyro's low-rank normal inverts a latent_dim x latent_dim matrix (Woodbury's identity); no
         data_dim x data_dim matrix is formed. Train with `guide=lambda x: None`.
         """
+        if self.missing is not None:
+            raise SettingError(
+                "marginal_model is of complete rows: train the model itself, whose bound is the exact likelihood"
+            )
         noise_variance = self.noise_scale.square().expand(self.data_dim)
         marginal = dist.LowRankMultivariateNormal(self.offset, self.loadings, noise_variance)
         with self.data_plate(x):

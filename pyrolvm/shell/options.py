@@ -11,7 +11,10 @@ import typer
 from pyrolvm.shell.signatures import Option, listed, model_options, options_of
 
 MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
-OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi", "iwae", "info", "free_bits")
+OBJECTIVES = (
+    *("trace", "meanfield", "tracegraph", "enum", "renyi", "iwae", "info", "free_bits"),
+    *("reinforce", "nvil", "vimco", "muprop", "disarm", "rebar", "relax", "lax", "concrete"),
+)
 SCHEDULES = ("none", "cosine", "exponential")
 
 
@@ -105,7 +108,7 @@ PREPARING = listed(
     Option("threshold", "float", help="Halfway between the extremes by default.", panel=DATA),
     Option("split_seed", "int", help="Of the rows held out; --seed by default.", panel=DATA),
 )
-CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
+CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT | ADDED}
 SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
 ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
 RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))

@@ -30,14 +30,14 @@ FAMILIES = ("diagonal", "full", "low_rank", "mixture", *FLOWS)
 QUIET = {"progress": False, "engine": "eager"}
 
 
-def some(family, dim, rows=3, seed=0):
+def some(family, dim, rows=3, spread=0.5):
     """q of some rows, float64; as a function, so that each call has a cache of its own."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     piece = make_guide(family, dim).double()
     for parameter in piece.parameters():  # far from the identity of the start
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
+        parameter.data.add_(0.2 * spread * torch.randn_like(parameter))
     loc, scale = torch.randn(rows, dim).double(), 0.3 + torch.rand(rows, dim).double()
-    features = 0.5 * torch.randn(rows, piece.num_features).double()
+    features = spread * torch.randn(rows, piece.num_features).double()
     return lambda: piece(loc, scale, features)
 
 
@@ -85,12 +85,17 @@ def test_gaussian_families_have_the_covariance_they_say(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_densities_integrate_to_one_and_draws_have_their_moments(family):
-    q = some(family, 2, rows=1)()
-    side = torch.linspace(-14, 14, 601, dtype=torch.float64)
+    alone = some(family, 1, rows=1)()
+    line = torch.linspace(-14, 14, 100_001, dtype=torch.float64)
+    assert torch.trapezoid(alone.log_prob(line[:, None, None]).exp()[:, 0], line).item() == pytest.approx(
+        1, abs=1e-6
+    )
+    q = some(family, 2, rows=1, spread=0.1)()
+    side = torch.linspace(-10, 10, 401, dtype=torch.float64)
     grid = torch.cartesian_prod(side, side)  # [points, 2]
     mass = q.log_prob(q.mean + grid.unsqueeze(1)).exp()[:, 0] * (side[1] - side[0]) ** 2
-    # a spline's density has kinks, of which the grid misses a little
-    assert mass.sum().item() == pytest.approx(1, abs=1e-4 if family == "spline" else 1e-6)
+    # a spline's density has kinks, which a grid of step h misses by O(h^2)
+    assert mass.sum().item() == pytest.approx(1, abs=1e-3 if family == "spline" else 1e-6)
     draws = q.sample((20_000,))[:, 0] - q.mean[0]
     for f in (
         lambda z: z,
@@ -183,28 +188,35 @@ def quadrature(log_joint, reach=6.0, points=801):
     return log_joint(torch.cartesian_prod(side, side)).logsumexp(0) + cell
 
 
-def test_richer_global_families_come_nearer_to_a_banana():
-    exact = quadrature(banana).item()
-    gaps = {}
-    for family in ("diagonal", "full", "mixture:6", "planar:8", "iaf", "spline"):
-        torch.manual_seed(0)
-        guide = GlobalGuide("z", 2, family)
-        optimizer = torch.optim.Adam(guide.parameters(), lr=0.02)
-        for step in range(700):
-            optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 700) + 1e-4
-            q = guide.distribution()
-            z = q.rsample((64,))
-            optimizer.zero_grad()
-            (q.log_prob(z) - banana(z)).mean().backward()
-            optimizer.step()
-        with torch.no_grad():
-            q = guide.distribution()
-            z = q.sample((20_000,))
-            gaps[family] = exact - (banana(z) - q.log_prob(z)).mean().item()
-    assert all(gap > -0.02 for gap in gaps.values())
-    assert gaps["full"] < gaps["diagonal"] + 0.02
-    assert max(gaps[f] for f in ("mixture:6", "iaf", "spline")) < 0.5 * gaps["full"]
-    assert gaps["planar:8"] < gaps["full"]
+def banana_gap(family, num_steps, learning_rate):
+    """log p(y) - ELBO of a global family, trained by draws of its own."""
+    torch.manual_seed(0)
+    guide = GlobalGuide("z", 2, family)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
+        q = guide.distribution()
+        z = q.rsample((64,))
+        optimizer.zero_grad()
+        (q.log_prob(z) - banana(z)).mean().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        q = guide.distribution()
+        z = q.sample((20_000,))
+        return quadrature(banana).item() - (banana(z) - q.log_prob(z)).mean().item()
+
+
+def test_a_flow_fits_a_banana_that_a_gaussian_cannot():
+    full, iaf = banana_gap("full", 400, 0.05), banana_gap("iaf", 500, 0.02)
+    assert full > 0.5
+    assert -0.01 < iaf < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixture:10", "planar:8", "spline"])
+def test_other_families_come_nearer_to_a_banana(family):
+    assert -0.01 < banana_gap(family, 3000, 0.05 if family == "mixture:10" else 0.02) < 0.4
 
 
 def test_a_global_family_is_fitted_and_diagnosed():
@@ -215,7 +227,7 @@ def test_a_global_family_is_fitted_and_diagnosed():
 
     y = torch.ones(1)
     fitted = pyrolvm.fit(
-        model, y, guide=GlobalGuide("z", 2, "iaf"), num_steps=300, learning_rate=0.02, **QUIET
+        model, y, guide=GlobalGuide("z", 2, "iaf"), num_steps=100, learning_rate=0.02, **QUIET
     )
     assert fitted.posterior(y, 7)["z"].shape == (7, 2)
     diagnosis = pyrolvm.diagnose(fitted, y, 500, progress=False)
@@ -249,17 +261,17 @@ def assert_smaller(gaps, richer, poorer):
 
 
 def test_amortised_families_come_nearer_to_bananas():
-    x = torch.linspace(-1, 3, 40).unsqueeze(-1)
+    x = torch.linspace(-1.5, 0.5, 40).unsqueeze(-1)
 
     def model_of(family):
         return VAE(
             1, 2, "gaussian", noise_scale=0.3, decoder=Banana(), hidden=(32,), activation="tanh", guide=family
         )
 
-    exact = torch.stack([quadrature(lambda z, y=y: _shallow(z, y), points=401) for y in x[:, 0].double()])
-    gaps = per_row_gaps(model_of, x, ("diagonal", "full", "iaf"), exact, 600, 0.01)
-    assert_smaller(gaps, "iaf", "diagonal")
-    assert_smaller(gaps, "iaf", "full")
+    exact = torch.stack([quadrature(lambda z, y=y: _shallow(z, y), points=201) for y in x[:, 0].double()])
+    gaps = per_row_gaps(model_of, x, ("full", "iaf:4"), exact, 400, 0.02)
+    assert_smaller(gaps, "iaf:4", "full")
+    assert gaps["iaf:4"].mean() < 0.3 * gaps["full"].mean()
     assert all(gap.mean() > 0 for gap in gaps.values())
 
 
@@ -290,7 +302,7 @@ def test_the_gap_of_a_bernoulli_vae_shrinks():
             return dist.Normal(0.0, 1.0).log_prob(z).sum(-1, keepdim=True) + bits
 
         exact = quadrature(log_joint, 5.0, 201)  # [rows]
-    gaps = per_row_gaps(model_of, x, ("diagonal", "full", "iaf"), exact, 800, 0.01)
+    gaps = per_row_gaps(model_of, x, ("diagonal", "full", "iaf"), exact, 500, 0.02)
     assert_smaller(gaps, "full", "diagonal")
     assert_smaller(gaps, "iaf", "diagonal")
     assert all(gap.mean() > 0 for gap in gaps.values())
@@ -309,8 +321,8 @@ def test_a_full_linear_vae_reaches_the_posterior_of_ppca():
         vae.decoder.layers[0].weight.copy_(ppca.loadings)
         vae.decoder.layers[0].bias.zero_()
     vae.decoder.requires_grad_(False)
-    schedule = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.995)  # noqa: E731
-    pyrolvm.fit(vae, x, num_steps=1200, learning_rate=0.03, schedule=schedule, dtype=torch.float64, **QUIET)
+    schedule = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.99)  # noqa: E731
+    pyrolvm.fit(vae, x, num_steps=600, learning_rate=0.03, schedule=schedule, dtype=torch.float64, **QUIET)
     mean, scale_tril = ppca.exact_posterior(x)
     kl = kl_divergence(MultivariateNormal(mean, scale_tril=scale_tril), vae.posterior_dist(x))
     assert kl.mean() < 1e-3
@@ -325,9 +337,7 @@ def test_linear_models_take_them(model, family, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(60, 5) @ torch.randn(5, 5)
     fitted = pyrolvm.fit(model(5, 2, guide=family), x, num_steps=5, learning_rate=0.01, **QUIET)
-    assert (
-        torch.isfinite(fitted.history["elbo"]).all() if hasattr(fitted.history["elbo"], "isfinite") else True
-    )
+    assert fitted.history["elbo"].notna().all()
     assert fitted.encode(x).shape == (60, 2)
     again = pyrolvm.load(fitted.save(tmp_path / "run"))
     torch.testing.assert_close(again.encode(x), fitted.encode(x))
@@ -340,10 +350,10 @@ def test_the_mean_field_objective_takes_the_closed_form_or_the_draw(family):
     model = VAE(3, 2, "gaussian", hidden=(8,), guide=family)
     bounds = {}
     for objective in ("trace", "meanfield"):
-        options = {"num_steps": 200, "learning_rate": 1e-12, "objective": objective}
+        options = {"num_steps": 60, "learning_rate": 1e-12, "objective": objective}
         bounds[objective] = pyrolvm.fit(model, x, **options, **QUIET).history["elbo"]
     a, b = bounds.values()
-    assert abs(a.mean() - b.mean()) < 4 * math.hypot(a.std(), b.std()) / math.sqrt(200)
+    assert abs(a.mean() - b.mean()) < 4 * math.hypot(a.std(), b.std()) / math.sqrt(60)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,8 +6,9 @@ in nats per datum, where q(z) = (1/N) sum_n q(z | x_n) is the aggregated posteri
 (`mmd.py`), a pure number: lambda is what one unit of it costs. Since KL = I_q(n; z) + KL(q(z) || p(z)) on average,
 alpha takes back the price of information, and lambda sets that of the mismatch.
 
-    alpha = 0, lambda = 1       the ELBO alpha = 1 - lambda          the beta-VAE of beta = lambda: no D alpha = 1
-    the MMD-VAE, and with a point guide the Wasserstein autoencoder of Tolstikhin et al. 2018
+    alpha = 0, lambda = 1      the ELBO
+    alpha = 1 - lambda         the beta-VAE of beta = lambda: no D
+    alpha = 1                  the MMD-VAE; with a point guide the Wasserstein autoencoder (Tolstikhin et al. 2018)
 
 D is estimated from the rows of a batch, one draw of q and one of the prior for each: unbiased for rows taken at random.
 It is no sum over data, so that it counts N times in the total over the data, whatever the batch.
