@@ -169,22 +169,14 @@ class HierarchicalVAE(LatentVariableModel):
         return "free_bits", {"free_bits": self.free_bits, "per": self.free_bits_per}
 
     def decode(self, z: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """The mean of p(x | z).
+        """The mean [..., data_dim] of p(x | z_1), for z_1 [..., sizes[0]] or a dict of the layers by name."""
+        return self.likelihood_dist(z["z1"] if isinstance(z, Mapping) else z).mean
 
-        Parameters
-        ----------
-        z : Tensor [..., latent_dim] or dict
-            Of the top layer, those below at their means; or all layers by name, of which z1 decides.
-
-        Returns
-        -------
-        Tensor [..., data_dim]
-        """
-        if isinstance(z, Mapping):
-            return self.likelihood_dist(z["z1"]).mean
+    def descend(self, z: Tensor) -> Tensor:
+        """z_1 [..., sizes[0]] below the top layer z [..., latent_dim], each layer at its mean: what `decode` takes."""
         for layer in range(len(self.descents), 0, -1):
             z = self.descent_dist(layer, z).mean
-        return self.likelihood_dist(z).mean
+        return z
 
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:
         """Let the decoder begin at the columns' own distribution, as in the paper, where its likelihood knows how.

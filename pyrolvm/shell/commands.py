@@ -67,7 +67,7 @@ def fit(
     from pyrolvm.shell.fitting import Job, run_fit
 
     options = given(shared, FIT, ADDED, PREPARING, READING)
-    own = {n: shared[n] for n in CONSTRUCTORS if shared[n] not in (None, [])}
+    own = {n: shared[n] for n in CONSTRUCTORS if n not in options and shared[n] not in (None, [])}
     job = Job(model, data, options, own, context.args)
     run_fit(job, Path(out), _repeated(context), resume, overwrite, inference_data, quiet)
 

@@ -108,7 +108,7 @@ PREPARING = listed(
     Option("threshold", "float", help="Halfway between the extremes by default.", panel=DATA),
     Option("split_seed", "int", help="Of the rows held out; --seed by default.", panel=DATA),
 )
-CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT | ADDED}
+CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
 SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
 ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
 RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))

@@ -64,14 +64,14 @@ def draws(replicates, n, m):
 def test_the_statistics_have_the_closed_form_mean_of_gaussians(kernel, bandwidth):
     torch.manual_seed(0)
     n, m = 12, 20
-    z, u = draws(20_000, n, m)
+    z, u = draws(5_000, n, m)
     value, of_q, of_p = exact(kernel, bandwidth)
     unbiased = mmd(z, u, kernel, bandwidth)
     assert abs(unbiased.mean() - value) < 4 * unbiased.std() / math.sqrt(len(unbiased))
     too_large = (1 - of_q) / n + (1 - of_p) / m
     v = mmd(z, u, kernel, bandwidth, "v")
     assert abs(v.mean() - value - too_large) < 4 * v.std() / math.sqrt(len(v))
-    assert too_large > 20 * v.std() / math.sqrt(len(v)), "the bias shows"
+    assert too_large > 10 * v.std() / math.sqrt(len(v)), "the bias shows"
     assert v.min() > 0 > unbiased.min()
 
 

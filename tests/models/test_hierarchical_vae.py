@@ -193,8 +193,8 @@ def test_sizes():
 def test_the_top_layer_is_decoded_through_the_means_of_those_below():
     model = linear()
     z2 = torch.randn(5, 2)
-    torch.testing.assert_close(model.decode(z2), (z2 * B * W) @ AXES.T + OFFSET)
-    torch.testing.assert_close(model.decode({"z2": z2, "z1": z2 * B}), model.decode(z2))
+    torch.testing.assert_close(model.decode(model.descend(z2)), (z2 * B * W) @ AXES.T + OFFSET)
+    torch.testing.assert_close(model.decode({"z2": z2, "z1": z2 * B}), model.decode(model.descend(z2)))
 
 
 def test_it_begins_at_the_columns_own_distribution_and_takes_missing_entries():
