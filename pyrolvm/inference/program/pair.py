@@ -105,7 +105,7 @@ class Pair:
             if predicting:
                 for site in sample_sites(trace):
                     _weigh_bits(site)
-            trace.compute_log_prob()
+            _compute_log_prob(trace, given)
         return trace
 
     # ------------------------------------------------------------------ reading
@@ -253,6 +253,19 @@ class Pair:
         log_weight = log_densities(model, guide, skip=shared).log_weight
         zeros = torch.zeros_like(log_weight[:, 0])
         return [log_weight, *(total_of(t, shared, zeros) for t in (model, guide))]
+
+
+def _compute_log_prob(trace: Trace, given: Values | None) -> None:
+    """Compute the log-densities of a trace; `ProgramError` for given values where they exist for own draws only."""
+    try:
+        trace.compute_log_prob()
+    except (KeyError, NotImplementedError) as error:  # what a transform without an inverse raises
+        if not given:
+            raise
+        raise ProgramError(
+            f"the density of '{next(iter(given))}' can be computed at the program's own draws only, because a flow in "
+            "it has no inverse: take one that has, such as those of pyrolvm.models.guides"
+        ) from error
 
 
 def total_of(trace: Trace, names: Values, zeros: Tensor) -> Tensor:

@@ -47,12 +47,25 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
     if isinstance(guide, str):
         guide = getattr(pyro.infer.autoguide, one_of("guide", guide, AUTOGUIDES))
     if isinstance(guide, type):
-        guide = guide(program)  # an AutoGuide class
+        guide = _built(guide, program)
     if isinstance(guide, AutoGuide) and guide.create_plates is None:
         guide.create_plates = _RowPlates(guide)
     if not callable(guide):
         raise ProgramError(f"guide must be callable, not {type(guide).__name__}")
     return program, guide
+
+
+def _built(guide: type, program: Callable[..., Any]) -> Any:
+    """An AutoGuide of its class."""
+    needs = [
+        p.name for p in inspect.signature(guide).parameters.values() if p.default is p.empty and p.kind < 2
+    ]
+    if len(needs) > 1:
+        raise ProgramError(
+            f"the guide {guide.__name__} needs {', '.join(needs[1:])} beside the model: pass one that is built, "
+            f"guide={guide.__name__}(model, {', '.join(f'{n}=...' for n in needs[1:])})"
+        )
+    return guide(program)
 
 
 class _RowPlates:
