@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -105,7 +105,9 @@ class Pair:
             if predicting:
                 for site in sample_sites(trace):
                     _weigh_bits(site)
-            _compute_log_prob(trace, given)
+            at_means = any(isinstance(handler, Means) for handler in handlers)
+            with suppress(*NO_INVERSE) if at_means else nullcontext():  # nobody asks for the density at a mean
+                _compute_log_prob(trace, given)
         return trace
 
     # ------------------------------------------------------------------ reading
@@ -255,11 +257,15 @@ class Pair:
         return [log_weight, *(total_of(t, shared, zeros) for t in (model, guide))]
 
 
+NO_INVERSE = (KeyError, NotImplementedError)
+"""What a transform without an inverse raises."""
+
+
 def _compute_log_prob(trace: Trace, given: Values | None) -> None:
     """Compute the log-densities of a trace; `ProgramError` for given values where they exist for own draws only."""
     try:
         trace.compute_log_prob()
-    except (KeyError, NotImplementedError) as error:  # what a transform without an inverse raises
+    except NO_INVERSE as error:
         if not given:
             raise
         raise ProgramError(
