@@ -22,24 +22,42 @@ if TYPE_CHECKING:
     from pyrolvm.diagnostics import diagnose as diagnose
     from pyrolvm.diagnostics import to_inference_data as to_inference_data
     from pyrolvm.inference import FittedModel as FittedModel
+    from pyrolvm.inference import FreeBits as FreeBits
+    from pyrolvm.inference import ImportanceWeighted as ImportanceWeighted
+    from pyrolvm.inference import InfoELBO as InfoELBO
     from pyrolvm.inference import Objective as Objective
+    from pyrolvm.inference import PerDatum as PerDatum
     from pyrolvm.inference import RenyiELBO as RenyiELBO
+    from pyrolvm.inference import calibrate_loss as calibrate_loss
     from pyrolvm.inference import fit as fit
     from pyrolvm.inference import fit_restarts as fit_restarts
     from pyrolvm.models import *  # noqa: F403
+    from pyrolvm.models import loss as loss
     from pyrolvm.plates import data_plate as data_plate
+    from pyrolvm.plates import row_entries as row_entries
+    from pyrolvm.semi_implicit import SemiImplicit as SemiImplicit
+    from pyrolvm.semi_implicit import SemiImplicitGuide as SemiImplicitGuide
 
 # Imported when first used: torch and Pyro take seconds that `pyrolvm --help` need not wait for
 _ROOMS = ("data", "diagnostics", "inference", "models", "plots", "report", "runs")
 _HOMES = {
     "FittedModel": "inference",
+    "ImportanceWeighted": "inference",
+    "FreeBits": "inference",
+    "InfoELBO": "inference",
     "Objective": "inference",
+    "PerDatum": "inference",
     "RenyiELBO": "inference",
+    "calibrate_loss": "inference",
+    "SemiImplicit": "semi_implicit",
+    "SemiImplicitGuide": "semi_implicit",
     "control": "controls",
     "data_plate": "plates",
     "diagnose": "diagnostics",
     "fit": "inference",
     "fit_restarts": "inference",
+    "loss": "models",
+    "row_entries": "plates",
     "to_inference_data": "diagnostics",
 }
 

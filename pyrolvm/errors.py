@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import numbers
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 __all__ = ["DataError", "DivergenceError", "ProgramError", "PyrolvmError", "RunFolderError", "SettingError"]
@@ -51,6 +53,19 @@ def count(name: str, value: Any, least: int = 1) -> int:
         wanted = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
         raise SettingError(f"{name} must be {wanted}, not {value!r}")
     return int(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a float if it is a positive, finite number; else `SettingError`."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+        raise SettingError(f"{name} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def did_you_mean(word: str, known: Iterable[str], shown: Callable[[str], str] = repr) -> str:
+    """A question with the known words that are near, as `shown`, and a space; empty if none is."""
+    near = dict.fromkeys(map(shown, difflib.get_close_matches(word, list(known), n=3)))
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def warn_user(message: str) -> None:

@@ -8,14 +8,13 @@ latents keeps the right weight. Otherwise the plate is an ordinary `pyro.plate`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
 
 DATA_PLATE = "data"
@@ -33,20 +32,26 @@ class Rows:
         Row numbers, below `total`.
     made : set of str
         Names of the data plates created under these rows.
+    tables : set of int
+        Identities of the tables that `row_entries` was asked for.
+    entries : dict of int to Tensor
+        Identity of a table -> its entries of the batch, where the trainer has gathered them to train them alone.
     """
 
     total: int
     indices: Tensor
     made: set[str] = field(default_factory=set)
+    tables: set[int] = field(default_factory=set)
+    entries: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 _current: ContextVar[Rows | None] = ContextVar("pyrolvm_rows", default=None)
 
 
 @contextmanager
-def data_rows(total: int, indices: Tensor) -> Iterator[Rows]:
-    """Within the block, the batch holds rows `indices` of `total`."""
-    rows = Rows(total, indices)
+def data_rows(total: int, indices: Tensor, entries: Mapping[int, Tensor] | None = None) -> Iterator[Rows]:
+    """Within the block, the batch holds rows `indices` of `total`; `entries` as in `Rows`."""
+    rows = Rows(total, indices, entries=entries or {})
     token = _current.set(rows)
     try:
         yield rows
@@ -82,6 +87,24 @@ def data_plate(x: Any = None, name: str = DATA_PLATE, dim: int | None = None) ->
     return pyro.plate(name, rows.total, subsample=rows.indices, dim=dim)
 
 
-def arange_rows(size: int, device: torch.device | None = None) -> Tensor:
-    """Row numbers 0, ..., size - 1: [size], int64."""
-    return torch.arange(size, device=device)
+def row_entries(table: Tensor) -> Tensor:
+    """The entries of the batch's rows in a parameter that has one entry for each row of the whole data.
+
+    Under `fit` on minibatches such a parameter is trained by its entries: a step reads and writes those of its batch,
+    and their part of the optimiser's state, whatever the number of rows.
+
+    Parameters
+    ----------
+    table : Tensor [N, ...]
+
+    Returns
+    -------
+    Tensor [batch, ...]
+        All N entries outside of `fit`.
+    """
+    rows = _current.get()
+    if rows is None:
+        return table
+    rows.tables.add(id(table))
+    found = rows.entries.get(id(table))
+    return table.index_select(0, rows.indices) if found is None else found

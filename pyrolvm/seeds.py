@@ -40,8 +40,8 @@ class Purpose(IntEnum):
     """Simulated data that something is checked against."""
     DIAGNOSE = 12
     """Every other measure of a fit."""
-    RESTART = 13
-    """Fits of the same model from other starts."""
+    REFINE = 14
+    """Refinement of a guide for each datum."""
 
 
 def derived_seed(seed: int, purpose: Purpose, *index: int) -> int:

@@ -330,6 +330,7 @@ def test_values_of_set(text, value):
         "--objective renyi --particles 5 --alpha 0.5",
         "--objective meanfield",
         "--objective trace --particles 3",
+        "--objective iwae --num-particles 5 --gradient dreg --alpha 0.5",
     ],
 )
 def test_objectives(tmp_path, words):

@@ -12,12 +12,16 @@ from pyrolvm.errors import SettingError
 from pyrolvm.inference.posterior.evidence import evidence_table
 from pyrolvm.report import write_report
 from pyrolvm.shell import options as shell
-from pyrolvm.shell.signatures import _described
+from pyrolvm.shell.signatures import FROM_DATA, _described
 from pyrolvm.shell.values import kinds_of, read_as
 
 HELP = {"TERMINAL_WIDTH": "200", "COLUMNS": "200"}
 PAIRS = {
-    "fit": (shell.FIT, pyrolvm.fit, {"model", "data", "callbacks", "checkpoint", "resume", "progress"}),
+    "fit": (
+        shell.FIT,
+        pyrolvm.fit,
+        {"model", "data", "misplaced", "callbacks", "checkpoint", "resume", "progress"},
+    ),
     "sample": (shell.SAMPLE, pyrolvm.FittedModel.sample, {"self", "given"}),
     "encode": (shell.ENCODE, pyrolvm.FittedModel.encode, {"self", "x"}),
     "evidence": (shell.EVIDENCE, evidence_table, {"pair", "progress", "annealing"}),
@@ -42,10 +46,15 @@ def test_every_parameter_is_an_option_with_its_default(name):
 @pytest.mark.parametrize("cls", pyrolvm.REGISTRY.values(), ids=pyrolvm.REGISTRY.keys())
 def test_every_option_of_a_constructor_is_an_option_of_fit(cls):
     known = set(shell.CONSTRUCTORS) | set(shell.FIT)
-    names = set(inspect.signature(cls).parameters) - {"data_dim"}
+    names = set(inspect.signature(cls).parameters) - set(FROM_DATA)
     assert names <= known
     for name in names & set(shell.CONSTRUCTORS):
         assert cls.__name__ in shell.CONSTRUCTORS[name].models
+
+
+def test_options_of_constructors_are_those_of_models():
+    named = {model for option in shell.CONSTRUCTORS.values() for model in option.models}
+    assert named <= set(pyrolvm.REGISTRY)
 
 
 def test_choices_come_from_the_annotation():

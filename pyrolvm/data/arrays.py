@@ -22,6 +22,7 @@ from torch import Tensor
 from pyrolvm.data.columns import check_names
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.numeric import as_array
+from pyrolvm.data.plan import split_rows
 from pyrolvm.errors import DataError
 
 
@@ -101,18 +102,25 @@ class Batch:
         numbers = rows if self.rows is None else self.rows.index_select(0, rows.to(self.rows.device))
         return dataclasses.replace(taken, rows=numbers, total=self.total_rows)
 
+    def split(self, share: float, seed: int) -> tuple[Batch, Batch]:
+        """(rows to train on, rows held out), each numbered anew; see `split_rows`."""
+        self.check_rows()
+        parts = [self.take(rows) for rows in split_rows(self.num_rows, share, seed)]
+        train, held_out = (dataclasses.replace(part, rows=None, total=None) for part in parts)
+        return train, held_out
+
     def to(self, device: torch.device | str) -> Batch:
         """The same data on another device."""
         moved = self._map(lambda t: t.to(device))
         return moved if self.rows is None else dataclasses.replace(moved, rows=self.rows.to(device))
 
     def fingerprint(self) -> str:
-        """A digest of names, types, shapes and of up to 2^16 evenly spaced entries of each tensor."""
+        """A digest of types, shapes and of up to 2^16 evenly spaced entries of each tensor, however it was passed."""
         digest = hashlib.sha256()
-        for name, tensor in self.tensors():
+        for _, tensor in self.tensors():
             flat = tensor.detach().reshape(-1)
             step = max(1, flat.numel() // 2**16)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pyrolvm.errors import DataError
+from pyrolvm.errors import DataError, did_you_mean
 
 
 def check_names(names: Sequence[str], source: str) -> None:
@@ -46,8 +45,7 @@ def find_column(column: str | int, names: Sequence[str], source: str) -> int:
     """
     if str(column) in names:
         return list(names).index(str(column))
-    near = difflib.get_close_matches(str(column), names, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {listed(names, 20)}"
+    hint = did_you_mean(str(column), names).rstrip() or f"it has {listed(names, 20)}"
     raise DataError(f"{source} has no column {str(column)!r}: {hint}")
 
 

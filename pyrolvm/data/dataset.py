@@ -164,14 +164,16 @@ class Dataset:
     def binarise(self, threshold: float | None = None) -> tuple[Dataset, Transform]:
         """Values 0 and 1: whether they exceed `threshold`, by default halfway between lowest and highest.
 
+        Missing values stay missing.
+
         Raises
         ------
         DataError
-            All values are equal or some are missing.
+            All values are equal or missing.
         SettingError
             No value exceeds the threshold, or all do.
         """
-        low, high = float(self.values.min()), float(self.values.max())
+        low, high = (float(f.reduce(self.values, axis=None)) for f in (np.fmin, np.fmax))
         if not high > low:
             raise DataError(f"{self.name} cannot be binarised: its lowest value is {low}, its highest {high}")
         middle = (low + high) / 2 if threshold is None else float(threshold)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.mnist import load_mnist
 from pyrolvm.data.simulators import simulate_factor_analysis, simulate_mixture, simulate_ppca
 from pyrolvm.data.sprites import simulate_sprites
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.errors import DataError, SettingError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,7 @@ def load_dataset(name: str, **options: Any) -> Dataset:
 
 def unknown_name(name: str) -> str:
     """The message for a `name` that no data set has."""
-    near = difflib.get_close_matches(name, DATASETS, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return f"there is no data set {name!r}: {hint}the data sets are {', '.join(DATASETS)}"
+    return f"there is no data set {name!r}: {did_you_mean(name, DATASETS)}the data sets are {', '.join(DATASETS)}"
 
 
 def _sklearn(name: str) -> Dataset:

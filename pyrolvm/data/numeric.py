@@ -124,7 +124,7 @@ def _refuse(value: Any, place: str, name: str) -> None:
     if np.isnan(value):
         raise DataError(
             f"{name}: a value is missing at {place} (rows count from 0): fill or drop such rows first, "
-            "or keep NaN by allow_missing=True for a model that accepts it"
+            "or keep NaN by allow_missing=True (in the shell --allow-missing) for a model that accepts it"
         )
     raise DataError(f"{name}: the value at {place} (rows count from 0) is {value}: replace or drop such rows")
 

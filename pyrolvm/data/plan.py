@@ -11,8 +11,10 @@ Nothing is remembered between calls but a cache: training resumes at any step by
 
 from __future__ import annotations
 
+import numbers
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +114,11 @@ class BatchPlan:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, Purpose.PLAN, index))
         epochs = range(self._epochs_per_block)
         return torch.cat([torch.randperm(self.num_rows, generator=generator) for _ in epochs])
+
+
+def is_share(validation: Any) -> bool:
+    """Whether it is a share of the rows, and not data of its own."""
+    return isinstance(validation, numbers.Real) and not isinstance(validation, bool)
 
 
 def split_rows(num_rows: int, share: float, seed: int = 0, name: str = "validation") -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import zipfile
 import zlib
@@ -16,7 +15,7 @@ from pyrolvm.data.embedded import DATASETS, load_dataset, unknown_name
 from pyrolvm.data.idx import read_idx
 from pyrolvm.data.numeric import check_finite, check_numeric
 from pyrolvm.data.table_files import read_csv, read_h5ad, read_parquet
-from pyrolvm.errors import DataError
+from pyrolvm.errors import DataError, did_you_mean
 
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npy", ".npz", ".idx", ".idx.gz", ".h5ad")
 """The kinds of file `read` knows; idx files may also be called `...-ubyte(.gz)`, as MNIST's are."""
@@ -119,9 +118,8 @@ def _missing(path: Path, may_be_name: bool) -> str:
         return f"{unknown_name(str(path))}; nor is there a file of that name"
     if not path.parent.is_dir():
         return f"there is no file {path}: its folder {path.parent} does not exist"
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3)
-    hint = f": did you mean {' or '.join(str(path.parent / n) for n in near)}?" if near else ""
-    return f"there is no file {path}{hint}"
+    hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()], lambda n: str(path.parent / n))
+    return f"there is no file {path}: {hint}".rstrip(": ")
 
 
 def _kind(path: Path) -> str:
@@ -170,6 +168,4 @@ def _key(path: Path, keys: list[str], key: str | None) -> str:
         return str(key)
     if key is None:
         raise DataError(f"{path} holds {len(keys)} arrays: type key= and one of {keys}")
-    near = difflib.get_close_matches(key, keys, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise DataError(f"{path} has no array {key!r}: {hint}it holds {keys}")
+    raise DataError(f"{path} has no array {key!r}: {did_you_mean(key, keys)}it holds {keys}")

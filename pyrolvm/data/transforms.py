@@ -41,10 +41,11 @@ class Transform:
         return f"Transform({self.kind}{each}{cut})"
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        """Transformed values of the shape of `x` [rows, ...]: float32, or float64 where `x` needs it."""
+        """Transformed values of the shape of `x` [rows, ...]: float32, or float64 where `x` needs it. NaN stays NaN."""
         dtype = np.result_type(x.dtype, np.float32)
         if self.threshold is not None:
-            return (x > self.threshold).astype(dtype)
+            indicator = (x > self.threshold).astype(dtype)
+            return np.where(np.isnan(x), dtype.type(np.nan), indicator) if x.dtype.kind == "f" else indicator
         return ((x - self.offset) / self.scale).astype(dtype)
 
     def undo(self, x: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from pyrolvm.diagnostics.calibration import Calibration, calibrate, calibration_
 from pyrolvm.diagnostics.collapse import CollapseReport, collapse_report
 from pyrolvm.diagnostics.disentanglement import Disentanglement, disentanglement
 from pyrolvm.diagnostics.gaps import Gaps, evidence_gaps
+from pyrolvm.diagnostics.gradients import gradient_draws, gradient_variance
 from pyrolvm.diagnostics.guide_quality import Diagnosis, diagnose
 from pyrolvm.diagnostics.inference_data import approximate_loo, to_inference_data
 from pyrolvm.diagnostics.predictive import PredictiveCheck, predictive_check
@@ -34,6 +35,8 @@ __all__ = [
     "disentanglement",
     "evidence_gaps",
     "global_khat",
+    "gradient_draws",
+    "gradient_variance",
     "local_khat",
     "predictive_check",
     "to_inference_data",

@@ -129,7 +129,7 @@ class Calibration(Report):
     @property
     def shown(self) -> str:
         """The quantities."""
-        return self.table.to_string(float_format="%.3f")
+        return self.table.to_string(float_format="{:z.3f}".format)
 
 
 def calibration_of(truth: Arrays, draws: Arrays, *, seed: int = 0, alpha: float = 0.05) -> Calibration:

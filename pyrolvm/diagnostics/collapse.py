@@ -78,6 +78,12 @@ class CollapseReport(Report):
         return int(self.dimensions["active"].sum())
 
     @property
+    def active_by_site(self) -> dict[str, tuple[int, int]]:
+        """Site -> (active dimensions, dimensions), in the order of the model: the layers of a hierarchy."""
+        sites = self.dimensions.groupby(level="site", sort=False)["active"]
+        return {str(name): (int(active.sum()), len(active)) for name, active in sites}
+
+    @property
     def collapsed_share(self) -> float:
         """Share of the dimensions whose average KL is below the threshold."""
         return float(self.dimensions["collapsed"].mean())
@@ -96,11 +102,15 @@ class CollapseReport(Report):
     def sentences(self) -> list[str]:
         """The findings in plain words."""
         total, names = len(self.dimensions), list(self.dimensions.index[self.dimensions["collapsed"]])
+        layers = [f"{site} {active} of {size}" for site, (active, size) in self.active_by_site.items()]
+        each = f", {' and '.join(layers)}" if len(layers) > 1 else ""
         words = [
-            f"{self.active_units} of {total} latent dimensions are active and {len(names)} are collapsed"
-            + (f" ({_listed(names)})" if names else "")
-            + f"; of the average KL of {self.average_kl:.2f} nats, {self.mutual_information:.2f} are information "
-            f"about the datum and {self.marginal_kl:.2f} mismatch of the aggregated posterior and the prior."
+            f"{self.active_units} of {total} latent dimensions are active{each} (the variance of E[z | x] over "
+            f"the data is above {self.threshold:g}) and {len(names)} are collapsed (average KL below "
+            f"{self.threshold:g} nats"
+            + (f": {_listed(names)}" if names else "")
+            + f"); of the average KL of {self.average_kl:z.2f} nats, {self.mutual_information:z.2f} are information "
+            f"about the datum and {self.marginal_kl:z.2f} mismatch of the aggregated posterior and the prior."
         ]
         if self.saturated:
             words.append(
@@ -110,7 +120,7 @@ class CollapseReport(Report):
         if not self.decoder_uses_latents:
             words.append(
                 "The decoder does not use the latents: giving every datum the latents of another one lowers "
-                f"log p(x | z) by {self.shuffle_loss:.3f} ± {self.standard_error['shuffle_loss']:.3f} nats."
+                f"log p(x | z) by {self.shuffle_loss:z.3f} ± {self.standard_error['shuffle_loss']:.3f} nats."
             )
         return words
 

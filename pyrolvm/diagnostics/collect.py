@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyrolvm.diagnostics.dims import Arrays, Dims, Layout, check_dims, name_dims
 from pyrolvm.diagnostics.measures import is_whole
+from pyrolvm.diagnostics.predictive import observed_mask
 from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import model_record, versions
@@ -144,9 +145,15 @@ def _observe(pair: Pair, parts: _Parts) -> dict[str, Layout]:
     for chunk in pair.chunks():
         sites = list(sample_sites(chunk.model(given=chunk.means())))
         layouts = layouts or {s["name"]: _layout(s, pair.structure, s["name"] in data) for s in sites}
-        values = {s["name"]: tidy(pair.structure, s, s["value"])[0] for s in sites if s["name"] in data}
+        values = {s["name"]: _with_gaps(chunk, s) for s in sites if s["name"] in data}
         parts.add("observed_data", values)
     return layouts
+
+
+def _with_gaps(pair: Pair, site: Any) -> Tensor:
+    """The observed values of a site, [rows, ...]; numbers that a mask leaves out are NaN."""
+    value, kept = tidy(pair.structure, site, site["value"])[0], observed_mask(pair, site)
+    return value if kept is None or not value.is_floating_point() else value.masked_fill(~kept, torch.nan)
 
 
 def _layout(site: Any, structure: Structure, data: bool) -> Layout:
@@ -175,11 +182,14 @@ def _stats(
     structure, stats = fitted.structure, {}
     if structure.data_plate is not None and structure.joint_guide is None:
         stats = {row: parts[row] for row in ROWS if parts[row].shape[1] == pair.num_rows}
+    if structure.points:
+        stats.pop("log_q_row", None)
+        return stats, f"no log_q: the guide is a point estimate of '{structure.points[0]}', without a density"
     if structure.global_latents and not is_whole(fitted, pair):
         return stats, (
             f"no log_p and log_q: '{structure.global_latents[0].name}' is shared by all data, its guide is fitted to "
-            f"{fitted.num_rows} rows, and weights for the {pair.num_rows} rows given would lead to another "
-            "posterior"
+            f"{fitted.num_rows} rows, and weights for the {pair.num_rows} rows given, which are others, would lead to "
+            "another posterior"
         )
     for joint in ("log_p", "log_q"):
         shared = parts.get(f"{joint}_global", 0.0)

@@ -53,14 +53,14 @@ class Evidence(Report):
         noise = float(np.sqrt((error**2).sum()) / len(error))
         exact = self.method if noise < 0.005 else f"{self.method}, ± {noise:.2f}"
         if not self.per_datum:
-            return [f"{self.name} of the data is {mean:.2f} nats in total ({exact})."]
+            return [f"{self.name} of the data is {mean:z.2f} nats in total ({exact})."]
         count, total = len(self.table), self.num_data
         data = f"{count} data" if count == total else f"{count} of {total} data, drawn at random"
-        words = f"On {data}, {self.name} is {mean:.2f} nats per datum ({exact})"
+        words = f"On {data}, {self.name} is {mean:z.2f} nats per datum ({exact})"
         if self.elbo is not None:
-            words += f", and the bound {self.elbo:.2f}, which is {self.gap:.2f} below"
+            words += f", and the bound {self.elbo:z.2f}, which is {self.gap:z.2f} below"
         elif self.gap is not None:
-            words += f"; with the shared latents at their means the bound is {self.gap:.2f} below log p(x)"
+            words += f"; with the shared latents at their means the bound is {self.gap:z.2f} below log p(x)"
         return [f"{words}."]
 
 

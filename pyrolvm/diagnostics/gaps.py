@@ -39,6 +39,7 @@ from pyrolvm.inference.program.pair import Pair
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
 
 FAMILIES = ("auto", "mean_field", "full")
+AMORTISED = "one network serves all data"
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,6 +57,8 @@ class Gaps(Report):
         the family it is compared with.
     name : str
         What `log_evidence` is: see `evidence_name`.
+    because : str
+        Why the guide is not the best of its family.
     """
 
     shows = "means"
@@ -63,6 +66,7 @@ class Gaps(Report):
     family: str
     of_guide: bool
     name: str = "log p(x)"
+    because: str = AMORTISED
 
     @property
     def means(self) -> pd.Series:
@@ -74,14 +78,14 @@ class Gaps(Report):
         """The findings in plain words."""
         m, family = self.means, self.family.replace("_", "-")
         words = (
-            f"The bound is {m['inference_gap']:.2f} nats per datum below {self.name}: {m['approximation_gap']:.2f} "
-            f"because q is a {family} Gaussian, {m['amortisation_gap']:.2f} because one network serves all data."
+            f"The bound is {m['inference_gap']:z.2f} nats per datum below {self.name}: {m['approximation_gap']:z.2f} "
+            f"because q is a {family} Gaussian, {m['amortisation_gap']:z.2f} because {self.because}."
         )
         if not self.of_guide:
             words += " The guide is of another family, so that the second number may be negative."
         if m["inference_gap"] < 0.05:
             return [words]
-        advice = "a larger encoder, longer training or refinement per datum would help most"
+        advice = "a larger encoder, longer training or refinement per datum (fitted.refine) would help most"
         if m["approximation_gap"] >= m["amortisation_gap"]:
             advice = "a richer family would help more than a larger encoder"
         return [f"{words[:-1]}; {advice}."]
@@ -123,6 +127,7 @@ def evidence_gaps(
     """
     one_of("family", family, FAMILIES)
     _check(fitted)
+    own = fitted.structure.per_datum
     pair = fitted.pair(x)
     known = _known_evidence(pair, log_evidence)
     parts, first = [], 0
@@ -133,7 +138,8 @@ def evidence_gaps(
             parts.append(part.table(None if known is None else known[first : first + chunk.num_rows], bar))
             first += chunk.num_rows
     table = pd.concat(parts, ignore_index=True).rename_axis("row")
-    return Gaps(table, part.family, part.of_guide, evidence_name(fitted))
+    because = "training has not brought each datum's own parameters to their best" if own else AMORTISED
+    return Gaps(table, part.family, part.of_guide, evidence_name(fitted), because)
 
 
 def _check(fitted: FittedModel) -> None:

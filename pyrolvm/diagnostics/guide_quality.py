@@ -119,7 +119,7 @@ class Diagnosis(KhatReport):
         """The largest k-hat, the latent dimensions and the predictive check."""
         tables = [report.shown for report in (self.collapse, self.predictive) if report is not None]
         if self.k_hat is not None:
-            tables.insert(0, f"largest k-hat:\n{self.worst.to_string(float_format='%.2f')}")
+            tables.insert(0, "largest k-hat:\n" + self.worst.to_string(float_format="{:z.2f}".format))
         return "".join(f"\n{table}\n" for table in tables).rstrip()
 
     def __repr__(self) -> str:

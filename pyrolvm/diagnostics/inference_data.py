@@ -54,7 +54,7 @@ def to_inference_data(
     - prior: every latent, from the model alone.
     - log_likelihood: log p(x | z) of each observed site, [chain, draw, row]; where latents are summed out, the sum.
       Masked values add 0.
-    - observed_data: the observed values, [row, event...].
+    - observed_data: the observed values, [row, event...]; NaN where a mask leaves them out.
     - sample_stats: `log_p` and `log_q` [chain, draw], the joint log p(x, z) and log q(z) over the rows of `x`, as
       `approximate_loo` takes them; `log_p_row` and `log_q_row` [chain, draw, row], the part of each datum given the
       global latents. With global latents, `log_p` and `log_q` are of the training data whole, and left out for other

@@ -16,7 +16,7 @@ from pyrolvm.inference.posterior.evidence import khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair, Values
-from pyrolvm.inference.program.structure import Site, Structure
+from pyrolvm.inference.program.structure import Site, Structure, refuse_bound
 from pyrolvm.seeds import Purpose, derived_seed
 
 
@@ -33,6 +33,7 @@ class Measure(IntEnum):
     CALIBRATION = 7
     RESTARTS = 8
     ROWS = 9
+    GRADIENTS = 10
 
 
 def measure_seed(seed: int, measure: Measure, *index: int) -> int:
@@ -64,7 +65,7 @@ class Report:
     def shown(self) -> str:
         """The table below the sentences, forty lines of it at most; empty if there is none."""
         table = getattr(self, self.shows, None)
-        return "" if table is None else table.to_string(float_format="%.3f", max_rows=40)
+        return "" if table is None else table.to_string(float_format="{:z.3f}".format, max_rows=40)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.sentence}"
@@ -119,6 +120,7 @@ def local_sites(structure: Structure, what: str, *, summed_out: bool = False) ->
         raise ProgramError(
             f"{what} is about latents of each datum and this program has none in its data plate"
         )
+    refuse_bound(structure, what)
     if points:
         raise ProgramError(
             f"{what} needs a distribution, but the guide is a point estimate: it holds '{points[0]}' at one value per "
@@ -136,8 +138,11 @@ def table_of(columns: Mapping[str, Any], site: str | None = None, element: str =
 
 
 def is_whole(fitted: FittedModel, pair: Pair) -> bool:
-    """Whether a pair holds as many rows as the fit: the posterior of what all data share is that of these."""
-    return fitted.structure.data_plate is None or pair.num_rows == fitted.num_rows
+    """Whether a pair holds the data of the fit, of which the posterior of what all data share is that."""
+    if fitted.structure.data_plate is None:
+        return True
+    same = fitted.settings.get("data") in (None, pair.batch.fingerprint())
+    return same and pair.num_rows == fitted.num_rows
 
 
 def compared(values: list[float], limit: float) -> tuple[list[str], str]:
@@ -145,4 +150,4 @@ def compared(values: list[float], limit: float) -> tuple[list[str], str]:
     decimals = 2
     while decimals < 6 and any(f"{v:.{decimals}f}" == f"{limit:.{decimals}f}" != v for v in values):
         decimals += 1
-    return [f"{v:.{decimals}f}" for v in values], f"{limit:.{decimals}f}"
+    return [f"{v:z.{decimals}f}" for v in values], f"{limit:.{decimals}f}"

@@ -73,7 +73,7 @@ class PredictiveCheck(Report):
             return [f"The model makes data like these in all {len(self.table)} statistics looked at."]
         found = ", ".join(
             f"{name} {'smaller' if row['p_value'] > 0.5 else 'larger'} than the model's "
-            f"({row['observed']:.3g} against {row['mean']:.3g} ± {row['sd']:.2g})"
+            f"({row['observed']:z.3g} against {row['mean']:z.3g} ± {row['sd']:.2g})"
             for name, row in wrong.iterrows()
         )
         return [f"The model does not make data like these: {found}."]

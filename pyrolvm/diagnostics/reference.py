@@ -24,7 +24,7 @@ from pyrolvm.diagnostics.measures import Measure, Report, is_whole, measure_seed
 from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import refuse_bound, sample_sites
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
 
 QUANTILES = (0.05, 0.95)
@@ -138,6 +138,7 @@ def _check(fitted: FittedModel, pair: Pair, num_samples: int, num_chains: int) -
             f"'{structure.global_latents[0].name}' is shared by all data, so that the guide's posterior is that of "
             f"all {fitted.num_rows} training rows: pass these, not {pair.num_rows} others"
         )
+    refuse_bound(structure, "NUTS")
     latents = [s for s in structure.latents if not s.enumerated]
     discrete = [s.name for s in structure.latents if s.discrete and (not s.enumerated or s.in_guide)]
     if discrete or not latents:

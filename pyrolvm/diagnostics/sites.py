@@ -17,8 +17,9 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import given_first, sample_sites
 
 MOMENT_DRAWS = 1000
 NORMALS = (MultivariateNormal, LowRankMultivariateNormal)
@@ -61,7 +62,8 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
         "exact": closed form. "marginal": closed form of each dimension's marginal, which do not add up to the KL where
         q has correlations. "moments": of the Gaussians of each dimension's first two moments, where q or p does not
         fall into dimensions (a flow, a mixture); with a Gaussian p, at most the KL of the marginal. "monte carlo":
-        log q - log p at the draws, of the site as one where q is a function of an auxiliary (D = 1).
+        log q - log p at the draws, of the site as one where q is a function of an auxiliary (D = 1), and of a site that
+        is drawn before what its prior depends on.
     """
     nodes: Any = model.nodes
     q_node, p_node = latent_node(guide, name), nodes[name]
@@ -71,6 +73,15 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
     if isinstance(q, Delta):
         # of a function of an auxiliary: the Delta has the Jacobian, the auxiliary the rest
         sources = {name, f"{name}_unconstrained", f"{name}_aux"}
+        drawn = {
+            s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary") and pair.is_local(s)
+        }
+        if drawn and not drawn & sources:  # one vector for all latents of a datum
+            if len(pair.structure.local_latents) > 1:
+                raise ProgramError(
+                    f"the guide draws '{name}' together with other latents: its own KL is not known"
+                )
+            sources |= drawn
         log_q = pair.log_prob(guide, lambda s: s["name"] in sources)
         log_p = pair.log_prob(model, lambda s: s["name"] == name)
         return (log_q - log_p).unsqueeze(-1), "monte carlo"
@@ -79,6 +90,8 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
     elif p_kind == "marginal":
         kind = p_kind
     try:
+        if not given_first(model, guide, name):
+            raise NotImplementedError
         return pair.spread(q_node, kl_divergence(q, p), event_dims).double(), kind
     except NotImplementedError:
         value = q_node["value"]

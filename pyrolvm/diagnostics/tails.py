@@ -28,13 +28,9 @@ from pyrolvm.diagnostics.measures import (
     local_sites,
     measure_seed,
     noise,
-    table_of,
 )
 from pyrolvm.errors import count
-from pyrolvm.inference.posterior.evidence import StreamingLogMeanExp, pareto_khat
-from pyrolvm.inference.posterior.evidence.importance import streams_of_weights
-from pyrolvm.inference.posterior.evidence.psis import tail_length
-from pyrolvm.inference.posterior.evidence.streams import LargestWeights, StreamingBound
+from pyrolvm.inference.posterior.evidence import evidence_table, pareto_khat
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair, Values
 from pyrolvm.inference.program.structure import Structure, sample_sites
@@ -163,24 +159,11 @@ def local_khat(
     """
     local_sites(fitted.structure, "k-hat", summed_out=True)
     count("num_samples", num_samples, LEAST_DRAWS)
-    pair, tables = fitted.pair(x), []
+    pair = fitted.pair(x)
     _ = pair.vectorized  # tried out on the program with nothing given
     held, stream = _Held(pair, pair.held_means()), measure_seed(seed, Measure.LOCAL_KHAT)
-    for like, parts in streams_of_weights(held, "importance", num_samples, stream, progress=progress):
-        weights, bound = StreamingLogMeanExp.empty(like), StreamingBound.empty(like, 1)
-        tail = LargestWeights(tail_length(num_samples) + 1)
-        for log_weight in parts:
-            for total in (weights, bound, tail):
-                total.add(log_weight)
-        columns = {
-            "k_hat": tail.k_hat(num_samples),
-            "effective_sample_size": weights.effective_sample_size,
-            "log_evidence": weights.value,
-            "standard_error": weights.standard_error,
-            "elbo": bound.value,
-        }
-        tables.append(table_of({name: value.double() for name, value in columns.items()}))
-    return pd.concat(tables, ignore_index=True).rename_axis("row")
+    table = evidence_table(held, "importance", num_samples, seed=stream, progress=progress)
+    return table[["k_hat", "effective_sample_size", "log_evidence", "standard_error", "elbo"]]
 
 
 class _Held(Pair):
@@ -265,9 +248,7 @@ def _why_not(fitted: FittedModel, pair: Pair, names: tuple[str, ...]) -> str:
     if any(s.enumerated and not s.in_guide for s in structure.sites):
         return "some latents are summed out"
     if not is_whole(fitted, pair):
-        return (
-            f"their posterior is that of all {fitted.num_rows} training rows, and {pair.num_rows} were given"
-        )
+        return f"their posterior is that of {fitted.num_rows} training rows, and the {pair.num_rows} given are others"
     if all(s.point for s in structure.latents if s.name in names):
         return "the guide holds them at points, which makes it a point estimate"
     points = [s.name for s in structure.local_latents if s.point]

@@ -1,20 +1,29 @@
 """Objectives, engines, `fit` and fitted models, for any Pyro program."""
 
-from pyrolvm.inference.objectives import Objective, RenyiELBO
-from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.objectives import FreeBits, ImportanceWeighted, InfoELBO, Objective, RenyiELBO
+from pyrolvm.inference.posterior.fitted import FittedModel, Refined
+from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.loop import Callback, Report
+from pyrolvm.inference.training.loss_weight import LossWeight, calibrate_loss
 from pyrolvm.inference.training.restarts import fit_restarts
 
 __all__ = [
     "Callback",
     "FittedModel",
+    "FreeBits",
+    "ImportanceWeighted",
+    "InfoELBO",
     "JSONLines",
+    "LossWeight",
     "Objective",
+    "PerDatum",
+    "Refined",
     "RenyiELBO",
     "Report",
     "TensorBoard",
+    "calibrate_loss",
     "fit",
     "fit_restarts",
 ]

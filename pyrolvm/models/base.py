@@ -39,6 +39,7 @@ class LatentVariableModel(nn.Module):
     method               what the model knows                                   who uses it
     ===================  =====================================================  ==================================
     `check_data`         which data it can have generated, and in which dtype   every function that takes data
+    `check_condition`    which second argument it takes, and in which dtype     every function that takes data
     `check_fit`          whether the end of a fit is no answer                  `fit`, after the last step
     `log_marginal`       the exact log p(x)                                     the evidence, method "exact"
     `initialise_from`    starting values from the data                          `fit(initialise=True)`, if `fresh`
@@ -54,10 +55,13 @@ class LatentVariableModel(nn.Module):
     fresh : bool
         True from construction until the parameters are fitted, loaded or set. Only a fresh model is started from
         the data by `fit`; code that writes to the parameters by hand sets `fresh = False`.
+    takes_labels : bool
+        Whether `model` and `guide` are of (x, y): the labels of a `Dataset` are then passed as y.
     """
 
     constructor: dict[str, Any]
     fresh: bool = True
+    takes_labels: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LatentVariableModel:
         """Note the arguments in `constructor`."""
@@ -121,6 +125,21 @@ class LatentVariableModel(nn.Module):
             For data outside the support of p(x); by default, for values that are not finite.
         """
         check_finite(x)
+        return None
+
+    def check_condition(self, y: Tensor) -> Tensor | None:
+        """Refuse, before the first step, labels or covariates that the model cannot take.
+
+        Parameters
+        ----------
+        y : Tensor [rows, ...]
+            The second argument of `model`, finite.
+
+        Returns
+        -------
+        Tensor [rows, ...] or None
+            As the model wants it; None for `y` unchanged.
+        """
         return None
 
     def check_fit(self, x: Tensor) -> None:
@@ -226,15 +245,18 @@ def check_sizes(data_dim: int, latent_dim: int) -> tuple[int, int]:
     return data_dim, latent_dim
 
 
-def check_finite(x: Tensor) -> None:
-    """Raise `DataError` naming the first row and column of `x` [rows, ...] that is not finite."""
+def check_finite(x: Tensor, hint: str = "") -> None:
+    """Raise `DataError` naming the first row and column of `x` [rows, ...] that is not finite.
+
+    `hint` ends the sentence about a missing value.
+    """
     where = first_row_where(x, lambda part: ~torch.isfinite(part)) if x.is_floating_point() else None
     if where is None:
         return
     value = x[tuple(where)].item()
     raise DataError(
         f"the data hold {value} at row {where[0]}, column {tuple(where[1:]) if len(where) != 2 else where[1]}: "
-        "drop or fill such rows first, e.g. x[np.isfinite(x).all(axis=1)]"
+        f"drop or fill such rows first, e.g. x[np.isfinite(x).all(axis=1)]{hint if value != value else ''}"
     )
 
 

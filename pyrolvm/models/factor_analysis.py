@@ -19,6 +19,13 @@ covariance for all data:
 
     p(z | x, W, b, psi) = Normal(M^-1 W' Psi^-1 (x - b), M^-1),   M = I + W' Psi^-1 W.
 
+This q(z) takes no notice of the draw of (W, psi, b), so that their posterior comes out too narrow. With
+factors="integrated" there is no site z, and the guide of the offset has the form of its exact posterior,
+
+    x_n ~ Normal(b, W W' + diag(psi)),     q(b) = Normal(h, F F' + diag(d^2)),   F [data_dim, latent_dim]
+
+so that the bound is higher and the widths are nearer to the exact ones.
+
 A feature that one factor explains wholly has maximum-likelihood noise zero (a Heywood case); the prior of
 psi vanishes there exponentially fast. The sites outside the data plate need the trainer's N/B scale when x
 is a minibatch: see `pyrolvm.plates`.
@@ -59,11 +66,13 @@ class BayesianFactorAnalysis(LatentVariableModel):
         "ard" lets the data switch factors off.
     guide : str or GuideFamily
         The family of q(z | x), of `pyrolvm.models.guides.GUIDES`; "full" contains the exact one.
+    factors : {"sampled", "integrated"}
+        Draw z from q(z | x), or integrate it out; `exact_posterior` then tells the codes.
 
     Raises
     ------
     SettingError
-        For an unknown prior or `latent_dim` outside 1..`data_dim`.
+        For an unknown option or `latent_dim` outside 1..`data_dim`.
 
     Notes
     -----
@@ -79,10 +88,12 @@ class BayesianFactorAnalysis(LatentVariableModel):
         latent_dim: int,
         loadings_prior: Literal["normal", "ard"] = "normal",
         guide: str | GuideFamily = "full",
+        factors: Literal["sampled", "integrated"] = "sampled",
     ):
         super().__init__()
         self.data_dim, self.latent_dim = data_dim, latent_dim = check_sizes(data_dim, latent_dim)
         self.loadings_prior = one_of("loadings_prior", loadings_prior, ("normal", "ard"))
+        self.factors = one_of("factors", factors, ("sampled", "integrated"))
         self.register_buffer("location", torch.zeros(data_dim))
         self.register_buffer("unit", torch.ones(data_dim))
         # q of the global latents, in units of s: location and log deviation of each normal or log-normal
@@ -95,13 +106,16 @@ class BayesianFactorAnalysis(LatentVariableModel):
         if loadings_prior == "ard":
             self.relevance_loc = nn.Parameter(torch.zeros(latent_dim))
             self.relevance_log_sd = nn.Parameter(torch.full((latent_dim,), -1.0))
-        self.guide_family = make_guide(guide, latent_dim)
-        self.encoder = nn.Linear(data_dim, latent_dim)  # A, c
-        self.log_scale = nn.Parameter(torch.zeros(latent_dim))  # of the diagonal of C
-        self.guide_features = linear_features(self.guide_family, data_dim)
+        if factors == "sampled":
+            self.guide_family = make_guide(guide, latent_dim)
+            self.encoder = nn.Linear(data_dim, latent_dim)  # A, c
+            self.log_scale = nn.Parameter(torch.zeros(latent_dim))  # of the diagonal of C
+            self.guide_features = linear_features(self.guide_family, data_dim)
+        else:
+            self.offset_factor = nn.Parameter(0.1 * torch.randn(data_dim, latent_dim))
 
     def model(self, x: Tensor | None = None) -> Tensor:
-        """p(W, psi, b, z, x); returns x [batch, data_dim]."""
+        """p(W, psi, b, z, x), or p(W, psi, b, x); returns x [batch, data_dim]."""
         s = self.unit
         relevance = s.new_ones(self.latent_dim)
         if self.loadings_prior == "ard":
@@ -111,6 +125,8 @@ class BayesianFactorAnalysis(LatentVariableModel):
         noise_scale = pyro.sample("noise_scale", inverse_chi(1, s * 0.5**0.5).to_event(1))  # [data_dim]
         offset = pyro.sample("offset", dist.Normal(self.location, s).to_event(1))  # [data_dim]
         with self.data_plate(x):
+            if self.factors == "integrated":
+                return pyro.sample("x", self._marginal(loadings, noise_scale, offset), obs=x)
             z = pyro.sample("z", dist.Normal(s.new_zeros(self.latent_dim), 1.0).to_event(1))  # [batch, L]
             mean = torch.einsum("...dl,...l->...d", loadings, z) + offset  # [batch, data_dim]
             return pyro.sample("x", dist.Normal(mean, noise_scale).to_event(1), obs=x)
@@ -124,9 +140,8 @@ class BayesianFactorAnalysis(LatentVariableModel):
         pyro.sample("loadings", self._loadings_posterior().to_event(2))
         q = dist.LogNormal(self.noise_loc + s.log(), self.noise_log_sd.exp())
         pyro.sample("noise_scale", q.to_event(1))
-        q = dist.Normal(self.location + s * self.offset_loc, s * self.offset_log_sd.exp())
-        pyro.sample("offset", q.to_event(1))
-        if x is not None:
+        pyro.sample("offset", self._offset_posterior())
+        if x is not None and self.factors == "sampled":
             with self.data_plate(x):
                 r = (x - self.location) / s
                 q = self.guide_family(self.encoder(r), self.log_scale.exp(), self.guide_features(r))
@@ -135,6 +150,13 @@ class BayesianFactorAnalysis(LatentVariableModel):
     def _loadings_posterior(self) -> dist.Normal:
         s = self.unit.unsqueeze(-1)
         return dist.Normal(s * self.loadings_loc, s * self.loadings_log_sd.exp())
+
+    def _offset_posterior(self) -> dist.TorchDistribution:
+        s, loc = self.unit, self.location + self.unit * self.offset_loc
+        if self.factors == "sampled":
+            return dist.Normal(loc, s * self.offset_log_sd.exp()).to_event(1)
+        factor = s.unsqueeze(-1) * self.offset_factor
+        return dist.LowRankMultivariateNormal(loc, factor, (s * self.offset_log_sd.exp()).square())
 
     @torch.no_grad()
     def posterior_mean(self) -> dict[str, Tensor]:
@@ -166,7 +188,11 @@ class BayesianFactorAnalysis(LatentVariableModel):
         --------
         At the guide's means: `log_marginal_given(x, **posterior_mean())`.
         """
-        return dist.LowRankMultivariateNormal(offset, loadings, noise_scale.square()).log_prob(x)
+        return self._marginal(loadings, noise_scale, offset).log_prob(x)
+
+    @staticmethod
+    def _marginal(loadings: Tensor, noise_scale: Tensor, offset: Tensor) -> dist.LowRankMultivariateNormal:
+        return dist.LowRankMultivariateNormal(offset, loadings, noise_scale.square())
 
     def exact_posterior(
         self, x: Tensor, loadings: Tensor, noise_scale: Tensor, offset: Tensor
@@ -282,7 +308,10 @@ class BayesianFactorAnalysis(LatentVariableModel):
         self.loadings_log_sd.copy_(log_sd.unsqueeze(-1).expand_as(loadings))
         self.offset_log_sd.copy_(log_sd)
         self.noise_log_sd.fill_(-0.5 * float(torch.tensor(2.0 * len(x)).log()))
-        self._match_encoder(loadings, noise.clamp(min=0.01))
+        if self.factors == "sampled":
+            self._match_encoder(loadings, noise.clamp(min=0.01))
+        else:
+            self.offset_factor.copy_(loadings / len(x) ** 0.5)
         self.fresh = False
 
     def _match_encoder(self, loadings: Tensor, noise_scale: Tensor) -> None:

@@ -37,7 +37,6 @@ from typing import Any, Literal, get_args
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -45,7 +44,7 @@ from pyrolvm.errors import DivergenceError, count, one_of
 from pyrolvm.models.alignment import match_components
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
 from pyrolvm.models.baselines import InputBaseline, ScalarBaseline, baseline_options
-from pyrolvm.models.priors import covariance_prior
+from pyrolvm.models.priors import covariance_prior, normal_component
 from pyrolvm.models.starts import Clusters, as_columns, kmeans_clusters, moments
 
 Covariance = Literal["full", "diagonal", "spherical"]
@@ -158,10 +157,7 @@ class GaussianMixture(LatentVariableModel):
         return self.weights, self.means, self.scale
 
     def _component(self, means: Tensor, scale: Tensor, z: Tensor) -> dist.TorchDistribution:
-        loc = Vindex(means)[..., z, :]  # [batch, data_dim]
-        if self.covariance == "full":
-            return dist.MultivariateNormal(loc, scale_tril=Vindex(scale)[..., z, :, :])
-        return dist.Normal(loc, Vindex(scale)[..., z, :]).to_event(1)
+        return normal_component(self.covariance, means, scale, z)
 
     @property
     def weights(self) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, SettingError, one_of
-from pyrolvm.models.networks import MLP, ConvDecoder, ConvEncoder, MLPEncoder
+from pyrolvm.models.missing import MaskAware, Missing
+from pyrolvm.models.networks import MLP, ConvDecoder, ConvEncoder, MLPEncoder, conv_net
 
 KINDS = ("mlp", "conv", "linear")
 
@@ -25,7 +26,7 @@ def square_image(data_dim: int) -> tuple[int, int, int]:
     return 1, side, side
 
 
-def _image_of(data_dim: int, image_shape: Sequence[int] | None) -> Sequence[int]:
+def image_of(data_dim: int, image_shape: Sequence[int] | None) -> Sequence[int]:
     """`image_shape`, by default one square channel; `SettingError` for another number of pixels than `data_dim`."""
     image_shape = image_shape or square_image(data_dim)
     if math.prod(image_shape) != data_dim:
@@ -36,6 +37,12 @@ def _image_of(data_dim: int, image_shape: Sequence[int] | None) -> Sequence[int]
     return image_shape
 
 
+def _doubled(data_dim: int, image_shape: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of an image with as many channels again."""
+    channels, *sides = image_of(data_dim, image_shape)
+    return (2 * channels, *sides)
+
+
 def make_encoder(
     kind: str | nn.Module,
     data_dim: int,
@@ -44,6 +51,7 @@ def make_encoder(
     activation: str = "relu",
     image_shape: Sequence[int] | None = None,
     num_features: int = 0,
+    missing: Missing = None,
 ) -> nn.Module:
     """The encoder named `kind`, or `kind` itself if it is a module that can be one.
 
@@ -58,6 +66,9 @@ def make_encoder(
         (channels, height, width) for "conv"; by default one square channel.
     num_features : int
         Numbers beside loc and scale that the guide's family wants.
+    missing : "mask" or None
+        "mask" makes it take x in which entries are NaN: the encoder, a module too, then takes [..., 2 * data_dim], the
+        data with the gaps filled and 1 where they are observed.
 
     Raises
     ------
@@ -67,16 +78,48 @@ def make_encoder(
         For a module that does not map x [..., data_dim] to (loc, scale > 0), each [..., latent_dim], and to features
         [..., num_features] where there are any.
     """
+    if missing is not None:
+        image_shape = _doubled(data_dim, image_shape) if kind == "conv" else None
+        nets = (hidden, activation, image_shape, num_features)
+        return MaskAware(make_encoder(kind, 2 * data_dim, latent_dim, *nets), data_dim)
     if isinstance(kind, nn.Module):
         check_encoder(kind, data_dim, latent_dim, num_features)
         return kind
     one_of("encoder", kind, KINDS)
     if kind == "conv":
-        image_shape = _image_of(data_dim, image_shape)
+        image_shape = image_of(data_dim, image_shape)
         return ConvEncoder(
             image_shape, latent_dim, hidden=hidden, activation=activation, num_features=num_features
         )
     return MLPEncoder(data_dim, latent_dim, () if kind == "linear" else hidden, activation, num_features)
+
+
+def make_coder(
+    kind: str | nn.Module,
+    data_dim: int,
+    latent_dim: int,
+    hidden: Sequence[int] = (400,),
+    activation: str = "relu",
+    image_shape: Sequence[int] | None = None,
+    missing: Missing = None,
+) -> nn.Module:
+    """The encoder of a point named `kind`, or `kind` itself: x [..., data_dim] -> z [..., latent_dim].
+
+    Arguments and errors as of `make_encoder`.
+    """
+    if missing is not None:
+        image_shape = _doubled(data_dim, image_shape) if kind == "conv" else None
+        return MaskAware(
+            make_coder(kind, 2 * data_dim, latent_dim, hidden, activation, image_shape), data_dim
+        )
+    if isinstance(kind, nn.Module):
+        _check_map(kind, "encoder", "x", data_dim, latent_dim)
+        return kind
+    one_of("encoder", kind, KINDS)
+    if kind == "conv":
+        image_shape = image_of(data_dim, image_shape)
+        return conv_net(image_shape, latent_dim, hidden=hidden, activation=activation)
+    return MLP(data_dim, latent_dim, () if kind == "linear" else hidden, activation)
 
 
 def make_decoder(
@@ -112,9 +155,21 @@ def make_decoder(
     one_of("decoder", kind, KINDS)
     backwards = tuple(reversed(tuple(hidden)))
     if kind == "conv":
-        channels, *sides = _image_of(data_dim, image_shape)
+        channels, *sides = image_of(data_dim, image_shape)
         return ConvDecoder(latent_dim, (parts * channels, *sides), hidden=backwards, activation=activation)
     return MLP(latent_dim, parts * data_dim, () if kind == "linear" else backwards, activation)
+
+
+@torch.no_grad()
+def start_decoder(decoder: nn.Module, out: Tensor) -> None:
+    """Let an `MLP` or `ConvDecoder` begin around `out` [parts * data_dim], by the bias of its last layer.
+
+    A convolution has one bias for each channel: the average of its pixels. Other modules stay as they are.
+    """
+    layers = [m for m in decoder.modules() if isinstance(m, nn.Linear | nn.ConvTranspose2d)]
+    if isinstance(decoder, MLP | ConvDecoder) and layers[-1].bias is not None:
+        bias = layers[-1].bias
+        bias.copy_(out.reshape(len(bias), -1).mean(-1))
 
 
 def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int, num_features: int = 0) -> None:
@@ -122,7 +177,7 @@ def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int, num_featur
 
     And to features [1, num_features] where there are any.
     """
-    out = _try_out(encoder, "encoder", data_dim)
+    out = try_out(encoder, "encoder", data_dim)
     parts = out if isinstance(out, tuple) else ()
     wanted = [[1, latent_dim], [1, latent_dim], *([[1, num_features]] if num_features else [])]
     if [_shape(part) for part in parts] != wanted:
@@ -143,22 +198,27 @@ def check_decoder(decoder: nn.Module, latent_dim: int, data_dim: int) -> None:
 
     Pyro would take a decoder of width 1 without an error, broadcast over all columns.
     """
-    out = _try_out(decoder, "decoder", latent_dim)
-    if _shape(out) != [1, data_dim]:
+    _check_map(decoder, "decoder", "z", latent_dim, data_dim)
+
+
+def _check_map(net: nn.Module, role: str, symbol: str, in_dim: int, out_dim: int) -> None:
+    """Raise `ProgramError` unless `net` maps [1, in_dim] to [1, out_dim]; `symbol` is what it maps."""
+    out = try_out(net, role, in_dim)
+    if _shape(out) != [1, out_dim]:
         raise ProgramError(
-            f"the decoder {type(decoder).__name__} returned {_described(out)} for z [1, {latent_dim}]: "
-            f"it must map z [..., {latent_dim}] to one tensor [..., {data_dim}]"
+            f"the {role} {type(net).__name__} returned {_described(out)} for {symbol} [1, {in_dim}]: "
+            f"it must map {symbol} [..., {in_dim}] to one tensor [..., {out_dim}]"
         )
 
 
-def _try_out(net: nn.Module, role: str, in_dim: int) -> Any:
-    """Run a row of zeros [1, in_dim] through `net` in eval mode, leaving its statistics and modes as they were."""
+def try_out(net: nn.Module, role: str, in_dim: int, *more: Tensor) -> Any:
+    """Run a row of zeros [1, in_dim], and `more`, through `net` in eval mode; its statistics and modes stay."""
     like = next(net.parameters(), torch.empty(()))
     modes = [(module, module.training) for module in net.modules()]
     try:
         net.eval()
         with torch.no_grad():
-            return net(torch.zeros(1, in_dim, device=like.device, dtype=like.dtype))
+            return net(torch.zeros(1, in_dim, device=like.device, dtype=like.dtype), *more)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ProgramError(
             f"the {role} {type(net).__name__} does not take a row [1, {in_dim}] ({error}): give it layers of "

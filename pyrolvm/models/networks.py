@@ -156,6 +156,26 @@ def _lead_with(leading: torch.Size, rows: Tensor) -> Tensor:
     return rows.reshape(*leading, rows.shape[1:].numel())
 
 
+def conv_net(
+    image_shape: Sequence[int],
+    out_dim: int,
+    channels: Sequence[int] = (32, 64),
+    hidden: Sequence[int] = (),
+    activation: str = "relu",
+) -> Rowwise:
+    """Convolutions, then fully connected layers: flat images x [..., C * H * W] -> [..., out_dim].
+
+    Arguments and errors as of `ConvEncoder`.
+    """
+    nonlinearity = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
+    (height, width), maps = _sizes(image_shape, channels)[-1], [image_shape[0], *channels]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(maps):
+        layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nonlinearity()]
+    head = MLP(maps[-1] * height * width, out_dim, hidden, activation)
+    return Rowwise(nn.Sequential(*layers, nn.Flatten(), head), image_shape)
+
+
 class ConvEncoder(GaussianEncoder):
     """A convolutional Gaussian encoder of flat images, x [..., C * H * W] -> loc, scale [..., latent_dim].
 
@@ -189,13 +209,8 @@ class ConvEncoder(GaussianEncoder):
         activation: str = "relu",
         num_features: int = 0,
     ) -> None:
-        nonlinearity = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
-        (height, width), maps = _sizes(image_shape, channels)[-1], [image_shape[0], *channels]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(maps):
-            layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nonlinearity()]
-        head = MLP(maps[-1] * height * width, 2 * latent_dim + num_features, hidden, activation)
-        super().__init__(Rowwise(nn.Sequential(*layers, nn.Flatten(), head), image_shape), num_features)
+        net = conv_net(image_shape, 2 * latent_dim + num_features, channels, hidden, activation)
+        super().__init__(net, num_features)
 
 
 class ConvDecoder(nn.Module):

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import pyro
 from pyro import poutine
@@ -41,7 +41,9 @@ from pyrolvm.errors import SettingError
 from pyrolvm.models.guides import GuideFamily
 from pyrolvm.models.latent_priors import LatentPrior
 from pyrolvm.models.likelihoods import Likelihood
-from pyrolvm.models.ppca import PPCA, linear_gaussian_log_marginal, linear_gaussian_posterior
+from pyrolvm.models.linear_gaussian import linear_gaussian_log_marginal, linear_gaussian_posterior
+from pyrolvm.models.missing import observe
+from pyrolvm.models.ppca import PPCA
 from pyrolvm.models.vae import VAE
 
 Bound = TypeVar("Bound", float, Tensor)
@@ -56,7 +58,7 @@ class PowerVAE(VAE):
         As in `VAE`.
     eta, beta : float, optional
         Exactly one of them, a positive number; eta = 1 is the VAE.
-    likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape, guide, prior
+    likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape, guide, prior, missing
         As in `VAE`.
 
     Raises
@@ -85,10 +87,11 @@ class PowerVAE(VAE):
         image_shape: Sequence[int] | None = None,
         guide: str | GuideFamily = "diagonal",
         prior: str | LatentPrior = "normal",
+        missing: Literal["mask"] | None = None,
     ) -> None:
         super().__init__(
             data_dim, latent_dim, likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape,
-            guide, prior,
+            guide, prior, missing,
         )  # fmt: skip
         self.eta = _power(eta, beta)
 
@@ -102,7 +105,7 @@ class PowerVAE(VAE):
         with self.data_plate(x):
             z = pyro.sample("z", self.prior())  # [batch, latent_dim]
             with poutine.scale(scale=self.eta):
-                return pyro.sample("x", self.likelihood_dist(z), obs=x)  # [batch, data_dim]
+                return observe("x", self.likelihood_dist(z), x, self.missing)  # [batch, data_dim]
 
     def beta_objective(self, bound: Bound) -> Bound:
         """L_beta = beta L_eta: the beta-VAE's objective from the bound reported, both in nats per datum."""

@@ -34,6 +34,7 @@ M. E. Tipping and C. M. Bishop, "Probabilistic principal component analysis", J.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
@@ -41,8 +42,17 @@ import torch
 from torch import Tensor, nn
 
 from pyrolvm.errors import DataError, SettingError
-from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite, check_sizes
+from pyrolvm.models.base import LatentVariableModel, check_columns, check_sizes
 from pyrolvm.models.guides import FullCovariance, GuideFamily, linear_features, make_guide, set_covariance
+from pyrolvm.models.linear_gaussian import (
+    capacitance,
+    linear_gaussian_log_marginal,
+    linear_gaussian_posterior,
+    observed_log_marginal,
+    observed_posterior,
+    posterior_scale_tril,
+)
+from pyrolvm.models.missing import as_missing, check_columns_seen, check_entries, filled, observe
 
 
 class PPCA(LatentVariableModel):
@@ -54,9 +64,12 @@ class PPCA(LatentVariableModel):
         Columns of the data.
     latent_dim : int
         Dimensions of z, at most `data_dim`.
-    guide : str or GuideFamily
-        "mean_field" (or "diagonal") for a diagonal covariance of q(z | x), "full" for a Cholesky factor, or another
-        family of `pyrolvm.models.guides.GUIDES`.
+    guide : str or GuideFamily, optional
+        "mean_field" (or "diagonal"; the default) for a diagonal covariance of q(z | x), "full" for a Cholesky factor,
+        another family of `pyrolvm.models.guides.GUIDES`, or "exact" for p(z | x) itself at the present W, b and sigma,
+        which has no parameters of its own (the default where entries are missing, and the only one).
+    missing : {"mask"}, optional
+        "mask" takes rows in which entries are missing (NaN); by default they are refused.
 
     Attributes
     ----------
@@ -73,16 +86,30 @@ class PPCA(LatentVariableModel):
         For an unknown guide or `latent_dim` outside 1..`data_dim`.
     """
 
-    def __init__(self, data_dim: int, latent_dim: int, guide: str | GuideFamily = "mean_field") -> None:
+    def __init__(
+        self,
+        data_dim: int,
+        latent_dim: int,
+        guide: str | GuideFamily | None = None,
+        missing: Literal["mask"] | None = None,
+    ) -> None:
         super().__init__()
+        self.missing = as_missing(missing)
+        guide = guide or ("exact" if missing else "mean_field")
+        if missing and guide != "exact":
+            raise SettingError(
+                f'guide={guide!r} is one linear map for all rows, and takes no missing entries: write guide="exact"'
+            )
         self.data_dim, self.latent_dim = data_dim, latent_dim = check_sizes(data_dim, latent_dim)
-        self.guide_family = make_guide(guide, latent_dim)
+        self.exact_guide = guide == "exact"
         self.loadings = nn.Parameter(torch.randn(data_dim, latent_dim) / math.sqrt(data_dim))
         self.offset = nn.Parameter(torch.zeros(data_dim))
         self.log_noise_scale = nn.Parameter(torch.zeros(()))
-        self.guide_loadings = nn.Parameter(torch.empty(latent_dim, data_dim))
-        self.guide_log_scale = nn.Parameter(torch.empty(latent_dim))
-        self.guide_features = linear_features(self.guide_family, data_dim)
+        if not self.exact_guide:
+            self.guide_family = make_guide(guide, latent_dim)
+            self.guide_loadings = nn.Parameter(torch.empty(latent_dim, data_dim))
+            self.guide_log_scale = nn.Parameter(torch.empty(latent_dim))
+            self.guide_features = linear_features(self.guide_family, data_dim)
         self.solve_guide()
 
     @property
@@ -96,7 +123,7 @@ class PPCA(LatentVariableModel):
         """p(x, z); `x`: [batch, data_dim] or None to generate. Returns x."""
         with self.data_plate(x):
             z = pyro.sample("z", self.prior())  # [batch, latent_dim]
-            return pyro.sample("x", self.likelihood_dist(z), obs=x)  # [batch, data_dim]
+            return observe("x", self.likelihood_dist(z), x, self.missing)  # [batch, data_dim]
 
     def guide(self, x: Tensor | None = None) -> Tensor:
         """q(z | x); `x`: [batch, data_dim]. Returns z [batch, latent_dim]."""
@@ -111,6 +138,10 @@ class PPCA(LatentVariableModel):
         Pyro's low-rank normal inverts a latent_dim x latent_dim matrix (Woodbury's identity); no
         data_dim x data_dim matrix is formed. Train with `guide=lambda x: None`.
         """
+        if self.missing is not None:
+            raise SettingError(
+                "marginal_model is of complete rows: train the model itself, whose bound is the exact likelihood"
+            )
         noise_variance = self.noise_scale.square().expand(self.data_dim)
         marginal = dist.LowRankMultivariateNormal(self.offset, self.loadings, noise_variance)
         with self.data_plate(x):
@@ -126,6 +157,9 @@ class PPCA(LatentVariableModel):
 
     def posterior_dist(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) = N(A (x - b), S), or of another family, for x [..., data_dim]; event [latent_dim]."""
+        if self.exact_guide:
+            mean, scale_tril = self.exact_posterior(x)
+            return dist.MultivariateNormal(mean, scale_tril=scale_tril)
         r = x - self.offset
         loc, scale = r @ self.guide_loadings.T, self.guide_log_scale.exp()  # [..., latent_dim], [latent_dim]
         return self.guide_family(loc, scale, self.guide_features(r))
@@ -137,24 +171,35 @@ class PPCA(LatentVariableModel):
     # ------------------------------------------------------------------ what is known exactly
 
     def log_marginal(self, x: Tensor) -> Tensor:
-        """log p(x) [batch] in nats for x [batch, data_dim]; differentiable, O(data_dim latent_dim) a row."""
-        return linear_gaussian_log_marginal(x - self.offset, self.loadings, self.noise_scale)
+        """log p(x) [batch] in nats for x [batch, data_dim]; differentiable, O(data_dim latent_dim) a row.
+
+        Of rows with missing entries, the log-density of the others.
+        """
+        log_marginal = linear_gaussian_log_marginal if self.missing is None else observed_log_marginal
+        return log_marginal(x - self.offset, self.loadings, self.noise_scale)
 
     def exact_posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """p(z | x): mean [batch, latent_dim], Cholesky factor [latent_dim, latent_dim] of the covariance."""
-        return linear_gaussian_posterior(x - self.offset, self.loadings, self.noise_scale)
+        """p(z | x): mean [batch, latent_dim], Cholesky factor [latent_dim, latent_dim] of the covariance.
+
+        Where entries may be missing, p(z | those observed), a factor for each row: [batch, latent_dim, latent_dim].
+        """
+        posterior = linear_gaussian_posterior if self.missing is None else observed_posterior
+        return posterior(x - self.offset, self.loadings, self.noise_scale)
 
     @torch.no_grad()
     def solve_guide(self) -> None:
         """Set the guide to the best of its family for the present W, b and sigma.
 
         "full": the exact posterior. "mean_field": its mean, and the variances sigma^2 / M_ii that
-        minimise KL(q || p) (the inverse of the diagonal of the precision). Other families start there.
+        minimise KL(q || p) (the inverse of the diagonal of the precision). Other families start there. "exact": nothing
+        is to be set.
         """
-        M = _capacitance(self.loadings, self.noise_scale)
+        if self.exact_guide:
+            return
+        M = capacitance(self.loadings, self.noise_scale)
         self.guide_loadings.copy_(torch.linalg.solve(M, self.loadings.T))
         if isinstance(self.guide_family, FullCovariance):
-            scale_tril = _posterior_scale_tril(M, self.noise_scale)
+            scale_tril = posterior_scale_tril(M, self.noise_scale)
             self.guide_log_scale.copy_(scale_tril.diagonal().log())
             set_covariance(self.guide_family, self.guide_features, scale_tril)
         else:
@@ -207,63 +252,29 @@ class PPCA(LatentVariableModel):
         ppca.fresh = False
         return ppca
 
+    @torch.no_grad()
+    def initialise_from(self, x: Tensor, seed: int = 0) -> None:
+        """Where entries are missing, start at the closed form of the data with the columns' means in the gaps.
+
+        Parameters
+        ----------
+        x : Tensor [rows, data_dim]
+        seed : int
+            Not used: the start has a closed form.
+        """
+        if self.missing is None:
+            return
+        check_columns_seen(x)
+        if self.latent_dim < self.data_dim:
+            started = self.closed_form(filled(self.check_data(x)), self.latent_dim, "exact")
+            self.load_state_dict(started.state_dict())
+        self.fresh = False
+
     def check_data(self, x: Tensor) -> Tensor:
-        """`x` as floats; raises `DataError` unless they are [rows, data_dim] and finite."""
+        """`x` as floats; raises `DataError` unless they are [rows, data_dim] and finite (or missing)."""
         check_columns(x, self.data_dim, type(self).__name__)
-        check_finite(x)
+        check_entries(x, self.missing)
         return self.as_floats(x)
-
-
-def linear_gaussian_log_marginal(r: Tensor, W: Tensor, noise_scale: Tensor) -> Tensor:
-    """log N(r; 0, W W' + sigma^2 I).
-
-    Parameters
-    ----------
-    r : Tensor [..., data_dim]
-        Residuals x - b.
-    W : Tensor [data_dim, latent_dim]
-        Loadings.
-    noise_scale : Tensor []
-        sigma.
-
-    Returns
-    -------
-    Tensor [...]
-        In nats.
-
-    Notes
-    -----
-    With m the posterior mean of z, and by the matrix determinant lemma,
-
-        r' (W W' + sigma^2 I)^-1 r = |r - W m|^2 / sigma^2 + |m|^2
-        log det (W W' + sigma^2 I) = log det M + 2 (data_dim - latent_dim) log sigma
-
-    The first is Woodbury's identity written as a sum of squares: nothing cancels when sigma is small.
-    """
-    data_dim, latent_dim = W.shape
-    chol = torch.linalg.cholesky(_capacitance(W, noise_scale))  # [latent_dim, latent_dim]
-    m = torch.cholesky_solve((r @ W).unsqueeze(-1), chol).squeeze(-1)  # [..., latent_dim]
-    quadratic = ((r - m @ W.T) / noise_scale).square().sum(-1) + m.square().sum(-1)
-    log_det = 2 * chol.diagonal().log().sum() + 2 * (data_dim - latent_dim) * noise_scale.log()
-    return -0.5 * (data_dim * math.log(2 * math.pi) + log_det + quadratic)
-
-
-def linear_gaussian_posterior(r: Tensor, W: Tensor, noise_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [..., latent_dim] and Cholesky factor [latent_dim, latent_dim] of N(M^-1 W' r, sigma^2 M^-1)."""
-    M = _capacitance(W, noise_scale)
-    chol = torch.linalg.cholesky(M)
-    mean = torch.cholesky_solve((r @ W).unsqueeze(-1), chol).squeeze(-1)
-    return mean, _posterior_scale_tril(M, noise_scale)
-
-
-def _capacitance(W: Tensor, noise_scale: Tensor) -> Tensor:
-    """M = W' W + sigma^2 I [latent_dim, latent_dim]."""
-    return W.T @ W + noise_scale.square() * torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
-
-
-def _posterior_scale_tril(M: Tensor, noise_scale: Tensor) -> Tensor:
-    """Lower Cholesky factor [latent_dim, latent_dim] of sigma^2 M^-1."""
-    return noise_scale * torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(M)))
 
 
 def _maximum_likelihood(x: Tensor, latent_dim: int) -> tuple[Tensor, Tensor, Tensor]:

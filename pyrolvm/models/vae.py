@@ -24,17 +24,19 @@ P.-A. Mattei and J. Frellsen, "Leveraging the exact likelihood of deep latent va
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyrolvm.errors import DataError, SettingError, count
-from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
+from pyrolvm.models.base import LatentVariableModel, check_columns
 from pyrolvm.models.guides import GuideFamily, make_guide
 from pyrolvm.models.latent_priors import LatentPrior, make_prior
 from pyrolvm.models.likelihoods import WITH_NOISE, Likelihood, make_likelihood
-from pyrolvm.models.make import make_decoder, make_encoder
+from pyrolvm.models.make import make_decoder, make_encoder, start_decoder
+from pyrolvm.models.missing import MaskAware, as_missing, check_columns_seen, check_entries, observe
 
 
 class VAE(LatentVariableModel):
@@ -48,15 +50,15 @@ class VAE(LatentVariableModel):
         Dimensions of z.
     likelihood : str or Likelihood
         "bernoulli" for data of zeros and ones, "gaussian" for real numbers, or another of
-        `pyrolvm.models.likelihoods.LIKELIHOODS`.
+        `pyrolvm.models.likelihoods.LIKELIHOODS`, such as "poisson" for counts or "categorical:6" for codes 0 to 5.
     encoder : {"mlp", "conv", "linear"} or Module
         A module maps x [..., data_dim] to (loc, scale), each [..., latent_dim], and to what else the guide wants.
     decoder : {"mlp", "conv", "linear"} or Module
         A module maps z [..., latent_dim] to logits or means [..., data_dim]; to several blocks of data_dim columns
         where the likelihood has more `parts`.
     noise_scale : float or {"shared", "per_feature", "network"}, optional
-        Of the Gaussian, in the units of the data: a number (fixed), "shared" (one learned number, the default),
-        "per_feature" (data_dim learned numbers), or "network" (a function of z, the decoder's second part).
+        Of "gaussian" and "student_t", in the units of the data: a number (fixed), "shared" (one learned number, the
+        default), "per_feature" (data_dim learned numbers), or "network" (a function of z, the decoder's second part).
     hidden : sequence of int
         Sizes of the encoder's fully connected hidden layers; the decoder has them reversed.
     activation : str
@@ -67,6 +69,8 @@ class VAE(LatentVariableModel):
         The family of q(z | x), of `pyrolvm.models.guides.GUIDES`, with its settings: "full", "iaf:4".
     prior : str or LatentPrior
         p(z), of `pyrolvm.models.latent_priors.PRIORS`, with its settings: "mixture:20".
+    missing : {"mask"}, optional
+        "mask" takes rows in which entries are missing (NaN): see `pyrolvm.models.missing`. By default they are refused.
 
     Raises
     ------
@@ -89,15 +93,17 @@ class VAE(LatentVariableModel):
         image_shape: Sequence[int] | None = None,
         guide: str | GuideFamily = "diagonal",
         prior: str | LatentPrior = "normal",
+        missing: Literal["mask"] | None = None,
     ) -> None:
         super().__init__()
         self.data_dim, self.latent_dim = count("data_dim", data_dim), count("latent_dim", latent_dim)
         self.likelihood = make_likelihood(likelihood, self.data_dim, noise_scale)
         self.guide_family = make_guide(guide, self.latent_dim)
         self.latent_prior = make_prior(prior, self.latent_dim, self.data_dim)
+        self.missing = as_missing(missing)
         nets = (hidden, activation, image_shape)
         features, parts = self.guide_family.num_features, self.likelihood.parts
-        self.encoder = make_encoder(encoder, self.data_dim, self.latent_dim, *nets, num_features=features)
+        self.encoder = make_encoder(encoder, self.data_dim, self.latent_dim, *nets, features, self.missing)
         self.decoder = make_decoder(decoder, self.latent_dim, self.data_dim, *nets, parts=parts)
 
     @property
@@ -113,7 +119,7 @@ class VAE(LatentVariableModel):
         """p(x, z); `x`: [batch, data_dim] or None to generate. Returns x."""
         with self.data_plate(x):
             z = pyro.sample("z", self.prior())  # [batch, latent_dim]
-            return pyro.sample("x", self.likelihood_dist(z), obs=x)  # [batch, data_dim]
+            return observe("x", self.likelihood_dist(z), x, self.missing)  # [batch, data_dim]
 
     def guide(self, x: Tensor | None = None) -> Tensor:
         """q(z | x); `x`: [batch, data_dim]. Returns z [batch, latent_dim]."""
@@ -139,12 +145,27 @@ class VAE(LatentVariableModel):
         return self.likelihood_dist(z).mean
 
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:
-        """Let the prior start from x [rows, data_dim]."""
+        """Let the decoder begin at the columns' own distribution, and the prior at the data, where they know how.
+
+        Parameters
+        ----------
+        x : Tensor [rows, data_dim]
+        seed : int
+            Of the prior's start.
+        """
+        x = self.check_data(x)
+        check_columns_seen(x)
+        if isinstance(self.encoder, MaskAware):
+            self.encoder.fill.copy_(x.nanmean(0))
+        start = self.likelihood.start(x)
+        if start is not None:
+            start_decoder(self.decoder, start)
         self.latent_prior.initialise_from(x, seed)
+        self.fresh = False
 
     def check_data(self, x: Tensor) -> Tensor:
-        """`x` as floats; raises `DataError` unless [rows, data_dim], finite and in the likelihood's support."""
+        """`x` as floats; raises `DataError` unless [rows, data_dim], in the likelihood's support (or missing)."""
         check_columns(x, self.data_dim, type(self).__name__)
-        check_finite(x)
+        check_entries(x, self.missing)
         self.likelihood.check(x)
         return self.as_floats(x)

@@ -29,7 +29,12 @@ LEAST_SPAN = (0.02, 1e-3)  # of the axis, in nats and as a share of the bound: b
 
 
 def plot_elbo(
-    history: pd.DataFrame, *, window: int | None = None, unit: str = "nats per datum", ax: Axes | None = None
+    history: pd.DataFrame,
+    *,
+    window: int | None = None,
+    unit: str = "nats per datum",
+    name: str = "ELBO",
+    ax: Axes | None = None,
 ) -> Figure:
     """The bound at every step, its running mean, and the held-out bound where it was computed.
 
@@ -43,6 +48,8 @@ def plot_elbo(
         Steps of the running mean, by default a fiftieth of the run.
     unit : str
         "nats in total" for a program without a data plate.
+    name : str
+        What the column `elbo` is: of a point estimate, no ELBO.
     ax : Axes, optional
         Axes to draw into.
 
@@ -67,7 +74,7 @@ def plot_elbo(
     level = np.abs(shown[np.isfinite(shown)]).max(initial=0.0)
     limits = finite_limits(shown, max(LEAST_SPAN[0], LEAST_SPAN[1] * level))
     margin = 0.01 * max(step[-1] - step[0], 1)
-    ax.set(xlabel="step", ylabel=f"ELBO ({unit})", xlim=(step[0] - margin, step[-1] + margin), ylim=limits)
+    ax.set(xlabel="step", ylabel=f"{name} ({unit})", xlim=(step[0] - margin, step[-1] + margin), ylim=limits)
     legend_above(ax)
     return figure
 

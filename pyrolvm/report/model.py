@@ -12,7 +12,7 @@ import torch
 
 from pyrolvm import plots
 from pyrolvm.errors import DataError, PyrolvmError, SettingError
-from pyrolvm.models import PPCA, BayesianFactorAnalysis, GaussianMixture
+from pyrolvm.models import PPCA, BayesianFactorAnalysis, BayesianGaussianMixture, GaussianMixture
 from pyrolvm.report.findings import Findings
 from pyrolvm.report.parts import Part, figure, table
 from pyrolvm.runs import SavedRun
@@ -80,8 +80,9 @@ def _(model: BayesianFactorAnalysis, found: Findings) -> list[Part]:
     ]
 
 
-@_parts.register
-def _(model: GaussianMixture, found: Findings) -> list[Part]:
+@_parts.register(GaussianMixture)
+@_parts.register(BayesianGaussianMixture)
+def _(model: GaussianMixture | BayesianGaussianMixture, found: Findings) -> list[Part]:
     unit, names = found.recipe.unit(model.data_dim), found.names(model.data_dim)
     weights, means = model.weights.cpu().numpy(), found.recipe.undo(model.means)
     covariances = (model.scale_tril @ model.scale_tril.mT).cpu().numpy() * unit[:, None] * unit
@@ -94,8 +95,10 @@ def _(model: GaussianMixture, found: Findings) -> list[Part]:
     if model.data_dim < 2 or some is None:
         return parts
     x = found.recipe.undo(some.values.astype(float))[:, :2]
-    drawn = plots.plot_mixture(x, weights, means[:, :2], covariances[:, :2, :2], columns=(names[0], names[1]))
-    alt = f"{len(x)} data in {names[0]} and {names[1]}, with ellipses of the {len(weights)} components."
+    kept = weights * found.fitted.num_rows >= 1  # empty ones are as wide as their prior
+    shown = weights[kept], means[kept, :2], covariances[kept, :2, :2]
+    drawn = plots.plot_mixture(x, *shown, columns=(names[0], names[1]))
+    alt = f"{len(x)} data in {names[0]} and {names[1]}, with ellipses of the {kept.sum()} components that hold any."
     return [figure(drawn, "Components: half and nine tenths of each lie within its ellipses", alt), *parts]
 
 

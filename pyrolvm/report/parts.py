@@ -75,8 +75,7 @@ def number(value: Any, decimals: int | None = None) -> str:
     digits = decimals_of([value]) if decimals is None else decimals
     if digits > 4:
         return f"{value:.2e}" if value else "0"
-    text = f"{value:,.{digits}f}"
-    return text.lstrip("-") if not text.strip("-0.") else text  # no -0.00
+    return f"{value:z,.{digits}f}"
 
 
 def decimals_of(values: Iterable[Any]) -> int:

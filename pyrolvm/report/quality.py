@@ -14,7 +14,7 @@ from pyrolvm import plots
 from pyrolvm.diagnostics import CollapseReport, Gaps, GlobalTail, PredictiveCheck, ReferenceComparison
 from pyrolvm.diagnostics.evidence import Evidence
 from pyrolvm.diagnostics.tails import LocalTails
-from pyrolvm.plots.style import BLUE, GREY, ORANGE, RED, axes_of, legend_above, plain
+from pyrolvm.plots.style import BLUE, GREY, ORANGE, RED, axes_of, legend_above, panels_of
 from pyrolvm.report.findings import Findings
 from pyrolvm.report.parts import Part, facts, figure, number, row_name, table
 
@@ -210,19 +210,12 @@ def _(report: PredictiveCheck) -> list[Part]:
 
 def _draw_replicates(check: Any) -> Figure:
     """A panel for each statistic: its values in data made by the model, and its value in the data."""
-    names = list(check.table.index)
-    across = min(3, len(names))
-    rows = math.ceil(len(names) / across)
-    drawn = Figure(figsize=(0.4 + 2.5 * across, 1.9 * rows), layout="constrained")
-    panels = drawn.subplots(rows, across, squeeze=False).ravel()
-    for ax, name in zip(panels, names, strict=False):
-        row = check.table.loc[name]
-        plain(ax).hist(check.replicates[name], bins=20, color=GREY, alpha=0.55)
+    drawn, panels = panels_of(len(check.table))
+    for ax, (name, row) in zip(panels, check.table.iterrows(), strict=True):
+        ax.hist(check.replicates[name], bins=20, color=GREY, alpha=0.55)
         ax.axvline(row["observed"], color=RED if row["extreme"] else BLUE, linewidth=2)
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
         ax.locator_params(axis="x", nbins=3)
         ax.set_title(str(name).replace("$", r"\$"), fontsize="small", loc="left")
-    for ax in panels[len(names) :]:
-        ax.remove()
     return drawn

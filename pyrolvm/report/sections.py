@@ -55,8 +55,14 @@ def _summary(found: Findings) -> list[Part]:
     shown = facts(
         ("model", _built(found)),
         ("rows", _rows(found)),
-        (f"ELBO, {found.unit}", f"{number(fitted.elbo)} (mean of the last {LAST} steps)"),
-        ("ELBO, held out", fitted.held_out_elbo if "validation_elbo" in fitted.history else None),
+        (
+            f"{found.fitted.structure.bound_name}, {found.unit}",
+            f"{number(fitted.elbo)} (mean of the last {LAST} steps)",
+        ),
+        (
+            f"{fitted.structure.bound_name}, held out",
+            fitted.held_out_elbo if "validation_elbo" in fitted.history else None,
+        ),
         *_mean_evidence(found),
         ("engine", fitted.engine),
         ("stopped", fitted.stopped_because),
@@ -102,16 +108,18 @@ def _training(found: Findings) -> list[Part]:
     last, steps = history.tail(LAST), int(history["step"].iloc[-1])
     seconds = history["seconds"].dropna().tail(1).tolist() if "seconds" in history else []
     end = number(found.fitted.elbo)
-    alt = f"The ELBO over {steps:,} steps; its last {LAST} steps have the mean {end} {unit}."
-    terms = {label: last[name].agg(["mean", "std"]) for name, label in TERMS.items() if name in last}
+    name = found.fitted.structure.bound_name
+    alt = f"The {name} over {steps:,} steps; its last {LAST} steps have the mean {end} {unit}."
+    labels = TERMS | {"elbo": name} | ({"kl": "-log p(z)"} if found.fitted.structure.points else {})
+    terms = {label: last[column].agg(["mean", "std"]) for column, label in labels.items() if column in last}
     means = pd.DataFrame(terms).T.rename(columns={"std": "sd over steps"})
     parts = [
         facts(("steps", steps), ("seconds in steps", seconds[0] if seconds else None)),
-        figure(plots.plot_elbo(history, unit=unit), "The bound, step by step", alt),
+        figure(plots.plot_elbo(history, unit=unit, name=name), "The bound, step by step", alt),
         table(means, f"The last {len(last)} steps, {unit}", "term"),
     ]
     if rise := still_rising(history):
-        words = f"The ELBO rose by {number(rise)} over the last fifth of the steps and may not be done"
+        words = f"The {name} rose by {number(rise)} over the last fifth of the steps and may not be done"
         parts.insert(1, Part("note", f"{words}: give it more steps, or a larger learning rate."))
     if file.is_file():
         parts.append(table(pd.read_csv(file, index_col=0), "Restarts, best first"))

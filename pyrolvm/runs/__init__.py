@@ -1,11 +1,14 @@
 """What a run adds to a saved fit: the recipe of its data, its model by name, its folder, its notes.
 
-Shell and report stand on this room, and it knows neither. From Python::
+Shell and report stand on this room, and it knows neither. From Python:
 
-    from pyrolvm.runs import Preparation, Source, open_run
-    prepared = Preparation(standardise=True, validation=0.1).apply(Source("iris"))
-    fitted = pyrolvm.fit(model, prepared.train, validation=prepared.held_out)
-    fitted.save("run", {"data": prepared.record})       # `pyrolvm report run` reads the same data again
+```python
+from pyrolvm.runs import Preparation, Source, open_run
+
+prepared = Preparation(standardise=True, validation=0.1).apply(Source("iris"))
+fitted = pyrolvm.fit(model, prepared.train, validation=prepared.held_out)
+fitted.save("run", {"data": prepared.record})  # `pyrolvm report run` reads the same data again
+```
 """
 
 from pyrolvm.runs.folder import RunFolder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import pkgutil
@@ -16,8 +15,10 @@ from typing import Any
 from pyro.infer import autoguide
 from torch import nn
 
-from pyrolvm.errors import ProgramError, PyrolvmError, SettingError
+from pyrolvm.errors import ProgramError, PyrolvmError, SettingError, did_you_mean
+from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.models import REGISTRY
+from pyrolvm.semi_implicit import SemiImplicitGuide
 
 ALIASES = {
     "gmm": "GaussianMixture",
@@ -56,8 +57,18 @@ class NamedModel:
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
-        """The constructor's parameters by name, without `data_dim`, which the data give."""
-        return {k: p for k, p in self.parameters.items() if k != "data_dim"}
+        """The constructor's parameters by name, without those that the data give."""
+        return {k: p for k, p in self.parameters.items() if k not in self.from_data}
+
+    @property
+    def from_data(self) -> tuple[str, ...]:
+        """The constructor's parameters that the data give."""
+        return ("data_dim", "num_classes", "condition_dim") if self.takes_labels else ("data_dim",)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether it is a model of (x, y), whose y are the labels of the data."""
+        return bool(getattr(self.cls, "takes_labels", False))
 
     @property
     def takes_columns(self) -> bool:
@@ -106,7 +117,7 @@ def find_model(text: str, guide: str | None = None) -> NamedModel:
     text : str
         A name of the registry in any case, an alias, `file.py`, `file.py:name` or `package.module:name`.
     guide : str, optional
-        A name in the same file, an AutoGuide's name, or `file.py:name`.
+        A name in the same file, an AutoGuide's name, `file.py:name`, or of any model "per_datum" and its kin.
 
     Raises
     ------
@@ -116,6 +127,8 @@ def find_model(text: str, guide: str | None = None) -> NamedModel:
         The file fails, or what it defines is no pair.
     """
     if ".py" not in text and ":" not in text:
+        if guide in ROW_GUIDES:
+            return NamedModel(text, cls=REGISTRY[registry_name(text)], guide=guide)
         if guide is not None:
             raise SettingError(f"{text} brings its own guide: leave guide={guide} out")
         return NamedModel(text, cls=REGISTRY[registry_name(text)])
@@ -142,8 +155,7 @@ def registry_name(text: str) -> str:
     plain = text.lower().replace("-", "").replace("_", "")
     if plain in known:
         return known[plain]
-    near = dict.fromkeys(known[n] for n in difflib.get_close_matches(plain, known, n=3))
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = did_you_mean(plain, known, known.__getitem__)
     raise SettingError(
         f"there is no model '{text}': {hint}the models are {', '.join(REGISTRY)}; a pair of your own is "
         "file.py:ClassName"
@@ -204,10 +216,14 @@ def _own_names(module: ModuleType) -> str:
 
 
 def _find_guide(name: str, module: ModuleType, place: str) -> Any:
+    if name in ROW_GUIDES:
+        return name
     if hasattr(module, name):
         return getattr(module, name)
     if name.startswith("Auto") and name in autoguide.__all__:
         return getattr(autoguide, name)
+    if name == SemiImplicitGuide.__name__ and not hasattr(module, name):
+        return SemiImplicitGuide
     other, _, inner = name.rpartition(":")
     return _resolve(_module(other), other, inner) if other else _resolve(module, place, name)
 

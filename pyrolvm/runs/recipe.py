@@ -70,7 +70,7 @@ class Source:
         return not self.is_named and self.text.lower().endswith(suffixes)
 
     def like(self, record: dict[str, Any]) -> Source:
-        """With the columns, key and header of the data recorded, where none are given."""
+        """With the columns, key and header of the data recorded, where none are given, and their missing values."""
         columns, chosen = record.get("columns"), self.columns
         if chosen and columns and chosen != columns and sorted(chosen) == sorted(columns):
             raise DataError(
@@ -83,7 +83,8 @@ class Source:
             "header": self.ends_in(TEXT),
         }
         taken: Any = {n: record.get(n) for n, has_it in has.items() if has_it and getattr(self, n) is None}
-        return replace(self, **taken)
+        missing = self.allow_missing or bool(record.get("allow_missing"))
+        return replace(self, allow_missing=missing, **taken)
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,20 @@ class Preparation:
             raise SettingError("standardise and binarise exclude each other: choose one")
         count("split_seed", self.split_seed, least=0)
 
-    def apply(self, source: Source, dataset: Dataset | None = None, as_vectors: bool = True) -> Prepared:
-        """Split, then transform. `as_vectors`: make each row, of whatever shape, a vector."""
+    def apply(
+        self,
+        source: Source,
+        dataset: Dataset | None = None,
+        as_vectors: bool = True,
+        takes_labels: bool = False,
+    ) -> Prepared:
+        """Split, then transform.
+
+        `as_vectors`: make each row, of whatever shape, a vector. `takes_labels`: the labels are data too, and their
+        classes are numbered.
+        """
         dataset = source.read() if dataset is None else dataset
+        classes = classes_of(dataset) if takes_labels else None
         record = {
             "source": source.text,
             "rows": dataset.num_rows,
@@ -136,7 +148,9 @@ class Preparation:
             "options": source.options,
             "sha256": fingerprint(dataset.values),
             "vectors": as_vectors,
+            **({"labelled": True, "classes": classes} if takes_labels else {}),
         }
+        dataset = _numbered(dataset, classes)
         dataset = dataset.as_vectors() if as_vectors else dataset
         train, held_out = _split(dataset, self.validation, self.split_seed)
         transforms: list[Transform] = []
@@ -176,8 +190,22 @@ class Recipe:
                 f"{source.text} has rows of shape {found}, but the run was fitted to rows of shape {wanted}: choose "
                 "the same columns (columns=...)"
             )
-        dataset = _transformed(dataset, self.transforms)
+        dataset = _transformed(self._labelled(dataset), self.transforms)
         return replace(dataset, columns=self.columns) if self.columns else dataset
+
+    def _labelled(self, dataset: Dataset) -> Dataset:
+        """With the labels numbered as for the fit, if it took any; `DataError` if they are not there."""
+        if self.record.get("labelled") and dataset.labels is None:
+            raise DataError(
+                f"the run was fitted to labelled rows, and {dataset.name} has no labels: name their column, labels=..."
+            )
+        return _numbered(dataset, self.record.get("classes"))
+
+    def codes(self, labels: list[Any]) -> np.ndarray:
+        """The numbers of labels as the run's model knows them; `DataError` for those that it was not fitted to."""
+        if not self.record.get("labelled"):
+            raise DataError("the run was fitted without labels: leave them out")
+        return _codes(np.asarray(labels), self.record.get("classes"))
 
     def read_again(self) -> Prepared:
         """The run's own data, split and transformed as for the fit.
@@ -197,7 +225,7 @@ class Recipe:
                 raise DataError(f"its data cannot be read again ({error})") from None
             if fingerprint(dataset.values) != record["sha256"]:
                 raise DataError(f"the data in {source.text} are not those that the run was fitted to")
-            dataset = dataset.as_vectors() if record["vectors"] else dataset
+            dataset = self._labelled(dataset.as_vectors() if record["vectors"] else dataset)
         split = record.get("split") or {"held_out": 0, "seed": 0}
         parts = _split(dataset, split["held_out"] / dataset.num_rows or None, split["seed"])
         train, held_out = (_transformed(part, self.transforms) for part in parts)
@@ -228,6 +256,33 @@ def _split(dataset: Dataset, share: float | None, seed: int) -> tuple[Dataset, D
         return dataset, None
     train, held_out = split_rows(dataset.num_rows, share, seed)
     return dataset.take(train.numpy()), dataset.take(held_out.numpy())
+
+
+def classes_of(dataset: Dataset) -> list[Any] | None:
+    """The different labels in their order, if they are classes: text, or whole numbers. None for covariates."""
+    labels = dataset.labels
+    if labels is None:
+        raise DataError(f"the model takes labels, and {dataset.name} has none: name their column, labels=...")
+    if labels.dtype.kind == "f" and not np.array_equal(labels, np.round(labels)):
+        return None
+    return np.unique(labels if labels.dtype.kind in "iufb" else labels.astype(str)).tolist()
+
+
+def _numbered(dataset: Dataset, classes: list[Any] | None) -> Dataset:
+    """Labels as numbers of their classes, where they have any."""
+    return dataset if classes is None else replace(dataset, labels=_codes(dataset.labels, classes))
+
+
+def _codes(labels: Any, classes: list[Any] | None) -> np.ndarray:
+    if classes is None:
+        return np.asarray(labels, dtype=float)
+    text = isinstance(classes[0], str)
+    places = {label: i for i, label in enumerate(classes)}
+    found = [places.get(str(v) if text else v) for v in np.asarray(labels).tolist()]
+    if None in found:
+        label = np.asarray(labels).tolist()[found.index(None)]
+        raise DataError(f"the label {label!r} is none of those of the fit: {', '.join(map(str, classes))}")
+    return np.array(found, dtype=np.int64)
 
 
 def _transformed(dataset: Any, transforms: list[Transform]) -> Any:

@@ -14,7 +14,7 @@ from pyrolvm.errors import PyrolvmError, RunFolderError, warn_user
 from pyrolvm.files import read_json, write_json
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.loading import load_run
-from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
+from pyrolvm.inference.posterior.saving import CONFIG, PARAMETERS
 from pyrolvm.models import REGISTRY
 from pyrolvm.runs.folder import BEGUN, CHECKPOINT, EVIDENCE, states
 from pyrolvm.runs.named import find_model, first_line
@@ -155,16 +155,6 @@ def count_parameters(path: Path) -> int:
     except Exception as error:  # safetensors raises its own and the system's
         raise RunFolderError(f"{file} is damaged: {first_line(error)}") from None
     return sum(math.prod(shape) for shape in shapes)
-
-
-def read_history(path: Path) -> pd.DataFrame:
-    """history.csv of the run in `path`, without loading its model."""
-    try:
-        return pd.read_csv(path / HISTORY)
-    except FileNotFoundError:
-        raise RunFolderError(f"{path / HISTORY} does not exist: is {path} the folder of a run?") from None
-    except ValueError as error:
-        raise RunFolderError(f"{path / HISTORY} is damaged: {error}") from None
 
 
 def read_evidence(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pyrolvm.shell import commands
+from pyrolvm.shell import commands, latent
 from pyrolvm.shell.door import Door
 
 app = typer.Typer(
@@ -47,6 +47,13 @@ for _command in (
     commands.sample,
     commands.encode,
     commands.reconstruct,
+    latent.interpolate,
+    latent.traverse,
+    latent.grid,
+    latent.analogy,
+    latent.shift,
+    latent.recondition,
+    commands.impute,
     commands.evidence,
     commands.diagnose,
     commands.compare,

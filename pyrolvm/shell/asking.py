@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import Delta
 
 from pyrolvm.data import Dataset
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import SettingError, count
 from pyrolvm.files import write_atomically
 from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, evidence_table, khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -49,8 +49,8 @@ class Question:
         self.source = source_of(data or "", given(shared, READING))
         self.dataset: Dataset | Any = None if data is None else self.recipe.read(self.source)
 
-    def write_rows(self, values: Any) -> None:
-        """Rows like those of the data: a table or array under the data's columns, or a picture."""
+    def write_rows(self, values: Any, across: int | None = None) -> None:
+        """Rows like those of the data: a table or array under their columns, or a picture, `across` in a line."""
         values, columns = self.recipe.undo(values), self.saved.columns
         if self.out is None or self.out.suffix.lower() != ".png":
             labels = self.dataset.labels if self.source.labels else None
@@ -58,21 +58,88 @@ class Question:
         elif isinstance(values, dict):
             raise SettingError(f"the model has several observed sites ({', '.join(values)}): use .npz")
         else:
-            write_png(values, self.out, self.image_shape, columns)
+            write_png(values, self.out, self.image_shape, columns, across)
 
-    def encode(self, seed: int = 0) -> None:
-        """`pyrolvm encode`: means and standard deviations of q(z | x), with the rows' numbers and labels."""
-        means = self.fitted.encode(self.dataset, seed=seed)
-        site = self.fitted.structure.local_latents[0].name
+    def take(self, rows: str) -> Any:
+        """The rows of DATA with these numbers."""
+        numbers, last = label_words(rows), self.dataset.num_rows - 1
+        for number in numbers:
+            if not isinstance(number, int) or not 0 <= number <= last:
+                raise SettingError(f"rows={rows}: write numbers from 0 to {last}, e.g. 0,{min(5, last)}")
+        return self.dataset.take(np.array(numbers, dtype=int))
+
+    def has_label(self, label: str) -> np.ndarray:
+        """Which rows of DATA have the label, bool [rows]."""
+        labels = self.dataset.labels
+        if labels is None:
+            raise SettingError(f"{self.dataset.name} has no labels: name their column, labels=...")
+        if self.recipe.record.get("labelled"):
+            return labels == self.recipe.codes(label_words(label))[0]
+        return labels.astype(str) == label
+
+    def write_grid(self, values: torch.Tensor) -> None:
+        """Pictures [rows, columns, ...] as one picture, or as a table or array of all."""
+        rows, columns = values.shape[:2]
+        flat = self.recipe.undo(values.reshape(rows * columns, *values.shape[2:]))
+        if self.out is not None and self.out.suffix.lower() == ".png":
+            write_png(flat, self.out, self.image_shape, self.saved.columns, columns)
+        else:
+            places = {"line": np.repeat(np.arange(rows), columns), "place": np.tile(np.arange(columns), rows)}
+            write_values(flat, self.out, self.saved.columns, places)
+
+    def sample(self, labels: str | None = None, num_samples: int | None = None, **options: Any) -> None:
+        """`pyrolvm sample`; the labels, in words, in turn."""
+        if labels is None:
+            if self.recipe.record.get("labelled"):
+                raise SettingError("the model takes labels: give those of the new rows, e.g. labels=0,1")
+            return self.write_rows(self.fitted.sample(count("num_samples", num_samples or 1), **options))
+        codes = self.recipe.codes(label_words(labels))
+        turns = np.resize(codes, count("num_samples", num_samples or len(codes)))
+        return self.write_rows(self.fitted.sample(len(turns), given={"y": turns}, **options), len(codes))
+
+    def encode(self, refine: bool = False, seed: int = 0) -> None:
+        """`pyrolvm encode`: means and standard deviations of q(z | x), with the rows' numbers and labels.
+
+        With `refine` of the guide refined for each row, whose bounds before and after are columns beside them.
+        """
+        fitted, beside = self.fitted, self._beside()
+        if refine:
+            fitted = refined = fitted.refine(self.dataset, seed=seed)
+            beside |= {name: refined.table[name].to_numpy() for name in ("elbo_start", "elbo", "gap")}
+            note(refined.sentence)
+        means = fitted.encode(self.dataset, seed=seed)
+        site = fitted.structure.local_latents[0].name
         codes = dict(means) if isinstance(means, dict) else {site: means}
         if self.out is None or self.out.suffix.lower() != ".npy":
-            codes |= {f"{name}_sd": sd for name, sd in deviations(self.fitted, self.dataset).items()}
-        write_values(codes, self.out, beside=self._beside())
+            codes |= {f"{name}_sd": sd for name, sd in deviations(fitted, self.dataset).items()}
+        write_values(codes, self.out, beside=beside)
 
     def _beside(self) -> dict[str, Any]:
         """What identifies a row of an answer."""
         labels = self.dataset.labels
         return {"row": np.arange(self.dataset.num_rows)} | ({} if labels is None else {"label": labels})
+
+    def impute(self, **options: Any) -> None:
+        """`pyrolvm impute`."""
+        found = self.fitted.impute(self.dataset, **options)
+        missing = found.missing.cpu().numpy()
+        read = (
+            self.source.like(self.recipe.record).read().values.reshape(missing.shape)
+        )  # not rounded by transforms
+        filled = {n: self.recipe.undo(getattr(found, n)) for n in ("mean", "lower", "upper")}
+        arrays = {name: np.where(missing, values, read) for name, values in filled.items()}
+        labels = {} if self.dataset.labels is None else {"label": self.dataset.labels}
+        suffix = ".csv" if self.out is None else self.out.suffix.lower()
+        if suffix in (".csv", ".tsv"):
+            gaps = np.flatnonzero(missing.any(0))
+            names = self.saved.columns or [f"column_{i}" for i in range(found.mean.shape[1])]
+            ends = [f"{names[i]}_{end}" for end in ("lower", "upper") for i in gaps]
+            beside = (arrays["lower"][:, gaps], arrays["upper"][:, gaps])
+            write_values(np.concatenate([arrays["mean"], *beside], 1), self.out, [*names, *ends], labels)
+        else:
+            write_values(arrays["mean"] if suffix == ".npy" else arrays, self.out, beside=labels)
+        if self.out is not None:
+            note(repr(found))
 
     def evidence(self, method: str = "importance", num_samples: int | None = None, **options: Any) -> None:
         """`pyrolvm evidence`."""
@@ -122,6 +189,15 @@ class Question:
         if names or quick:
             _print_summary(summary)
         note(f"{self.path}: {', '.join([*written, 'summary.csv'])}")
+
+
+def label_words(text: str) -> list[Any]:
+    """Labels as they are written: numbers where they are numbers."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        return words
 
 
 def source_of(data: str, options: dict[str, Any]) -> Source:

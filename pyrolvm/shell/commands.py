@@ -16,6 +16,7 @@ from pyrolvm.shell.options import (
     ENCODE,
     EVIDENCE,
     FIT,
+    IMPUTE,
     LOADING,
     OUTPUT,
     PICTURE,
@@ -91,7 +92,17 @@ def _words(parameter: Any, value: Any) -> list[str]:
 
 
 @sharing(SAMPLE, PICTURE, LOADING)
-def sample(run: RunName, out: Out = None, **shared: Any) -> None:
+def sample(
+    run: RunName,
+    out: Out = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels", metavar="A,B", help="Of the new rows, in turn, for a model that takes labels."
+        ),
+    ] = None,
+    **shared: Any,
+) -> None:
     """Draw new data from the model of RUN, in the units of its data; --out may be a png.
 
     [bold]Examples[/bold]
@@ -99,24 +110,36 @@ def sample(run: RunName, out: Out = None, **shared: Any) -> None:
     pyrolvm sample runs/iris --num-samples 1000 --out new.csv
 
     pyrolvm sample runs/vae --num-samples 64 --mean --out digits.png
+
+    pyrolvm sample runs/cvae --labels 0,1,2,3 --num-samples 40 --out some.png
     """
     from pyrolvm.shell.asking import PICTURES, Question
 
     question = Question(run, shared, out, PICTURES)
-    question.write_rows(question.fitted.sample(**given(shared, SAMPLE)))
+    question.sample(labels, **given(shared, SAMPLE))
 
 
 @sharing(ENCODE, READING, LOADING)
-def encode(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+def encode(
+    run: RunName,
+    data: DataName,
+    out: Out = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Improve q(z | x) for each row alone first, the model held.")
+    ] = False,
+    **shared: Any,
+) -> None:
     """Where the guide of RUN puts each row of DATA: mean and sd of q(z | x), or class probabilities.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     pyrolvm encode runs/iris iris --out codes.csv
+
+    pyrolvm encode runs/vae digits --refine --out refined.csv
     """
     from pyrolvm.shell.asking import Question
 
-    Question(run, shared, out, data=data).encode(**given(shared, ENCODE))
+    Question(run, shared, out, data=data).encode(refine, **given(shared, ENCODE))
 
 
 @sharing(RECONSTRUCT, PICTURE, READING, LOADING)
@@ -131,6 +154,21 @@ def reconstruct(run: RunName, data: DataName, out: Out = None, **shared: Any) ->
 
     question = Question(run, shared, out, PICTURES, data)
     question.write_rows(question.fitted.reconstruct(question.dataset, **given(shared, RECONSTRUCT)))
+
+
+@sharing(IMPUTE, READING, LOADING)
+def impute(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+    """DATA with what is missing filled, in their units: averages of draws, and intervals beside them.
+
+    A csv has the filled table, then NAME_lower and NAME_upper of the columns with gaps; an npz mean, lower and upper.
+
+    [bold]Example[/bold]
+
+    pyrolvm impute runs/bfi bfi.csv --interval 0.8 --out filled.csv
+    """
+    from pyrolvm.shell.asking import Question
+
+    Question(run, shared, out, data=data).impute(**given(shared, IMPUTE))
 
 
 @sharing(EVIDENCE, READING, LOADING)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import json
 import math
-import typing
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,25 @@ import torch
 from torch.optim import lr_scheduler
 
 from pyrolvm.data import BatchPlan
+from pyrolvm.data.precision import as_dtype
 from pyrolvm.errors import DivergenceError, SettingError, count, one_of
 from pyrolvm.files import write_atomically
 from pyrolvm.inference.objectives import OBJECTIVES
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.plots import plot_elbo
 from pyrolvm.runs import NamedModel, Preparation, RunFolder, described, find_model, still_rising
 from pyrolvm.seeds import Purpose, derived_seed
+from pyrolvm.shell.arguments import constructor_arguments
 from pyrolvm.shell.asking import source_of
-from pyrolvm.shell.options import FIT, PREPARING
+from pyrolvm.shell.options import FIT
 from pyrolvm.shell.printing import caution, console, print_facts, print_table
-from pyrolvm.shell.values import annotation_text, read_as
+from pyrolvm.shell.values import read_flags
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+OF_OBJECTIVES = ("num_particles", "alpha", "gradient")
 LAST_RATE = 0.01
 """The exponential schedule ends at this share of the learning rate."""
 SCHEDULES: dict[str, Callable[[int], Any]] = {
@@ -57,10 +58,13 @@ class Job:
                 raise SettingError(f"{word}: give MODEL and DATA first, then options")
         self.options, self.text = options, data
         self.named = _named(model, own, options)
-        self.data = _preparation(options).apply(source_of(data, options), as_vectors=self.named.takes_columns)
-        width = int(self.data.train.values[:1].size)
+        self.data = _preparation(options).apply(
+            source_of(data, options),
+            as_vectors=self.named.takes_columns,
+            takes_labels=self.named.takes_labels,
+        )
         self.arguments = constructor_arguments(
-            self.named, own | _extra(extras), options.get("set", {}), width
+            self.named, own | read_flags(extras), options.get("set", {}), self._from_data()
         )
         self.num_restarts = count("num_restarts", options.get("num_restarts", 1))
         self.fit_options = self._fit_options()
@@ -83,13 +87,23 @@ class Job:
                 f"restarts build the model anew, and {self.named.text} is built already: name its class instead"
             )
 
+    def _from_data(self) -> dict[str, Any]:
+        """The constructor's arguments that the data give."""
+        found: dict[str, Any] = {}
+        if self.named.takes_columns:
+            found["data_dim"] = int(self.data.train.values[:1].size)
+        if self.named.takes_labels:
+            classes = self.data.record["classes"]
+            found |= {"num_classes": len(classes)} if classes else {"condition_dim": 1}
+        return found
+
     def _fit_options(self) -> dict[str, Any]:
         """The keyword arguments of `fit`: those given, words turned into objects."""
         o = self.options
         given: dict[str, Any] = {k: v for k, v in o.items() if k in FIT and k != "guide"}
-        given["objective"] = _objective(o.get("objective"), o.get("num_particles"), o.get("alpha"))
+        given["objective"] = _objective(o.get("objective"), {k: o[k] for k in OF_OBJECTIVES if k in o})
         if "dtype" in o:
-            given["dtype"] = DTYPES[one_of("dtype", o["dtype"].removeprefix("torch."), DTYPES)]
+            given["dtype"] = as_dtype(o["dtype"])
         if "schedule" in o:
             epochs, plan = o.get("num_epochs"), BatchPlan(self.data.train.num_rows, o.get("batch_size"))
             steps = plan.num_steps(epochs) if epochs else o.get("num_steps") or 1000
@@ -125,69 +139,15 @@ class Job:
 
 
 def _named(text: str, own: dict[str, Any], options: dict[str, Any]) -> NamedModel:
-    """The model; `guide` is an option of its constructor if that has one of the name."""
+    """The model; `guide` and `alpha` are options of its constructor if that has some of the name."""
+    if options.get("guide") in ROW_GUIDES:  # of any model: `fit` makes it
+        return find_model(text, options["guide"])
     if ".py" not in text and ":" not in text:
         named = find_model(text)
-        if "guide" in named.options and "guide" in options:
-            own["guide"] = options.pop("guide")
+        own |= {n: str(options.pop(n)) for n in ("guide", "alpha") if n in named.options and n in options}
+        if "guide" in own:
             return named
     return find_model(text, options.get("guide"))
-
-
-def _extra(words: list[str]) -> dict[str, str]:
-    """`--name value` and `--name=value` of options that the shell does not know."""
-    found: dict[str, str] = {}
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("-"):
-            raise SettingError(
-                f"unexpected argument {word}: MODEL and DATA are all that stands without a flag"
-            )
-        name, sign, value = word.lstrip("-").partition("=")
-        alone = not left or left[0].startswith("--")
-        found[name.replace("-", "_")] = value if sign else "True" if alone else left.pop(0)
-    return found
-
-
-def constructor_arguments(
-    named: NamedModel, words: dict[str, str], settings: dict[str, Any], data_dim: int
-) -> dict[str, Any]:
-    """The constructor's arguments: by flag, by --set, and `data_dim`. Raises `SettingError`."""
-    known = named.options
-    free = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for name in [*words, *settings]:
-        if name in words and name in settings:
-            raise SettingError(f"{name} is given twice: by its flag and by --set")
-        if named.cls is None:
-            raise SettingError(
-                f"{named.text} is built already, so it takes no {_flag(name)}: name a class instead"
-            )
-        if name == "data_dim":
-            raise SettingError("data_dim is taken from the data: leave it out")
-        if name not in known and not free:
-            raise SettingError(_unknown(named, name))
-    needed = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    for name in needed:
-        if name not in words and name not in settings:
-            raise SettingError(f"{named.name} needs {_flag(name)}: e.g. {_flag(name)} 2")
-    try:
-        hints = typing.get_type_hints(named.cls.__init__)  # type: ignore[misc]
-    except (NameError, TypeError, AttributeError):  # annotations that mean nothing at run time
-        hints = {}
-    read = {n: read_as(n, annotation_text(hints.get(n, Parameter.empty)), w) for n, w in words.items()}
-    return ({"data_dim": data_dim} if named.takes_columns else {}) | read | settings
-
-
-def _unknown(named: NamedModel, name: str) -> str:
-    near = difflib.get_close_matches(name, [*named.options, *FIT, *PREPARING], n=2)
-    hint = f"did you mean {' or '.join(map(_flag, near))}? " if near else ""
-    has = f"it has {', '.join(map(_flag, named.options))}" if named.options else "it has none"
-    return f"{named.name} has no option {_flag(name)}: {hint}{has}"
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -201,22 +161,32 @@ def _preparation(options: dict[str, Any]) -> Preparation:
     return Preparation(**{"split_seed": options.get("seed", 0)} | chosen)
 
 
-def _objective(name: str | None, num_particles: int | None, alpha: float | None) -> Any:
-    """The ELBO of this name, ours or its class's; None for the program's own default."""
+def _objective(name: str | None, given: dict[str, Any]) -> Any:
+    """The ELBO of this name, ours or its class's, with the settings that are given; None for the program's default."""
     names = {cls.__name__: short for short, cls in OBJECTIVES.items()}
     name = names.get(name or "", name)
-    if alpha is not None and name != "renyi":
-        raise SettingError("alpha is of objective=renyi: give both, or leave it out")
-    if alpha == 1.0:
-        raise SettingError("alpha=1 is the ELBO itself: take objective=trace")
+    if name is not None:
+        one_of("objective", name, OBJECTIVES)
+    for setting in given:
+        having = [n for n, cls in OBJECTIVES.items() if setting in inspect.signature(cls).parameters]
+        if name is None and setting == "num_particles":
+            raise SettingError(f"num_particles is of an objective: name it, {', '.join(having)}")
+        if name not in having:
+            raise SettingError(
+                f"{setting} is of objective={' and '.join(having)}: give both, or leave it out"
+            )
     if name is None:
-        if num_particles is None:
-            return None
-        raise SettingError(f"num_particles is of an objective: name it, {', '.join(OBJECTIVES)}")
-    cls = OBJECTIVES[one_of("objective", name, OBJECTIVES)]
-    least, usual, more = (2, 10, {"alpha": alpha or 0.0}) if name == "renyi" else (1, 1, {})
-    draws = count("num_particles", usual if num_particles is None else num_particles, least)
-    return cls(num_particles=draws, vectorize_particles=draws > 1, **more)
+        return None
+    if name == "renyi":
+        if given.get("alpha") == 1.0:
+            raise SettingError("alpha=1 is the ELBO itself: take objective=trace")
+        given = {"num_particles": 10, "alpha": 0.0} | given
+    least = 2 if name == "renyi" else 1
+    if "num_particles" in given:
+        draws = given["num_particles"] = count("num_particles", given["num_particles"], least)
+        if "vectorize_particles" in inspect.signature(OBJECTIVES[name]).parameters:
+            given["vectorize_particles"] = draws > 1
+    return OBJECTIVES[name](**given)
 
 
 def run_fit(
@@ -263,7 +233,7 @@ def _save(fitted: FittedModel, restarts: Any, folder: RunFolder, job: Job, infer
     if restarts is not None:
         write_atomically(folder.path / "restarts.csv", lambda p: restarts.to_csv(p, index=False))
     if len(fitted.history):  # a run that went back to its start has none
-        figure = plot_elbo(fitted.history)
+        figure = plot_elbo(fitted.history, name=fitted.structure.bound_name)
         write_atomically(folder.path / "elbo.png", lambda p: figure.savefig(p, format="png", dpi=150))
     if inference_data:
         from pyrolvm.diagnostics.inference_data import save_inference_data, to_inference_data
@@ -279,6 +249,7 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job, path: Path) -> N
         console().print()
     history = fitted.history
     unit = "nats per datum" if fitted.structure.data_plate else "nats in total"
+    bound = fitted.structure.bound_name
     held_out, warmed = fitted.held_out_elbo, job.options.get("kl_warmup") and len(history)
     own = f" --model {job.named.text}" if ".py" in job.named.text else ""
     print_facts(
@@ -287,12 +258,12 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job, path: Path) -> N
         ("steps", int(history["step"].max()) if len(history) else 0),
         ("engine", fitted.engine),
         ("stopped", fitted.stopped_because),
-        (f"ELBO, {unit}", fitted.elbo),
-        ("ELBO, held out", None if math.isnan(held_out) else held_out),
+        (f"{bound}, {unit}", fitted.elbo),
+        (f"{bound}, held out", None if math.isnan(held_out) else held_out),
         ("KL weight at the end", float(history["kl_weight"].iloc[-1]) if warmed else None),
         ("run", str(path)),
         ("next", f"pyrolvm report {path}{own}"),
     )
     if rise := still_rising(history):
-        words = f"the ELBO rose by {rise:.3g} over the last fifth of the steps and may not be done"
+        words = f"the {bound} rose by {rise:.3g} over the last fifth of the steps and may not be done"
         caution(f"{words}: more --num-steps, or a larger --learning-rate")

@@ -10,9 +10,10 @@ from typing import Any
 
 from pyrolvm.data import DATASETS
 from pyrolvm.inference.posterior.history import held_out_elbo
+from pyrolvm.inference.posterior.loading import read_history
 from pyrolvm.models import REGISTRY
 from pyrolvm.runs import NamedModel, described
-from pyrolvm.runs.saved import count_parameters, read_config, read_evidence, read_history
+from pyrolvm.runs.saved import count_parameters, read_config, read_evidence
 from pyrolvm.shell.printing import caution, note, print_table
 
 COMPARED = {name: name for name in ("run", "model", "parameters", "steps")}
@@ -46,9 +47,12 @@ def compare(paths: list[Path]) -> None:
     for run in runs:
         run["evidence"] = run["estimates"].get(evidence, math.nan)
     key = next((k for k in ("evidence", "held_out") if all(not math.isnan(r[k]) for r in runs)), "elbo")
+    points = [run["run"] for run in runs if run["point"]]
     runs.sort(key=lambda r: -r[key] if not math.isnan(r[key]) else math.inf)
     print_table([*COMPARED.values()], [[run[k] for k in COMPARED] for run in runs])
     note(f"nats per datum; sorted by {COMPARED[key]}{_of(evidence)}")
+    if points:
+        caution(f"no bound, but the log p(x, z) of a point estimate: {', '.join(points)}")
     if len({r["data"] for r in runs}) > 1:
         caution("the runs were fitted to different data: their bounds do not compare")
 
@@ -75,4 +79,5 @@ def _facts(path: Path) -> dict[str, Any]:
         "held_out": held_out_elbo(history, (config.get("settings") or {}).get("kept_step")),
         "data": (data.get("sha256"), json.dumps(data.get("transforms"))),
         "estimates": noted,
+        "point": any(s.get("local") and s.get("point") for s in config["structure"]["sites"]),
     }

@@ -11,7 +11,10 @@ import typer
 from pyrolvm.shell.signatures import Option, listed, model_options, options_of
 
 MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
-OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi")
+OBJECTIVES = (
+    *("trace", "meanfield", "tracegraph", "enum", "renyi", "iwae", "info", "free_bits"),
+    *("reinforce", "nvil", "vimco", "muprop", "disarm", "rebar", "relax", "lax", "concrete"),
+)
 SCHEDULES = ("none", "cosine", "exponential")
 
 
@@ -87,7 +90,13 @@ FIT = options_of(
 )
 ADDED = listed(
     Option("num_particles", "int", help="Draws per datum of the objective.", panel=TRAINING),
-    Option("alpha", "float", help="Of renyi; 0 is the importance-weighted bound.", panel=TRAINING),
+    Option(
+        "alpha",
+        "float",
+        help="Of renyi and iwae; 0 is the importance-weighted bound. Of InfoVAE, 1 is the MMD-VAE.",
+        panel=TRAINING,
+    ),
+    Option("gradient", "str", help="Of iwae: standard, stl or dreg.", panel=TRAINING),
     Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
     Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
 )
@@ -99,10 +108,11 @@ PREPARING = listed(
     Option("threshold", "float", help="Halfway between the extremes by default.", panel=DATA),
     Option("split_seed", "int", help="Of the rows held out; --seed by default.", panel=DATA),
 )
-CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
+CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT | ADDED}
 SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
 ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
 RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))
+IMPUTE = options_of(FITTED, "FittedModel.impute", ("x",))
 EVIDENCE = options_of(
     "inference/posterior/evidence/__init__.py", "evidence_table", ("pair", "progress", "annealing")
 )

@@ -91,9 +91,13 @@ def _columns(arrays: dict[str, np.ndarray], names: list[str] | None) -> dict[str
 
 
 def write_png(
-    values: np.ndarray, out: Path, image_shape: tuple[int, ...] | None, names: list[str] | None = None
+    values: np.ndarray,
+    out: Path,
+    image_shape: tuple[int, ...] | None,
+    names: list[str] | None = None,
+    columns: int | None = None,
 ) -> None:
-    """A grid of images, or the points of data of one or two columns called `names`; values [rows, ...]."""
+    """A grid of images, `columns` in a line, or the points of data of one or two columns called `names`."""
     from pyrolvm.plots import plot_latents, plot_samples
 
     flat = values.reshape(len(values), -1)
@@ -107,7 +111,7 @@ def write_png(
             raise SettingError(
                 f"--image-shape {','.join(map(str, shape))} does not suit rows of {flat.shape[1]} values"
             )
-        figure = plot_samples(flat[:MAX_IMAGES], shape)
+        figure = plot_samples(flat[:MAX_IMAGES], shape, columns=columns)
     write_atomically(out, lambda p: figure.savefig(p, format="png", dpi=150, bbox_inches="tight"))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import typer
 from pyrolvm.shell.values import Kinds, kinds_of, read_as
 
 ROOT = Path(__file__).parents[1]
+BASE = "pyrolvm.models.base"
 SHORT: dict[str, tuple[str, ...]] = {
     "num_steps": ("--steps", "-n"),
     "num_epochs": ("--epochs",),
@@ -27,12 +29,15 @@ SHORT: dict[str, tuple[str, ...]] = {
     "batch_size": ("-b",),
     "latent_dim": ("-l",),
     "num_components": ("-k",),
+    "lambda_": ("--lambda",),
     "num_samples": ("-s",),
     "num_particles": ("--particles",),
     "num_restarts": ("--restarts",),
     "checkpoint_seconds": ("--checkpoint-every",),
 }
 """Other spellings of an option."""
+FROM_DATA = ("data_dim", "num_classes", "condition_dim")
+"""Parameters of models that the data give."""
 
 
 @dataclass(frozen=True)
@@ -115,17 +120,37 @@ def options_of(
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     node = _find(tree, name.split("."))
     documented = _described(ast.get_docstring(node) or "")
+    if isinstance(node, ast.ClassDef) and not any(getattr(n, "name", "") == "__init__" for n in node.body):
+        return {}
     function = _find(node, ["__init__"]) if isinstance(node, ast.ClassDef) else node
-    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
-    aliases = {t.id: n.value for n in assigned for t in n.targets if isinstance(t, ast.Name)}
     found = {}
     for argument, default in _arguments(function.args):
-        text = dict(written).get(argument.arg) or _annotation(argument.annotation, aliases)
+        text = dict(written).get(argument.arg) or _annotation(argument.annotation, tree)
         kind, words_ = documented.get(argument.arg, ("", ""))
         if argument.arg not in leave_out and kinds_of(text):
             choices = tuple(re.findall(r"[\"']([^\"']+)[\"']", kind)) if kind.startswith("{") else ()
             found[argument.arg] = Option(argument.arg, text, _default(default), words_, choices, panel)
     return found
+
+
+def _alias(name: str, tree: ast.Module) -> ast.expr | None:
+    """What a name is assigned in a file, or in the file of the package that it is imported from."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == name for t in node.targets
+        ):
+            return node.value
+        if isinstance(node, ast.ImportFrom) and any(a.name == name for a in node.names):
+            file = _file(node.module)
+            return None if file is None else _alias(name, ast.parse(file.read_text(encoding="utf-8")))
+    return None
+
+
+def _file(module: str | None) -> Path | None:
+    """The file of a module of the package."""
+    package, _, path = str(module).partition(".")
+    file = ROOT / f"{path.replace('.', '/')}.py"
+    return file if package == ROOT.name and file.is_file() else None
 
 
 def _find(node: Any, path: list[str]) -> Any:
@@ -143,10 +168,10 @@ def _arguments(arguments: ast.arguments) -> list[tuple[ast.arg, ast.expr | None]
     return [(argument, default) for argument, default in pairs if argument.arg != "self"]
 
 
-def _annotation(node: ast.expr | None, aliases: dict[str, ast.expr]) -> str:
-    """The annotation's source, a name that stands for a Literal in the same file put in full."""
-    if isinstance(node, ast.Name) and node.id in aliases:
-        node = aliases[node.id]
+def _annotation(node: ast.expr | None, tree: ast.Module) -> str:
+    """The annotation's source, a name that stands for a Literal put in full."""
+    if isinstance(node, ast.Name):
+        node = _alias(node.id, tree) or node
     return "" if node is None else ast.unparse(node)
 
 
@@ -173,22 +198,20 @@ def _described(docstring: str) -> dict[str, tuple[str, str]]:
 def model_options(panel: str) -> dict[str, Option]:
     """The constructors' options of all models of the suite, each with the models that have it."""
     found: dict[str, Option] = {}
-    for file in sorted((ROOT / "models").glob("*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if not isinstance(node, ast.ClassDef) or not _is_model(node):
-                continue
-            for name, option in options_of(f"models/{file.name}", node.name, ("data_dim",), panel).items():
-                first = found.setdefault(name, replace(option, models=[], default=""))
-                first.models.append(node.name)
+    for file, model in _registered():
+        for name, option in options_of(file, model, FROM_DATA, panel).items():
+            first = found.setdefault(name, replace(option, models=[], default=""))
+            first.models.append(model)
     return {n: replace(o, help=f"{o.help} ({', '.join(o.models)})".strip()) for n, o in found.items()}
 
 
-def _is_model(node: ast.ClassDef) -> bool:
-    """Whether the class is a model, built for data of so many columns, and no network."""
-    if any("Module" in ast.unparse(base) for base in node.bases):
-        return False
-    made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
-    return bool(made) and any(a.arg == "data_dim" for a in made[0].args.args)
+def _registered() -> list[tuple[str, str]]:
+    """(file, class) of the models: the imports of `models/__init__.py` above the registry, which are the registry."""
+    body = ast.parse((ROOT / "models/__init__.py").read_text(encoding="utf-8")).body
+    above = itertools.takewhile(lambda node: not isinstance(node, ast.AnnAssign), body)
+    lines = [node for node in above if isinstance(node, ast.ImportFrom) and node.module != BASE]
+    found = [(_file(node.module), a.name) for node in lines for a in node.names]
+    return [(str(file.relative_to(ROOT)), name) for file, name in found if file is not None]
 
 
 def sharing(*groups: dict[str, Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -68,7 +68,11 @@ def kinds_of(annotation: str) -> Kinds:
 def _alternatives(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.BinOp):
         return [*_alternatives(node.left), *_alternatives(node.right)]
-    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("Optional", "Union"):
+    # at run time a union with a Literal is typing.Optional[...]
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value).removeprefix("typing.") in (
+        "Optional",
+        "Union",
+    ):
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice, ast.Constant(None)]
         return [a for part in inner for a in _alternatives(part)]
     return [node]
@@ -131,3 +135,19 @@ def literal(text: str) -> Any:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
     return list(value) if isinstance(value, tuple) else value
+
+
+def read_flags(words: list[str]) -> dict[str, str]:
+    """`--name value` and `--name=value` of options that the shell does not know."""
+    found: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            raise SettingError(
+                f"unexpected argument {word}: MODEL and DATA are all that stands without a flag"
+            )
+        name, sign, value = word.lstrip("-").partition("=")
+        alone = not left or left[0].startswith("--")
+        found[name.replace("-", "_")] = value if sign else "True" if alone else left.pop(0)
+    return found

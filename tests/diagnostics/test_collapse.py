@@ -60,7 +60,11 @@ def test_information_and_marginal_kl_are_those_of_the_linear_model(ppca, report)
     assert report.active_units == 2
     assert report.collapsed_share == 0
     assert report.decoder_uses_latents
-    assert "2 of 2 latent dimensions are active and 0 are collapsed" in report.sentence
+    assert (
+        "2 of 2 latent dimensions are active (the variance of E[z | x] over the data is above 0.01)"
+        in report.sentence
+    )
+    assert "and 0 are collapsed (average KL below 0.01 nats)" in report.sentence
 
 
 def test_variance_of_the_means_is_the_closed_form(ppca, report):

@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, ProgramError, SettingError, data_plate
-from pyrolvm.diagnostics.gaps import evidence_gaps
+from pyrolvm.diagnostics.gaps import Gaps, evidence_gaps
 from pyrolvm.inference.program.pair import Pair
 
 FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
@@ -27,6 +28,13 @@ def ppca():
         model.loadings.mul_(2)
     model.solve_guide()
     return model
+
+
+def test_no_zero_has_a_minus():
+    columns = ["inference_gap", "approximation_gap", "amortisation_gap"]
+    gaps = Gaps(pd.DataFrame([[-1e-4, -2e-4, 1e-4]], columns=columns), "full", of_guide=True)
+    assert "0.00 nats" in gaps.sentence
+    assert "-0.0" not in str(gaps)
 
 
 def precision(model):

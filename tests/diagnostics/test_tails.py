@@ -126,7 +126,9 @@ def test_there_is_no_khat_where_it_would_be_that_of_noise_and_it_says_why():
     noisy = global_khat(factors, x, 50, 3)
     assert noisy.k_hat is None
     assert "nats of noise" in noisy.reason
-    assert "20 were given" in global_khat(factors, x[:20]).reason
+    assert "the 20 given are others" in global_khat(factors, x[:20]).reason
+    other = global_khat(factors, torch.randn(x.shape, generator=torch.Generator().manual_seed(5)))
+    assert f"the {len(x)} given are others" in other.reason
     ppca = pyrolvm.fit(PPCA(5, 2), x, **FREEZE)
     assert "no latents are shared" in global_khat(ppca, x).reason
 

@@ -50,9 +50,18 @@ def test_estimates_agree_with_the_exact_value(ppca, method, num_samples):
     exact = ppca.log_evidence(X, "exact")
     table = evidence_table(ppca.pair(X), method, num_samples)
     assert_agrees(table, exact)
-    assert list(table) == ["log_evidence", "standard_error", "effective_sample_size", "k_hat", "acceptance"]
+    assert list(table) == [
+        "log_evidence",
+        "standard_error",
+        "elbo",
+        "effective_sample_size",
+        "k_hat",
+        "acceptance",
+    ]
     assert table.effective_sample_size.between(1, num_samples).all()
     assert (table.standard_error < 0.2).all()
+    below = table.elbo < table.log_evidence
+    assert below.all() if method == "importance" else table.elbo.isna().all()
     values = ppca.log_evidence(X, method, num_samples)
     assert torch.equal(values, torch.tensor(table.log_evidence.to_numpy()))
 
@@ -420,7 +429,7 @@ def test_a_minibatch_fit_has_the_evidence_of_the_whole(ppca):
         ({"num_steps": 10}, "num_steps is for method='ais' only"),
         ({"method": "ais", "start": "posterior"}, "start='posterior' is not known: choose from prior, guide"),
         ({"method": "ais", "schedule": "cubic"}, "choose from sigmoid, geometric, linear"),
-        ({"method": "ais", "num_steps": 0}, "num_steps must be at least 1"),
+        ({"method": "ais", "num_steps": 0}, "num_steps must be a positive whole number"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(ppca, options, message):

@@ -344,6 +344,13 @@ def test_a_callback_can_stop_the_run():
     assert fitted.history["step"].iloc[-1] < 10_000
 
 
+@pytest.mark.parametrize("surplus", [1, 2])
+def test_surplus_positional_arguments_are_refused_with_what_to_type(surplus):
+    arguments = [IRIS, lambda x: None][:surplus]
+    with pytest.raises(pyrolvm.SettingError, match=r"fit\(model, \(x, y\), guide=guide\)"):
+        pyrolvm.fit(PPCA(4, 1), IRIS, *arguments)
+
+
 def test_data_frames_name_the_columns():
     frame = pd.DataFrame(load_iris().data, columns=["a", "b", "c", "d"])
     fitted = pyrolvm.fit(PPCA(4, 1), frame, num_steps=2, **QUIET)

@@ -60,6 +60,15 @@ def test_all_are_judged_by_the_same_rows_and_noise():
     assert np.allclose(table["bound"], table["bound"][0], atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.2, np.float32(0.2)])
+def test_a_share_of_any_type_is_held_out_once_for_all(share):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    options = {"validation": share, "dtype": "float64", "num_steps": 3, "progress": False}
+    best, table = pyrolvm.fit_restarts(lambda seed: pyrolvm.PPCA(4, 1), x, num_restarts=2, **options)
+    assert best.num_rows == 48
+    assert table["bound"].notna().all()
+
+
 def test_diverged_restarts_are_noted_and_skipped():
     options = {"num_steps": 5, "optimizer": "sgd", "learning_rate": 1e-3, **QUIET}
     best, table = fit_restarts(

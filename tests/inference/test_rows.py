@@ -12,6 +12,7 @@ import pyrolvm
 from pyrolvm import DataError, LatentVariableModel, SettingError
 from pyrolvm.data import Batch
 from pyrolvm.inference.program import pair as pairs
+from pyrolvm.inference.program.reading import _moved
 
 X = torch.randn(120, generator=torch.Generator().manual_seed(0)) * math.sqrt(2)
 QUIET = {"progress": False, "engine": "eager"}
@@ -82,6 +83,21 @@ def test_held_out_rows_are_refused():
 def test_an_amortised_guide_has_no_parameters_of_rows():
     fitted = pyrolvm.fit(pyrolvm.PPCA(3, 1), torch.randn(30, 3), num_steps=2, batch_size=10, **QUIET)
     assert fitted.structure.per_datum == ()
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "moved"),
+    [
+        ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], True),
+        ([1.0, 2.0, 0.0], [2.0, 0.0, 0.0], True),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], False),
+        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], False),  # all rows share it: noise makes the difference
+        ([1.0, 1e-9, 0.0], [1.0, 0.0, 0.0], False),  # rounded otherwise
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], False),
+    ],
+)
+def test_a_gradient_that_moves_with_the_row_number_is_of_rows(here, there, moved):
+    assert _moved(torch.tensor(here), torch.tensor(there)) == moved
 
 
 def test_batches_compose_row_numbers():

@@ -67,29 +67,44 @@ def flat(draws, reference):
     return torch.cat([loadings.flatten(1), draws["noise_scale"], draws["offset"]], 1).detach().double()
 
 
-@pytest.fixture(scope="module")
-def comparison():
-    """Guide and reference: means and deviations per element, effective sample size of the reference."""
+def fitted_guide(x, factors):
+    """The guide, fitted to `x`."""
     torch.manual_seed(0)
-    x = small_set()
-    analysis = pyrolvm.BayesianFactorAnalysis(COLUMNS, 1)
-    analysis.initialise_from(x)
+    analysis = pyrolvm.BayesianFactorAnalysis(COLUMNS, 1, factors=factors)
     options = {"num_steps": 800, "learning_rate": 0.03, "progress": False, "engine": "eager"}
     falling = {"schedule": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 800)}
-    fitted = pyrolvm.fit(analysis, x, **options, **falling)
+    return pyrolvm.fit(analysis, x, **options, **falling)
+
+
+def moments(draws):
+    """Means and deviations per element of draws [S, 12]."""
+    return {"mean": draws.mean(0).numpy(), "sd": draws.std(0).numpy()}
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Moments of the guide with z sampled (with the reference's beside them), and of the one with z integrated out."""
+    x = small_set()
+    fitted = fitted_guide(x, "sampled")
+    analysis = fitted.model
     reference = analysis.posterior_mean()["loadings"]
-    q = flat(fitted.posterior(x, 4000), reference)
     p = flat(reference_draws(analysis, x), reference)
-    table = {
-        "mean": q.mean(0),
-        "sd": q.std(0),
-        "reference_mean": p.mean(0),
-        "reference_sd": p.std(0),
-        "ess": effective_sample_size(p.unsqueeze(0), 0, 1),
-        "r_hat": split_gelman_rubin(p.unsqueeze(0), 0, 1),
-    }
+    exact = {f"reference_{k}": v for k, v in moments(p).items()}
+    exact["ess"] = effective_sample_size(p.unsqueeze(0), 0, 1).numpy()
+    exact["r_hat"] = split_gelman_rubin(p.unsqueeze(0), 0, 1).numpy()
     index = pd.MultiIndex.from_product([GLOBALS, range(COLUMNS)])
-    return pd.DataFrame({k: v.numpy() for k, v in table.items()}, index)
+    guides = fitted, fitted_guide(x, "integrated")
+    return [pd.DataFrame(moments(flat(g.posterior(x, 4000), reference)) | exact, index) for g in guides]
+
+
+@pytest.fixture
+def comparison(both):
+    return both[0]
+
+
+@pytest.fixture
+def integrated(both):
+    return both[1]
 
 
 def test_the_reference_converged(comparison):
@@ -119,3 +134,13 @@ def test_the_offset_is_too_narrow_by_the_factor_that_mean_field_must_be(comparis
     assert ((ratio / wanted - 1).abs() < 4 * (2 * offset["ess"]) ** -0.5).all()
     assert wanted.min() < 0.5
     assert wanted.max() > 0.85
+
+
+def test_the_posterior_is_wider_once_the_factors_are_integrated_out(comparison, integrated):
+    """The offset has the exact deviations; means within a fifth of a deviation; beyond that, the noise of NUTS."""
+    off = (integrated["mean"] - integrated["reference_mean"]) / integrated["reference_sd"]
+    assert (off.abs() < 0.2 + 3 * integrated["ess"] ** -0.5).all()
+    ratio, error = integrated["sd"] / integrated["reference_sd"], (2 * integrated["ess"]) ** -0.5
+    assert ((ratio - 1).abs() < 0.1 + 3 * error)["offset"].all()
+    assert (ratio < 1 + 3 * error).all()
+    assert ratio.mean() > (comparison["sd"] / comparison["reference_sd"]).mean() + 0.1

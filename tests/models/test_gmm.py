@@ -110,7 +110,7 @@ def test_prior_terms_of_the_bound(iris, covariance):
     loss = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(mixture.model, mixture.guide, iris)
     spread = mixture.unit / 3 ** (1 / 4)
     if covariance == "full":
-        scale = InverseWishartCholesky(6, spread).log_prob(mixture.scale)
+        scale = InverseWishartCholesky(6, torch.diag(spread)).log_prob(mixture.scale)
     else:
         columns = mixture.scale.shape[1]
         scale = inverse_chi(3, (spread / 3**0.5)[:columns]).log_prob(mixture.scale)

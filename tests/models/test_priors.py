@@ -25,7 +25,7 @@ def log_jacobian(tril):
 @pytest.mark.parametrize("data_dim", [1, 2, 4])
 def test_density_is_scipys_inverse_wishart(data_dim):
     scale = torch.rand(data_dim, dtype=torch.double) + 0.5
-    law = InverseWishartCholesky(data_dim + 2.5, scale)
+    law = InverseWishartCholesky(data_dim + 2.5, torch.diag(scale))
     tril = law.sample()
     scipys = scipy.stats.invwishart(data_dim + 2.5, torch.diag(scale**2).numpy())
     wanted = scipys.logpdf((tril @ tril.mT).numpy()) + log_jacobian(tril)
@@ -34,7 +34,7 @@ def test_density_is_scipys_inverse_wishart(data_dim):
 
 def test_draws_have_the_inverse_wisharts_mean():
     scale = torch.tensor([0.5, 1.0, 2.0], dtype=torch.double)
-    tril = InverseWishartCholesky(12, scale).sample((20_000,))
+    tril = InverseWishartCholesky(12, torch.diag(scale)).sample((20_000,))
     covariance = tril @ tril.mT
     error = (covariance.mean(0) - torch.diag(scale**2) / (12 - 3 - 1)).abs()
     assert (error < 4 * covariance.std(0) / 20_000**0.5).all()
@@ -43,7 +43,7 @@ def test_draws_have_the_inverse_wisharts_mean():
 
 def test_one_dimension_is_the_scaled_inverse_chi():
     sigma, scale = torch.rand(10, dtype=torch.double) + 0.1, torch.tensor(0.7, dtype=torch.double)
-    wishart = InverseWishartCholesky(3, scale.reshape(1)).log_prob(sigma.reshape(10, 1, 1))
+    wishart = InverseWishartCholesky(3, scale.reshape(1, 1)).log_prob(sigma.reshape(10, 1, 1))
     torch.testing.assert_close(inverse_chi(3, scale / 3**0.5).log_prob(sigma), wishart)
 
 
@@ -55,7 +55,7 @@ def test_density_of_the_scale_is_that_of_the_variance():
 
 
 def test_batches_and_expansion():
-    law = InverseWishartCholesky(5, torch.rand(4, 3) + 0.5)
+    law = InverseWishartCholesky(5, torch.diag_embed(torch.rand(4, 3) + 0.5))
     assert law.sample((2,)).shape == (2, 4, 3, 3)
     assert law.expand((7, 4)).log_prob(law.sample((7,))).shape == (7, 4)
     assert law.to_event(1).log_prob(law.sample()).shape == ()

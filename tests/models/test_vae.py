@@ -183,8 +183,8 @@ def test_settings_that_mean_nothing_are_refused():
         VAE(4, 2, noise_scale="shared")
     with pytest.raises(SettingError, match="no noise_scale"):
         VAE(4, 2).noise_scale  # noqa: B018
-    with pytest.raises(SettingError, match="choose from bernoulli, gaussian"):
-        VAE(4, 2, likelihood="poisson")
+    with pytest.raises(SettingError, match="choose from bernoulli, categorical"):
+        VAE(4, 2, likelihood="laplace")
     with pytest.raises(SettingError, match="image_shape"):
         VAE(50, 2, encoder="conv")
 

@@ -8,13 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyrolvm.errors import ProgramError, SettingError
+from pyrolvm.errors import ProgramError, SettingError, one_of
 from pyrolvm.inference.engine.compiled import CompiledEngine, probe
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.native import has_compiler, is_compiled
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
-from pyrolvm.inference.engine.tracing import UntraceableError, trace_step
+from pyrolvm.inference.engine.tracing import trace_step
+from pyrolvm.inference.engine.untraceable import UntraceableError
 
 ENGINES = ("auto", "compiled", "eager")
 DEVICES = ("cpu", "cuda")
@@ -28,7 +29,15 @@ KNOWN_TORCH = ((2, 11), (2, 13))
 
 
 class Engine(Protocol):
-    """The interface that `fit` uses; it does not depend on which engine runs."""
+    """The interface that `fit` uses; it does not depend on which engine runs.
+
+    Attributes
+    ----------
+    setup_seconds : float
+        Seconds within `run` so far that no step took: compiling, and checking the first compiled steps.
+    """
+
+    setup_seconds: float
 
     @property
     def name(self) -> str:
@@ -77,9 +86,7 @@ def choose_engine(
     ProgramError
         "compiled" for a program that cannot be traced.
     """
-    if name not in ENGINES:
-        raise SettingError(f"engine='{name}' is not known: choose from {', '.join(ENGINES)}")
-    if name == "eager":
+    if one_of("engine", name, ENGINES) == "eager":
         return EagerEngine(problem), "eager engine: asked for"
     if name == "compiled":
         return _compiled(problem, on_compile), "compiled engine: asked for"

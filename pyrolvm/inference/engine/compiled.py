@@ -47,6 +47,8 @@ class CompiledEngine:
     ----------
     num_compilations : int
         How often a step was compiled or captured: once, whatever the lengths of the chunks.
+    setup_seconds : float
+        As `Engine.setup_seconds`.
 
     Raises
     ------
@@ -70,6 +72,7 @@ class CompiledEngine:
         self.fall_back = fall_back
         self.note = note
         self.num_compilations = 0
+        self.setup_seconds = 0.0
         self._traced = traced or trace_step(problem, *probe(problem)[:2])
         self._slots = _slots(self._traced)
         self._loop: Loop | None = None
@@ -104,18 +107,20 @@ class CompiledEngine:
 
     def _first_run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
         """Compile, and check the first steps against eager ones."""
-        before = state.clone()
+        before, start = state.clone(), time.perf_counter()
         _, expected = self.eager.run(state.clone(), rows[:CHECKED_STEPS])
         self.problem.program.load(before.parameters)  # so that `state` is intact if compiling is interrupted
         try:
             self._loop = self._compile()
             self.num_compilations += 1
+            self.setup_seconds = time.perf_counter() - start
             after, terms = self._run(before.clone(), rows)
             _check_equal(terms[:CHECKED_STEPS], expected)
         except Exception as error:
             if not self.fall_back:
                 raise ProgramError(f"the compiled engine cannot run this program: {error}") from error
             self._given_up = True
+            self.setup_seconds = time.perf_counter() - start
             self.note = f"eager engine: compiling failed ({error})"
             return self.eager.run(before, rows)
         return after, terms
@@ -172,7 +177,7 @@ def probe(problem: Problem) -> tuple[Slots, Tensor, float]:
     rows : tensor [batch]
         The rows used.
     seconds : float
-        Per step.
+        Per step; on the CPU those of this thread alone, since a busy machine would slow compiling as much.
     """
     program = problem.program
     before = {k: v.detach().clone() for k, v in program.tensors().items()}
@@ -181,11 +186,12 @@ def probe(problem: Problem) -> tuple[Slots, Tensor, float]:
         plate.size if problem.minibatch and plate else problem.num_rows, device=program.device
     )
     engine = EagerEngine(problem)
+    clock = time.thread_time if program.device.type == "cpu" else time.perf_counter
     try:
         state, _ = engine.run(engine.initial_state(noise_state(0, program.device)), rows.expand(1, -1))
-        start = time.perf_counter()
+        start = clock()
         state, _ = engine.run(state, rows.expand(PROBED_STEPS, -1))
-        seconds = (time.perf_counter() - start) / PROBED_STEPS
+        seconds = (clock() - start) / PROBED_STEPS
     finally:
         program.load(before)
     return state.optimizer, rows, seconds

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.engine.entries import blank_slots, collected, is_per_row, places_of, put_back, taken
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.program.noise import generator_state, kept_generators, set_generator_state
@@ -15,13 +16,19 @@ class EagerEngine:
     """Runs steps one by one with torch's own optimiser."""
 
     name = "eager"
+    setup_seconds = 0.0
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.leaves = list(problem.program.parameters.values())
-        if not self.leaves:
+        parameters = problem.program.parameters
+        if not parameters:
             raise ProgramError("the program has no parameters, so there is nothing to fit")
-        self.optimizer = problem.optimizer.build(self.leaves)
+        self.tables = {name: parameters[name] for name in problem.tables}
+        self.slots = {name: blank_slots(problem.optimizer, table) for name, table in self.tables.items()}
+        # of a table the optimiser holds the entries of a batch, which are exchanged in every step
+        entries = {name: table[:1].detach().clone().requires_grad_() for name, table in self.tables.items()}
+        self.leaves = parameters | entries
+        self.optimizer = problem.optimizer.build(list(self.leaves.values()))
         self._live: TrainingState | None = None
 
     def initial_state(self, random: dict[str, Tensor]) -> TrainingState:
@@ -44,19 +51,43 @@ class EagerEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = controls[0]
         gradients, terms = self.problem.gradients(rows, controls[1:])
-        for leaf, gradient in zip(self.leaves, gradients, strict=True):
-            leaf.grad = gradient
+        found = dict(zip(self.leaves, gradients, strict=True))
+        places = places_of(rows) if self.tables else rows
+        for name in self.tables:
+            self._take(name, rows)
+            if (gradient := found[name]) is not None:
+                found[name] = collected(gradient, places)
+        for name, leaf in self.leaves.items():
+            leaf.grad = found[name]
         if self.problem.optimizer.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.leaves, self.problem.optimizer.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.leaves.values(), self.problem.optimizer.clip_norm)
+        for name in self.tables:
+            if (gradient := self.leaves[name].grad) is not None:
+                self.leaves[name].grad = gradient.index_select(0, places)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for name in self.tables:
+            self._put_back(name, rows)
         return terms
 
+    def _take(self, name: str, rows: Tensor) -> None:
+        """Give the optimiser the entries of `rows`, and of its slots."""
+        leaf = self.leaves[name]
+        leaf.data = self.tables[name].detach().index_select(0, rows)
+        if self.optimizer.state.get(leaf):
+            self.optimizer.state[leaf] |= taken(self.slots[name], rows)
+
+    def _put_back(self, name: str, rows: Tensor) -> None:
+        slots, state = self.slots[name], self.optimizer.state.get(self.leaves[name])
+        if state:
+            put_back(list(slots.values()), rows, [state[slot] for slot in slots])
+        put_back([self.tables[name]], rows, [self.leaves[name]])
+
     def _state(self, step: int, random: dict[str, Tensor]) -> TrainingState:
-        names = self.problem.program.parameters
         slots = {
             name: {k: v for k, v in self.optimizer.state[leaf].items() if isinstance(v, Tensor)}
-            for name, leaf in names.items()
+            | (self.slots.get(name, {}))
+            for name, leaf in self.leaves.items()
             if leaf in self.optimizer.state
         }
         self._live = TrainingState(self.problem.program.tensors(), slots, step, random)
@@ -68,6 +99,10 @@ class EagerEngine:
             return
         self.problem.program.load(state.parameters)
         self.optimizer.state.clear()
-        for name, leaf in self.problem.program.parameters.items():
+        for name, leaf in self.leaves.items():
             if name in state.optimizer:
                 self.optimizer.state[leaf] = {k: v.clone() for k, v in state.optimizer[name].items()}
+        for name, table in self.tables.items():
+            self.slots[name] = {
+                k: v.clone() for k, v in state.optimizer.get(name, {}).items() if is_per_row(v, table)
+            } or blank_slots(self.problem.optimizer, table)

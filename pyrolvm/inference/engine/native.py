@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyrolvm.inference.engine import cache, graphs, loops, rewrites, source, tracing
@@ -36,7 +37,7 @@ def key(traced: TracedStep) -> str:
     modules = (graphs, loops, rewrites, source, tracing, sys.modules[__name__])
     sources = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
     own = [_header_text(path.name) for path in sorted(CPP.glob("*.h"))]
-    return cache.digest(traced.text(), str(_blas_from()), *sources, *own)
+    return cache.digest(traced.text(), *sources, *own)
 
 
 def is_compiled(traced: TracedStep) -> bool:
@@ -79,12 +80,9 @@ def _load(path: Path) -> Callable[..., bytes | None]:
 def _compile(advance: Callable[..., Any], inputs: Sequence[Tensor], path: Path) -> None:
     if not has_compiler():
         raise CompilerError("no C++ compiler was found (install g++ or clang++)")
-    with ThreadPoolExecutor(1) as pool:
-        # torch's headers are parsed once per machine, on another core while inductor writes its C++
-        header = _header()
-        ready = pool.submit(_precompile, header)
+    header = _header()
+    with _precompiling(header):
         code = graphs.cpp_source(graphs.functional(advance, inputs))
-        ready.result()
     with cache.storing(path) as target:
         written = target.with_suffix(".cpp")
         written.write_text(_whole(code, len(inputs)), encoding="utf-8")
@@ -92,24 +90,11 @@ def _compile(advance: Callable[..., Any], inputs: Sequence[Tensor], path: Path) 
 
 
 def _whole(code: str, num_inputs: int) -> str:
-    """inductor's C++ of one step, with the loop around it and the matrix products it calls."""
+    """inductor's C++ of one step, with the loop around it."""
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
-    settings = {
-        "NUM_INPUTS": num_inputs,
-        "NUM_THREADS": torch.get_num_threads(),
-        "STEPS_PER_CALL": steps,
-        "BLAS_FROM": _blas_from(),
-    }
-    lines = [f"#define {name} {value}" for name, value in settings.items()]
-    looped = source.looped(code)
-    names = ("gemm.h", "products.h", "runtime.h") if "pyrolvm::mm_out" in looped else ("runtime.h",)
-    return "\n".join([graphs.HEADERS, *lines, *map(_header_text, names), looped])
-
-
-def _blas_from() -> int:
-    """The number of multiplications from which BLAS is as quick as `gemm.h`; MKL on AMD's processors never is."""
-    return 2**31 if torch.backends.mkl.is_available() and "AMD" in cache.processor() else 2**20
+    lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {steps}"]
+    return "\n".join([graphs.HEADERS, *lines, _header_text("runtime.h"), source.looped(code)])
 
 
 def _header_text(name: str) -> str:
@@ -125,22 +110,46 @@ def _header() -> Path:
     return path
 
 
-def _precompile(header: Path) -> None:
+@contextlib.contextmanager
+def _precompiling(header: Path) -> Iterator[None]:
+    """Parse torch's headers, once per machine, on another core while the block runs.
+
+    If they cannot be parsed, compiling only takes longer.
+    """
     path = header.with_suffix(".h.gch")
     if cache.is_stored(path):
+        yield
         return
-    with (
-        contextlib.suppress(CompilerError),
-        cache.storing(path) as target,
-    ):  # without it, compiling only takes longer
-        _call(graphs.compiler_command(header, target))
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        with _compiler(graphs.compiler_command(header, made)) as process:
+            yield
+            process.communicate()
+        if process.returncode == 0:
+            with cache.storing(path) as target:
+                made.replace(target)
 
 
 def _call(command: list[str]) -> None:
+    with _compiler(command) as process:
+        lines = process.communicate()[1].splitlines()
+    if process.returncode:
+        named = [line for line in lines if "error" in line] or lines or ["no message"]
+        raise CompilerError(f"the C++ compiler {command[0]} failed: {named[0]}")
+
+
+@contextlib.contextmanager
+def _compiler(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """The command as a process that ends with the block, and the processes that it starts with it."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+        )
     except OSError as error:
         raise CompilerError(f"the C++ compiler {command[0]} did not start: {error}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise CompilerError(f"the C++ compiler {command[0]} failed: {lines[0] if lines else 'no message'}")
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)

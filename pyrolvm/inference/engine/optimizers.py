@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrolvm.controls import Schedule, value_of
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import SettingError, one_of
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -62,11 +62,9 @@ class OptimizerSpec:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
-            raise SettingError(
-                f"optimizer='{self.optimizer}' is not known: choose from {', '.join(OPTIMIZERS)}"
-            )
-        if not isinstance(self.optimizer, str) and not _is_optimizer_class(self.optimizer):
+        if isinstance(self.optimizer, str):
+            one_of("optimizer", self.optimizer, OPTIMIZERS)
+        elif not _is_optimizer_class(self.optimizer):
             raise SettingError(
                 f"optimizer must be a name or a torch.optim class, not {self.optimizer!r}: "
                 "parameters are created by fit, which builds the optimiser itself"

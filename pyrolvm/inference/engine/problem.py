@@ -89,7 +89,14 @@ class Problem:
         taken = self.data.take(rows) if self.minibatch else self.data
         return replace(taken, rows=rows, total=self.num_rows)
 
-    def loss(self, rows: Tensor, values: Sequence[Any] = ()) -> Loss:
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Parameters [N, ...] of which a step trains the entries of its rows alone."""
+        return self.structure.row_tables if self.minibatch else ()
+
+    def loss(
+        self, rows: Tensor, values: Sequence[Any] = (), entries: Mapping[str, Tensor] | None = None
+    ) -> Loss:
         """The loss to minimise and the terms to report, both in nats per datum.
 
         Call it inside `program.scope()`.
@@ -100,11 +107,14 @@ class Problem:
             Row numbers of the batch.
         values : sequence of numbers or tensors []
             The scheduled controls except the learning rate, in the order of `scheduled`.
+        entries : dict of tensor [batch, ...], optional
+            Table -> the entries of `rows` to use in place of the table's own.
         """
+        given = {id(self.program.parameters[name]): entry for name, entry in (entries or {}).items()}
         controls = {**self.constants, **dict(zip(self.scheduled[1:], values, strict=True))}
         batch, weight = self.batch(rows), controls.get(KL_WEIGHT)
         with ExitStack() as stack:
-            stack.enter_context(data_rows(self.num_rows, rows))
+            stack.enter_context(data_rows(self.num_rows, rows, given))
             stack.enter_context(controlled(controls))
             if weight is not None:
                 stack.enter_context(_KLWeight(weight))
@@ -116,7 +126,7 @@ class Problem:
             if not {"log_likelihood", "kl"} <= terms.keys():
                 raise SettingError(unweighable(type(self.objective).__name__))
             remainder = bound - (terms["log_likelihood"] - terms["kl"])
-            terms["kl"] = terms["kl"] / weight
+            terms |= {k: v / weight for k, v in terms.items() if k == "kl" or k.startswith("kl_")}
             bound = terms["log_likelihood"] - terms["kl"]
         n = self.structure.num_data
         self.terms = (BOUND, *terms)
@@ -127,10 +137,13 @@ class Problem:
     def gradients(self, rows: Tensor, values: Sequence[Any] = ()) -> tuple[list[Tensor | None], Tensor]:
         """The gradient of each parameter (None where it has none), and the terms. Arguments as of `loss`.
 
-        Gradients are computed here only: a reduction over processes belongs here.
+        Of `tables` it is that of their entries, [batch, ...]. Gradients are computed here only: a reduction over
+        processes belongs here.
         """
-        loss = self.loss(rows, values)
-        leaves = list(self.program.parameters.values())
+        parameters = self.program.parameters
+        taken = {n: parameters[n].detach().index_select(0, rows).requires_grad_() for n in self.tables}
+        loss = self.loss(rows, values, taken)
+        leaves = list((parameters | taken).values())
         found: list[Tensor | None] = list(
             torch.autograd.grad(loss.surrogate, leaves, allow_unused=True, retain_graph=loss.own is not None)
         )

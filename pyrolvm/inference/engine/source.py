@@ -38,8 +38,6 @@ _RESET = re.compile(r" *(\w+)\.reset\(\);")
 _GIVEN = re.compile(r"(\w+)\.release\(\)|std::move\((\w+)\)")
 _ANY_VIEW = re.compile(_VIEW)
 
-PRODUCTS = {"aoti_torch_cpu_mm_out(": "pyrolvm::mm_out("}
-
 
 @dataclass
 class _Parts:
@@ -63,8 +61,6 @@ def looped(code: str) -> str:
     given = _given_away(lines)
     for line in lines:
         _place(line, parts, given)
-    for plain, own in PRODUCTS.items():
-        parts.each = [line.replace(plain, own) for line in parts.each]
     loop = ["    for (int64_t left = pyrolvm::num_steps; left > 0; --left) {", *parts.each, "    }"]
     return head + begin + "\n".join([*parts.once, *loop]) + "\n" + end + tail
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import Schedule, value_of
+from pyrolvm.errors import SettingError
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.plain import PlainPair
 from pyrolvm.inference.program.structure import sample_sites
@@ -120,6 +121,16 @@ class Objective(pyro.infer.ELBO):
         return PlainPair(model, guide, args, kwargs).draw()
 
 
+def check_reparameterised(guide: Trace, what: str) -> None:
+    """Raise `SettingError` for a draw of the guide without a path derivative; `what` needs it, in words."""
+    for site in sample_sites(guide):
+        if not site["is_observed"] and not getattr(site["fn"], "has_rsample", False):
+            raise SettingError(
+                f"{what} through the draws, and '{site['name']}' ({type(site['fn']).__name__}) is not reparameterised: "
+                "use TraceGraph_ELBO()"
+            )
+
+
 class TraceObjective(Objective):
     """One of Pyro's ELBOs that is a mean over pairs of traces: the loop over particles."""
 
@@ -135,16 +146,48 @@ class TraceObjective(Objective):
         program, batch = pair.program, pair.batch
         traces = self.elbo._get_traces(program.model, program.guide, batch.args, batch.kwargs)
         sums: list[Any] = [0.0, 0.0, 0.0]
-        for model_trace, guide_trace in traces:
+        runs = list(traces)
+        for model_trace, guide_trace in runs:
             sums = [s + part for s, part in zip(sums, self.parts(model_trace, guide_trace), strict=True)]
         bound, surrogate, kl = (torch.as_tensor(s) / self.elbo.num_particles for s in sums)
         # the expected log-likelihood is what the bound and the KL leave
         terms = {"log_likelihood": (bound + kl).detach(), "kl": kl.detach()}
-        return Estimate(bound.detach(), surrogate, terms)
+        return Estimate(bound.detach(), surrogate, terms | site_terms(pair, runs, self.site_kl))
 
     def parts(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any, Any]:
         """(bound, surrogate, KL) of one pair of traces."""
         raise NotImplementedError
+
+    def site_kl(self, model_trace: Trace, guide_trace: Trace, name: str) -> Any:
+        """The part of the KL that is one latent's."""
+        return log_ratio(model_trace, guide_trace, name)
+
+
+def log_ratio(model_trace: Trace, guide_trace: Trace, name: str) -> Any:
+    """log q - log p of one latent at the draw, scaled as the traces are."""
+    nodes: Any = guide_trace.nodes, model_trace.nodes
+    return nodes[0][name]["log_prob_sum"] - nodes[1][name]["log_prob_sum"]
+
+
+def site_terms(
+    pair: Pair, runs: Sequence[tuple[Trace, Trace]], kl: Callable[..., Any] = log_ratio
+) -> dict[str, Tensor]:
+    """The KL of each latent of a datum, `kl_z1`, `kl_z2`, ..., where a program has several; else nothing.
+
+    Nothing under plain `pyro.infer.SVI`, which reads no terms.
+    """
+    if isinstance(pair, PlainPair):
+        return {}
+    local = [
+        s for s in pair.structure.local_latents if s.in_guide and s.name != "weight"
+    ]  # a control's column
+    apart = all(not s.enumerated for s in local) and not any(
+        s["infer"].get("is_auxiliary") for _, guide in runs for s in sample_sites(guide)
+    )
+    if len(local) < 2 or not apart:
+        return {}
+    totals = {s.name: sum(kl(model, guide, s.name) for model, guide in runs) for s in local}
+    return {f"kl_{name}": torch.as_tensor(total).detach() / len(runs) for name, total in totals.items()}
 
 
 def kl_term(model_trace: Trace, guide_trace: Trace) -> Any:

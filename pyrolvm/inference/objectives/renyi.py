@@ -29,7 +29,7 @@ def renyi_estimate(elbo: pyro.infer.RenyiELBO, pair: Pair) -> Estimate:
     draws = [log_densities(model_trace, guide_trace) for model_trace, guide_trace in traces]
     scale = draws[0].scale
     bounds = renyi_bound(torch.cat([d.log_weight for d in draws]), elbo.alpha)  # [cells]
-    surrogate = bounds + _score_term(draws, bounds)
+    surrogate = bounds + score_term(draws, bounds)
     log_likelihood = torch.cat([d.log_likelihood for d in draws]).mean(0)
     kl = torch.cat([d.log_guide - d.log_prior for d in draws]).mean(0)
     total = [(scale * term).sum() for term in (bounds, -surrogate, log_likelihood, kl)]
@@ -41,11 +41,13 @@ def renyi_bound(log_weight: Tensor, alpha: float) -> Tensor:
     """L_{K,alpha} over the leading axis: log_weight [K, ...] -> [...], nats."""
     if alpha == 1.0:
         return log_weight.mean(0)
+    if math.isinf(alpha):
+        return log_weight.amax(0) if alpha < 0 else log_weight.amin(0)
     tempered = (1.0 - alpha) * log_weight
     return (tempered.logsumexp(0) - math.log(len(log_weight))) / (1.0 - alpha)
 
 
-def _score_term(draws: list[LogDensities], bounds: Tensor) -> Any:
+def score_term(draws: list[LogDensities], bounds: Tensor) -> Any:
     """For sites without a path derivative: grad E_q[L] has the term L * grad sum_k log q(z_k)."""
     scores = [d.score.sum(0) for d in draws if d.score is not None]
     if not scores:

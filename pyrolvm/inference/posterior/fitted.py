@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch, as_batch
-from pyrolvm.errors import DataError, ProgramError, count
-from pyrolvm.inference.posterior import evidence, saving
+from pyrolvm.data.arrays import Batch
+from pyrolvm.errors import DataError, ProgramError, SettingError, count
+from pyrolvm.inference.posterior import evidence, refine, saving
 from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
 from pyrolvm.inference.posterior.history import held_out_elbo
+from pyrolvm.inference.posterior.imputation import Imputation, impute
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
 from pyrolvm.inference.program.enumerated import can_be_drawn, responsibilities
@@ -39,7 +41,8 @@ class FittedModel:
     ----------
     history : DataFrame
         One row per step: `step`, `elbo` and the objective's terms (`log_likelihood`, `kl`) in nats per datum (higher
-        elbo is better), `learning_rate`, `kl_weight` and other controls, `seconds`; `validation_elbo`.
+        elbo is better), `learning_rate`, `kl_weight` and other controls, `seconds` in steps so far, compiling not among
+        them; `validation_elbo`.
     engine : str
         One sentence: which engine ran and why.
     stopped_because : str
@@ -70,7 +73,7 @@ class FittedModel:
         steps = int(self.history["step"].iloc[-1]) if len(self.history) else 0
         lines = [f"FittedModel of {name}: {self.num_rows} rows, {steps} steps, {self.stopped_because}"]
         if steps:
-            lines.append(f"  ELBO {self.elbo:.4f} {unit}")
+            lines.append(f"  {self.structure.bound_name} {self.elbo:.4f} {unit}")
         if not math.isnan(self.held_out_elbo):
             lines[-1] += f", held out {self.held_out_elbo:.4f}"
         for role, sites in (("latents", self.structure.latents), ("data", self.structure.observed)):
@@ -89,7 +92,7 @@ class FittedModel:
 
     @property
     def elbo(self) -> float:
-        """The bound averaged over the last hundred steps, nats per datum."""
+        """The bound averaged over the last hundred steps, nats per datum; of a point estimate, log p(x, z) at it."""
         return float(self.history["elbo"].tail(100).mean())
 
     @property
@@ -125,11 +128,27 @@ class FittedModel:
     @torch.no_grad()
     def predict(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
         """Draws of new data at the posterior of `x`: observed site -> [num_samples, rows, ...]."""
+        self._check_observes()
         return self.draws(x, num_samples, seed=seed).predictive
+
+    @torch.no_grad()
+    def impute(self, x: Any, num_samples: int = 100, *, interval: float = 0.9, seed: int = 0) -> Imputation:
+        """The rows of `x` with what is missing (NaN) filled, by draws given what is observed.
+
+        Parameters
+        ----------
+        num_samples : int
+            Draws from q(z | x) and p(x | z) for each row.
+        interval : float
+            The mass between `lower` and `upper`.
+        """
+        batch = self.batch(x)
+        return impute(batch, self.structure, self.draw_chunks(batch, num_samples, seed=seed), interval)
 
     @torch.no_grad()
     def reconstruct(self, x: Any, *, seed: int = 0) -> Values:
         """The mean of p(x | z) at the guide's means: [rows, ...], a dict if several sites are observed."""
+        self._check_observes()
         parts = []
         for i, pair in enumerate(self.pair(x).chunks()):
             with self._noise(seed, Purpose.MEANS, i):
@@ -152,7 +171,8 @@ class FittedModel:
         mean : bool
             The mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
         """
-        generator = Generator(self.program, self.structure, self.example, self.num_rows)
+        self._check_observes()
+        generator = Generator(self.program, self.structure, self.example, self.num_rows, self._num_arguments)
         with self._noise(seed, Purpose.GENERATE):
             return _one_or_all(generator(count("num_samples", num_samples), given, mean))
 
@@ -174,7 +194,7 @@ class FittedModel:
         ----------
         method : {"exact", "importance", "iwae", "prior", "ais"}
         num_samples : int, optional
-            Draws per datum (100 if None), or chains of "ais" (16).
+            Draws per datum (1000 if None), or chains of "ais" (16).
         num_particles : int, optional
             The K of "iwae".
         **annealing
@@ -223,12 +243,80 @@ class FittedModel:
             shared = shared or part.shared
             yield part
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def refine(
+        self,
+        x: Any,
+        *,
+        family: str = "auto",
+        num_steps: int = 300,
+        learning_rate: float = 0.05,
+        num_samples: int = 16,
+        seed: int = 0,
+        engine: str = "auto",
+        progress: bool = True,
+    ) -> Refined:
+        """A private q(z_n) for each row of `x`, from where the guide puts it; the model is held.
+
+        Rows that a guide per datum was not trained on start from the guide that the model brings, or from the prior.
+
+        Parameters
+        ----------
+        family : {"auto", "mean_field", "full"}
+            Gaussians of each site in unconstrained space; "auto" is the guide's own family, "full" if it is none.
+        num_steps : int
+            Steps of Adam for every row.
+        learning_rate : float
+            Of the first steps; it falls to a hundredth.
+        num_samples : int
+            Draws of a step.
+        engine : {"auto", "compiled", "eager"}
+            What runs the steps.
+
+        Returns
+        -------
+        Refined
+            A `FittedModel` for these rows; `table` has the bound of each before and after, and the gap between them.
+
+        Raises
+        ------
+        ProgramError
+            No continuous latents of each datum, or the guide draws those of all data at once.
+        """
+        data = suited(self.program, x)
+        self._check_columns(data)
+        found = refine.climb(
+            self, data, family, num_steps, learning_rate, num_samples, seed, engine, progress
+        )
+        return Refined(
+            found.program,
+            found.structure,
+            self.history,
+            self.settings | {"data": found.batch.fingerprint(), "kept_step": None},
+            example=found.batch,
+            num_rows=found.batch.num_rows,
+            engine=found.engine,
+            stopped_because=f"rows refined in {num_steps} steps",
+            columns=self.columns,
+            table=found.table,
+            family=found.family,
+            of_guide=found.of_guide,
+            trained=bool(self.structure.per_datum),
+        )
+
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the run folder: config.json, parameters.safetensors, history.csv. See `pyrolvm.load`.
 
         `extra` are JSON-able notes on the run (its data, its command), kept in config.json under "run".
         """
         return saving.save_run(self, Path(path), extra)
+
+    def _check_observes(self) -> None:
+        if not self.structure.observed:
+            raise ProgramError(
+                "the program observes no data that it could make anew: a factor or a loss is no distribution of data"
+            )
 
     # ------------------------------------------------------------------ the pair behind them
 
@@ -243,7 +331,8 @@ class FittedModel:
 
     def batch(self, x: Any) -> Batch:
         """`x` as the program's arguments: on its device, of its dtype, refused if it does not fit."""
-        data = suited(self.program, as_batch(x, self.program.dtype, self.program.device))
+        data = suited(self.program, x)
+        self._check_number(data)
         data.check_rows() if self.structure.data_plate else None
         self._check_columns(data)
         self._check_rows(data)
@@ -259,12 +348,32 @@ class FittedModel:
                 f"the program was fitted to {self.num_rows} rows as a whole, so it cannot take "
                 f"{data.num_rows}: declare the rows by `with pyrolvm.data_plate(x):` if they are independent data"
             )
-        if self.structure.per_datum and data.rows is None and data.num_rows != self.num_rows:
+        new = data.num_rows != self.num_rows or (
+            self.structure.row_tables and not self.is_training_data(data)
+        )
+        if self.structure.per_datum and data.rows is None and new:
             raise DataError(
                 f"the guide has parameters for each of the {self.num_rows} training rows "
-                f"('{self.structure.per_datum[0]}') and none for new ones: pass the training data, or fit an "
-                "amortised guide"
+                f"('{self.structure.per_datum[0]}') and none for new ones: pass the training data, ask "
+                "fitted.refine(x) about others, or fit an amortised guide"
             )
+
+    def _check_number(self, data: Batch) -> None:
+        """Refuse fewer arguments than the fit had: a label that is left out is not the label of nothing."""
+        if len(data.args) + len(data.kwargs) < (wanted := self._num_arguments):
+            names = ", ".join(list(inspect.signature(self.program.model).parameters)[:wanted])
+            raise DataError(f"the program was fitted to {wanted} arguments: pass all of them, ({names})")
+
+    @property
+    def _num_arguments(self) -> int:
+        if self.example is not None:
+            return len(self.example.args) + len(self.example.kwargs)
+        known = self.arguments or {}
+        return len(known.get("positional", ())) + len(known.get("keyword", ()))
+
+    def is_training_data(self, data: Batch) -> bool:
+        """Whether `data` holds the rows that were fitted, in their order."""
+        return data.num_rows == self.num_rows and data.fingerprint() == self.settings.get("data")
 
     def _check_columns(self, data: Batch) -> None:
         if self.columns and data.columns and data.columns != self.columns:
@@ -287,6 +396,50 @@ class FittedModel:
             discrete = getattr(site["fn"], "has_enumerate_support", False)
             found[site["name"]] = probs if discrete and probs is not None else site["value"]
         return found
+
+
+@dataclass(repr=False)
+class Refined(FittedModel):
+    """A fitted model whose guide was refined for some rows, each alone; it answers about these rows.
+
+    Attributes
+    ----------
+    table : DataFrame
+        One row per datum, in nats: `elbo_start` and `elbo`, the bounds before and after, under the same draws; their
+        difference `gap`, and its `standard_error`.
+    family : {"mean_field", "full"}
+    of_guide : bool
+        Whether the start was the fitted guide, of this family: then `gap` is the amortisation gap.
+    trained : bool
+        Whether that guide had parameters of each of these rows already.
+    """
+
+    table: pd.DataFrame = field(default_factory=pd.DataFrame)
+    family: str = ""
+    of_guide: bool = True
+    trained: bool = False
+
+    def __repr__(self) -> str:
+        return f"Refined {saving.model_record(self.model)['name']}: {self.sentence}"
+
+    @property
+    def sentence(self) -> str:
+        """What was gained, in plain words."""
+        mean = self.table.mean()
+        what = "the amortisation gap" if self.of_guide else "from another start than a guide of this family"
+        if self.of_guide and self.trained:
+            what = "what training had left"
+        family = self.family.replace("_", "-")
+        return (
+            f"a {family} Gaussian for each of {self.num_rows} rows: the bound rose from {mean['elbo_start']:.3f} to "
+            f"{mean['elbo']:.3f} nats per datum, by {mean['gap']:.3f} ({what})."
+        )
+
+    def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
+        """Refused: a run folder keeps what was fitted, and rows can be refined again."""
+        raise SettingError(
+            "a refinement is not saved: save the fit, and refine the rows again after pyrolvm.load"
+        )
 
 
 def _one_or_all(values: dict[str, Tensor]) -> Values:

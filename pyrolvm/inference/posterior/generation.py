@@ -29,12 +29,15 @@ class Generator:
         Rows that the program can be called with.
     num_rows : int
         N, the rows it was fitted to.
+    num_arguments : int
+        Arguments that it was fitted to.
     """
 
     program: Program
     structure: Structure
     example: Batch | None
     num_rows: int
+    num_arguments: int
 
     def __call__(self, num_samples: int, given: Any, mean: bool) -> dict[str, Tensor]:
         """Observed site -> [num_samples, ...], each row at a draw of the global latents of its own."""
@@ -52,7 +55,7 @@ class Generator:
         rows = torch.arange(num_samples, device=self.program.device)
         if given is not None:
             batch = conditioned(self.program, given, num_samples)
-        elif self.structure.chunkable and self._num_arguments > 1:
+        elif self.structure.chunkable and self.num_arguments > 1:
             raise SettingError(
                 "the program has several arguments, and sample() does not know which values to condition on: pass "
                 "given={...} with all arguments but the data, e.g. sample(3, given={'y': labels})"
@@ -65,10 +68,6 @@ class Generator:
             example = real_rows(self.example)
             batch = example.take(rows % example.num_rows).numbered(rows).of(num_samples)
         return Pair(self.program, self.structure, batch)
-
-    @property
-    def _num_arguments(self) -> int:
-        return 1 if self.example is None else len(self.example.args) + len(self.example.kwargs)
 
     def _global_draw(self) -> dict[str, Tensor]:
         """The global latents, drawn from the guide."""

@@ -17,6 +17,7 @@ from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
 from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.routes import row_guide
 from pyrolvm.inference.program.structure import Plate, Site, Structure
 
 DTYPES = {
@@ -90,6 +91,7 @@ def _rebuilt(
     if model is None:
         model = _build(config["model"], registry, path, saved)
     where = torch.device(resolve_device(device))
+    guide = row_guide(config.get("guide")) if guide is None else guide
     program = Program(model, guide, device=where, dtype=_dtype(config["dtype"], path))
     program.controls = {str(k): float(v) for k, v in config["controls"].items()}
     given = as_batch(example, program.dtype, where) if example is not None else None
@@ -105,7 +107,7 @@ def _rebuilt(
     return FittedModel(
         program,
         structure,
-        _read_history(path / HISTORY),
+        read_history(path),
         settings=config["settings"],
         example=given or (placeholder if alone else None),
         num_rows=int(config["num_rows"]),
@@ -174,11 +176,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_history(path: Path) -> pd.DataFrame:
+def read_history(path: Path) -> pd.DataFrame:
+    """history.csv of the run in `path`, without loading its model."""
     try:
-        return pd.read_csv(path)
+        return pd.read_csv(path / HISTORY)
+    except FileNotFoundError:
+        raise RunFolderError(f"{path / HISTORY} does not exist: is {path} the folder of a run?") from None
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path} cannot be read: {error}") from None
+        raise RunFolderError(f"{path / HISTORY} is damaged: {error}") from None
 
 
 def _build(record: dict[str, Any], registry: Mapping[str, Any], path: Path, saved: dict[str, Tensor]) -> Any:

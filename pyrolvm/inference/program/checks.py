@@ -15,11 +15,13 @@ from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.reading import read_structure, trial_traces
 from pyrolvm.inference.program.structure import (
+    BOUND,
     LEFT_TO_PRIOR,
     Site,
     Structure,
     find_data_plate,
     in_plate,
+    is_bound,
     sample_sites,
     site_table,
 )
@@ -31,10 +33,11 @@ def inspect_program(program: Program, batch: Batch) -> Structure:
     The guide is completed by the sites that it leaves to the prior. Raises `ProgramError` that names the site and
     what to type.
     """
-    model, guide, made = trial_traces(program, batch)
+    model, guide, rows = trial_traces(program, batch)
     _check_match(model, guide, batch)
     left = [s["name"] for s in sample_sites(model) if s["infer"].get(LEFT_TO_PRIOR) and _is_missing(s, guide)]
-    structure = read_structure(program, batch, model, guide, made)
+    _check_own_guide(model, guide)
+    structure = read_structure(program, batch, model, guide, rows)
     program.complete_guide(left)
     _check_mixed(structure)
     _check_shapes(model, guide, structure.sites)
@@ -92,8 +95,20 @@ def _check_mixed(structure: Structure) -> None:
             f"the guide draws latents from a distribution that depends on the auxiliary '{name}', so that "
             f"their density is an integral over '{name}' that nothing computes, and the objective would be no bound: "
             f"compute the latents from '{name}' (dist.Delta), or give the model a density of '{name}' given the "
-            f"latents, pyro.sample('{name}', ...) at its end, and take is_auxiliary off"
+            f"latents, pyro.sample('{name}', ...) at its end, and take is_auxiliary off; or draw the latents from "
+            "pyrolvm.SemiImplicit, whose density is a bound"
         )
+
+
+def _check_own_guide(model: Trace, guide: Trace) -> None:
+    """A site whose log p stands for a bound means what it says under the guide that it was written for only."""
+    for site in sample_sites(model):
+        other: Any = guide.nodes.get(site["name"])
+        if is_bound(site["fn"]) and not (other is not None and other["infer"].get(BOUND)):
+            raise ProgramError(
+                f"the model has no density of '{site['name']}' but a bound that holds under its own guide only: leave "
+                f"out guide=, or mark the guide's '{site['name']}' with infer={{'{BOUND}': True}} if it is that guide"
+            )
 
 
 def _check_shapes(model_trace: Trace, guide_trace: Trace, sites: tuple[Site, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -105,9 +105,8 @@ class Pair:
             if predicting:
                 for site in sample_sites(trace):
                     _weigh_bits(site)
-            at_means = any(isinstance(handler, Means) for handler in handlers)
-            with suppress(*NO_INVERSE) if at_means else nullcontext():  # nobody asks for the density at a mean
-                _compute_log_prob(trace, given)
+            with _densities_exist(handlers, given):
+                trace.compute_log_prob()
         return trace
 
     # ------------------------------------------------------------------ reading
@@ -243,11 +242,16 @@ class Pair:
             model, guide = self.draw(2)
             together = self._densities(model, guide)
             given = [_slice(model, guide, s) for s in range(2)]
-            alone = [self._densities(self.model(given=v), self.guide(given=v)) for v in given]
+            alone = [self._densities(self.model(given=v), self._guide_again(v)) for v in given]
         except Exception:  # whatever a user's program raises under dimensions it did not expect
             return False
         pairs = [(t[s], a[0]) for s, found in enumerate(alone) for t, a in zip(together, found, strict=True)]
         return all(t.shape == a.shape and torch.allclose(t, a, rtol=1e-3, atol=1e-3) for t, a in pairs)
+
+    def _guide_again(self, given: Values) -> Trace:
+        """The guide with the noise that it began with when all draws were taken: what it makes of it is the same."""
+        with seeded(0, self.device):
+            return self.guide(given=given)
 
     def _densities(self, model: Trace, guide: Trace) -> list[Tensor]:
         """Log-weights [draws, cells], and log p and log q of what all rows share [draws]."""
@@ -261,16 +265,22 @@ NO_INVERSE = (KeyError, NotImplementedError)
 """What a transform without an inverse raises."""
 
 
-def _compute_log_prob(trace: Trace, given: Values | None) -> None:
-    """Compute the log-densities of a trace; `ProgramError` for given values where they exist for own draws only."""
+def _densities_exist(handlers: tuple[Any, ...], given: Values | None) -> AbstractContextManager[None]:
+    """Nobody asks for the density at a mean; given values are not the program's own draws."""
+    if any(isinstance(handler, Means) for handler in handlers):
+        return suppress(*NO_INVERSE)
+    return inverse_needed(next(iter(given))) if given else nullcontext()
+
+
+@contextmanager
+def inverse_needed(site: str) -> Iterator[None]:
+    """Raise `ProgramError` where the density at values that a program did not draw itself does not exist."""
     try:
-        trace.compute_log_prob()
+        yield
     except NO_INVERSE as error:
-        if not given:
-            raise
         raise ProgramError(
-            f"the density of '{next(iter(given))}' can be computed at the program's own draws only, because a flow in "
-            "it has no inverse: take one that has, such as those of pyrolvm.models.guides"
+            f"the density of '{site}' can be computed at the program's own draws only, because a flow in it has no "
+            "inverse: take one that has, such as those of pyrolvm.models.guides"
         ) from error
 
 

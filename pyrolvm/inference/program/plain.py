@@ -52,4 +52,4 @@ class PlainPair(Pair):
             guide = pyro.poutine.trace(self.program.guide).get_trace(*arguments[0], **arguments[1])
             replayed = pyro.poutine.replay(self.program.model, trace=guide)
             model = pyro.poutine.trace(replayed).get_trace(*arguments[0], **arguments[1])
-        return read_structure(self.program, self.batch, model, guide, set())
+        return read_structure(self.program, self.batch, model, guide)

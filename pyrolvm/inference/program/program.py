@@ -7,15 +7,14 @@ parameter store, and runs the pair inside `scope()`, which leaves the process as
 
 from __future__ import annotations
 
-import re
+import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -23,6 +22,7 @@ from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.noise import RUNNING, seeded
+from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.program.routes import (
     explain_unregistered,
     leaves,
@@ -30,9 +30,11 @@ from pyrolvm.inference.program.routes import (
     reachable_modules,
     resolve,
 )
+from pyrolvm.inference.program.running import default_dtype, explained, without_handlers
 from pyrolvm.plates import Rows, data_rows
 
-_MISMATCH = re.compile(r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)")
+START_ROWS = 4096
+"""Rows whose entries are started at once."""
 
 
 class Program:
@@ -97,6 +99,11 @@ class Program:
         """Whether the model itself has an answer called `name`: a method of the contract that it overrides."""
         return self.contract is not None and bool(self.contract.knows(name))
 
+    @property
+    def row_guide(self) -> PerDatum | None:
+        """The guide, if it is one that was made for the program's latents per datum."""
+        return self._functions[1] if isinstance(self._functions[1], PerDatum) else None
+
     @contextmanager
     def scope(
         self, batch: Batch | None = None, mode: str = "train", *, validate: bool = False
@@ -116,14 +123,14 @@ class Program:
         with ExitStack() as stack:
             stack.enter_context(RUNNING)
             if not self._depth:
-                stack.enter_context(_without_handlers())
+                stack.enter_context(without_handlers())
                 stack.enter_context(pyro.get_param_store().scope(self._store))
                 stack.enter_context(pyro.validation_enabled(validate))
-                stack.enter_context(_default_dtype(self.dtype))
+                stack.enter_context(default_dtype(self.dtype))
                 if self.device.type != "cpu":
                     stack.enter_context(self.device)
                 stack.enter_context(controlled(self.controls))
-            stack.enter_context(self._evaluating(mode == "predict"))
+            stack.enter_context(self.evaluating(mode == "predict"))
             rows = None
             if batch is not None:
                 rows = stack.enter_context(data_rows(batch.total_rows, batch.indices))
@@ -137,7 +144,8 @@ class Program:
                     parameter.requires_grad_(False)
 
     @contextmanager
-    def _evaluating(self, evaluate: bool) -> Iterator[None]:
+    def evaluating(self, evaluate: bool = True) -> Iterator[None]:
+        """Modules in eval mode within the block."""
         modules = (*self.modules.values(), *self._reached.values()) if evaluate else ()
         training = [m for module in modules for m in module.modules() if m.training]
         for module in training:
@@ -174,6 +182,31 @@ class Program:
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()
         self.collect()
+
+    def start_rows(self, batch: Batch, seed: int) -> None:
+        """Start the entries of a guide per datum, some rows of the whole data at a time."""
+        guide = self.row_guide
+        if guide is None or not guide.fresh:
+            return
+        with seeded(seed, self.device):
+            for rows in torch.arange(batch.num_rows, device=self.device).split(START_ROWS):
+                part = batch.take(rows)
+                with self.scope(part, "predict"):
+                    guide.start(rows, part.args, part.kwargs)
+        guide.fresh = False
+
+    def with_row_guide(self, guide: PerDatum) -> Program:
+        """The same model, parameters and modes with another guide, whose tensors are called `rows.` something."""
+        other = copy.copy(self)
+        other.guide, other._functions, other.vectorized = guide, (self.model, guide), None
+        other.modules = {**self.modules, "rows.": guide}
+        other.parameters, other.buffers = {}, {}
+        return other
+
+    def hold(self, learned: Collection[str]) -> None:
+        """Train the parameters of these names alone."""
+        self.buffers |= {k: v for k, v in self.parameters.items() if k not in learned}
+        self.parameters = {k: v for k, v in self.parameters.items() if k in learned}
 
     def adopt(self, prefix: str, modules: dict[str, nn.Module]) -> None:
         """Train further modules with the pair: an objective's baselines or control variates."""
@@ -262,53 +295,3 @@ class _Completed:
         rest = pyro.poutine.replay(self.model, trace=drawn.trace)
         pyro.poutine.block(rest, expose=self.names)(*args, **kwargs)
         return result
-
-
-@contextmanager
-def _without_handlers() -> Iterator[None]:
-    """Run inside apart from the handlers that are active outside: a user's `poutine.scale` around `fit`, say."""
-    # handlers, and the dimensions that plates outside have taken
-    stacks: list[list[Any]] = [_PYRO_STACK, _DIM_ALLOCATOR._stack]
-    active = [stack[:] for stack in stacks]
-    for stack in stacks:
-        stack.clear()
-    try:
-        yield
-    finally:
-        for stack, before in zip(stacks, active, strict=True):
-            stack[:] = before
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def explained(batch: Batch, role: str) -> Iterator[None]:
-    """Say which half of the pair failed, on what; the original error stays as the cause."""
-    try:
-        yield
-    except (ProgramError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        hint = ""
-        if "Multiple sample sites named" in str(error):
-            hint = "\nIf that is a plate: make it once, plate = pyrolvm.data_plate(x), and write `with plate:` twice."
-        if found := _MISMATCH.search(str(error)):
-            plate, site, dim, size, other = found.groups()
-            hint = (
-                f"\nThe batch of '{site}' has {other} entries where the plate '{plate}' has {size} rows (dimension "
-                f"{dim}): if the {other} belong to one datum, write .to_event(1) at '{site}'"
-            )
-        raise ProgramError(f"the {role} failed on data of {_describe(batch)}: {error}{hint}") from error
-
-
-def _describe(batch: Batch) -> str:
-    shapes = [f"{name}: {list(tensor.shape)} {tensor.dtype}" for name, tensor in batch.tensors()]
-    return "shapes " + ", ".join(shapes) if shapes else "no tensors"

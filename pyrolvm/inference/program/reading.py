@@ -16,21 +16,25 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.program.noise import seeded
-from pyrolvm.inference.program.program import Program, explained
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.running import explained
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
+    LOSS,
     Plate,
     Site,
     Structure,
     base,
     find_data_plate,
     in_plate,
+    is_bound,
     sample_sites,
 )
+from pyrolvm.plates import Rows
 
 
-def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, set[str]]:
-    """(model trace, guide trace, names of the data plates made) of one run with all validation on."""
+def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, Rows]:
+    """(model trace, guide trace, rows with the plates and tables that were used) of one run with all validation on."""
     with program.untouched(), program.scope(batch, validate=True) as rows, torch.no_grad():
         with explained(batch, "guide"):
             guide_trace = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
@@ -41,11 +45,16 @@ def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, set[str]
         replayed = pyro.poutine.replay(program.model, trace=guide_trace)
         with explained(batch, "model"):
             model_trace = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
-    return model_trace, guide_trace, rows.made if rows else set()
+    assert rows is not None
+    return model_trace, guide_trace, rows
 
 
-def read_structure(program: Program, batch: Batch, model: Trace, guide: Trace, made: set[str]) -> Structure:
-    """The structure that a pair of traces shows; `made` are the names of the data plates that the program made."""
+def read_structure(
+    program: Program, batch: Batch, model: Trace, guide: Trace, rows: Rows | None = None
+) -> Structure:
+    """The structure that a pair of traces shows, and the plates and tables that the program used under `rows`."""
+    made = rows.made if rows else ()
+    tables = tuple(n for n, p in program.parameters.items() if rows and id(p) in rows.tables)
     plate = find_data_plate(model, len(batch.indices))
     drawn = {s["name"]: s for s in sample_sites(guide)}
     sources = _sources(program, batch, guide)
@@ -54,11 +63,12 @@ def read_structure(program: Program, batch: Batch, model: Trace, guide: Trace, m
         tuple(_site(s, plate, drawn, sources, batch) for s in sample_sites(model)),
         plate,
         _nesting(model, guide),
-        per_datum=_per_datum(program, batch, guide, plate),
+        per_datum=tuple(dict.fromkeys(tables + _per_datum(program, batch, guide, plate))),
         joint_guide=_joint(guide, plate),
         takes_any_rows=plate is not None and (plate.name in made or not whole),
         mixed=_mixed(guide, sources),
         tempered=_is_tempered(model),
+        row_tables=tables,
     )
 
 
@@ -86,6 +96,7 @@ def _site(
         discrete=kind == "latent" and _is_discrete(fn),
         point=name in drawn and isinstance(base(drawn[name]["fn"]), Delta) and not sources.get(name),
         left_to_prior=bool(site["infer"].get(LEFT_TO_PRIOR)) and name not in drawn,
+        bound=is_bound(fn),
     )
 
 
@@ -130,10 +141,12 @@ def _nesting(*traces: Trace) -> int:
 
 
 def _is_tempered(model: Trace) -> bool:
-    """Whether data are weighted otherwise than latents, apart from the plates: a power of the likelihood.
+    """Whether data are weighted otherwise than latents, apart from the plates: a power of the likelihood, or a loss.
 
     A weight of rows around the whole program is none.
     """
+    if any(s["infer"].get(LOSS) for s in sample_sites(model)):
+        return True
     data = [_own_scale(s) for s in sample_sites(model) if s["is_observed"]]
     latent = [_own_scale(s) for s in sample_sites(model) if not s["is_observed"]]
     usual = latent[0] if latent else torch.ones((), dtype=torch.float64)

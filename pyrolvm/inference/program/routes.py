@@ -14,7 +14,9 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, one_of
+from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.plates import DATA_PLATE, current_rows
+from pyrolvm.semi_implicit import SemiImplicitGuide
 
 AUTOGUIDES = tuple(
     name
@@ -22,6 +24,16 @@ AUTOGUIDES = tuple(
     if isinstance(kind, type) and issubclass(kind, AutoGuide) and name not in ("AutoGuide", "AutoContinuous")
 )
 """The guides that go by their names."""
+
+ROW_GUIDES: dict[str, type[PerDatum]] = {"per_datum": PerDatum}
+"""Guides that are made for a program and take the place of its own for the latents of each datum, by name."""
+
+
+def row_guide(record: dict[str, Any] | None) -> PerDatum | None:
+    """The guide that a run folder names; None of a run with another kind of guide."""
+    if record is None:
+        return None
+    return ROW_GUIDES[record["name"]](**record["arguments"])
 
 
 def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -37,17 +49,22 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
         raise ProgramError(
             f"model is the class {program.__name__}: pass an instance, {program.__name__}(...)"
         )
+    own = getattr(model, "guide", None) if pair else None
     if guide is None:
-        guide = getattr(model, "guide", None) if pair else None
+        guide = own
     if guide is None:
         raise ProgramError(
             "this model brings no guide: pass guide=..., a function of the model's arguments or an "
             "AutoGuide such as pyro.infer.autoguide.AutoNormal"
         )
     if isinstance(guide, str):
-        guide = getattr(pyro.infer.autoguide, one_of("guide", guide, AUTOGUIDES))
+        one_of("guide", guide, (*ROW_GUIDES, *AUTOGUIDES, SemiImplicitGuide.__name__))
+        named: Any = ROW_GUIDES.get(guide) or getattr(pyro.infer.autoguide, guide, SemiImplicitGuide)
+        guide = named() if guide in ROW_GUIDES else named
     if isinstance(guide, type):
-        guide = _built(guide, program)
+        guide = guide() if guide in ROW_GUIDES.values() else _built(guide, program)
+    if isinstance(guide, PerDatum):
+        guide.bind(program, own)
     if isinstance(guide, AutoGuide) and guide.create_plates is None:
         guide.create_plates = _RowPlates(guide)
     if not callable(guide):

@@ -9,7 +9,15 @@ from typing import Any
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 
+from pyrolvm.errors import SettingError
+
 LEFT_TO_PRIOR = "left_to_prior"
+LOSS = "loss"
+"""The mark of a site that is a loss and no density of data."""
+BOUND = "bound"
+"""A model's distribution with the attribute `bound = True` gives no log-density but an estimate: the mean over q of
+log p(z) - log q(z) is part of a bound, for q the guide that marks its own site by infer={"bound": True}. Such a mean is
+right, a weight made of it is not."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Site:
         Whether the guide holds the site at a point (a Delta that follows from no draw).
     left_to_prior : bool
         Whether the guide leaves the site to the prior on purpose.
+    bound : bool
+        Whether what stands for its log-density is an estimate of a bound.
     """
 
     name: str
@@ -53,6 +63,7 @@ class Site:
     discrete: bool = False
     point: bool = False
     left_to_prior: bool = False
+    bound: bool = False
 
     @property
     def observed(self) -> bool:
@@ -70,6 +81,8 @@ class Structure:
         The plate over the rows of the data.
     per_datum : tuple of str
         Parameters of which each row of the training data has its own entry.
+    row_tables : tuple of str
+        Those of them that are read by `row_entries`, [N, ...]: a minibatch trains its rows of them alone.
     joint_guide : str or None
         A guide site outside the data plate that local latents are computed from.
     takes_any_rows : bool
@@ -78,7 +91,8 @@ class Structure:
         Auxiliary sites of the guide that other draws depend on without being determined by them: the density of those
         draws is an integral that nothing computes.
     tempered : bool
-        Whether data are weighted by more or less than one each (a power of the likelihood, row weights).
+        Whether data are weighted by more or less than one each (a power of the likelihood, row weights), or enter by a
+        loss.
     """
 
     sites: tuple[Site, ...]
@@ -89,6 +103,7 @@ class Structure:
     takes_any_rows: bool = False
     mixed: tuple[str, ...] = ()
     tempered: bool = False
+    row_tables: tuple[str, ...] = ()
 
     @property
     def num_data(self) -> int:
@@ -125,6 +140,16 @@ class Structure:
         """Latents outside the data plate, shared by all data."""
         return tuple(s for s in self.latents if not s.local)
 
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Latents of each datum that the guide holds at points: it is an estimate, without a density."""
+        return tuple(s.name for s in self.local_latents if s.point)
+
+    @property
+    def bound_name(self) -> str:
+        """What an ELBO of this pair is: no bound where a latent of each datum has no density in the guide."""
+        return "log p(x, z) at a point" if self.points else "ELBO"
+
     def table(self) -> str:
         """One line per site: name, role, distribution, batch and event shape, plates."""
         return site_table(self.sites)
@@ -150,6 +175,17 @@ def sample_sites(trace: Trace) -> Iterator[Any]:
             yield site
 
 
+def given_first(model: Trace, guide: Trace, name: str) -> bool:
+    """Whether the guide draws the latents that stand before `name` in the model before it draws `name`.
+
+    Only then may KL(q(name | ...) || p(name | ...)) in closed form stand for log q - log p at the draw: otherwise what
+    the prior depends on was drawn knowing the draw of `name`, as in a guide from the data up.
+    """
+    drawn = [s["name"] for s in sample_sites(guide)]
+    prior = [s["name"] for s in sample_sites(model) if s["name"] in drawn]
+    return set(prior[: prior.index(name)]) <= set(drawn[: drawn.index(name)])
+
+
 def in_plate(site: Any, plate: Plate | None) -> bool:
     """Whether a site of a trace stands in the plate."""
     return plate is not None and any(f.name == plate.name for f in site["cond_indep_stack"])
@@ -170,3 +206,19 @@ def find_data_plate(model_trace: Trace, batch_rows: int) -> Plate | None:
         return None
     frame = min(over_rows, key=lambda f: f.dim)
     return Plate(frame.name, frame.dim, frame.size, frame.full_size)
+
+
+def is_bound(fn: Any) -> bool:
+    """Whether a distribution's `log_prob` is an estimate of a bound: see `BOUND`."""
+    return bool(getattr(base(fn), BOUND, False))
+
+
+def refuse_bound(structure: Structure, what: str) -> None:
+    """Raise `SettingError` if a latent has no density but a bound's estimate, of which `what` would make a weight."""
+    names = [s.name for s in structure.sites if s.bound]
+    if names:
+        raise SettingError(
+            f"{what} needs densities, and the model has none for '{names[0]}': what stands for log p({names[0]}) is "
+            "an estimate of a bound, right on average and wrong as a weight; read the bound instead, from "
+            "fitted.history or the model's own methods"
+        )

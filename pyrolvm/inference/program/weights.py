@@ -37,6 +37,8 @@ class LogDensities:
         The part of log_guide from sites that are not reparameterised.
     scale : float or tensor [cells]
         The factor that belongs outside the logarithm.
+    sizes : dict
+        Batch dimension, negative -> its size, of the particles and the shared plates: a cell of the program's shapes.
     """
 
     log_prior: Tensor
@@ -44,11 +46,18 @@ class LogDensities:
     log_guide: Tensor
     score: Tensor | None
     scale: Any
+    sizes: dict[int, int]
 
     @property
     def log_weight(self) -> Tensor:
         """log p(x, z) - log q(z): [particles, cells], nats."""
         return self.log_likelihood + self.log_prior - self.log_guide
+
+    def in_place(self, value: Tensor, event_dims: int = 0) -> Tensor:
+        """`value` [particles, cells] as it stands beside a site's value [batch..., event...]: to multiply them."""
+        depth = -min(self.sizes, default=0)
+        shape = [self.sizes.get(dim, 1) for dim in range(-depth, 0)]
+        return value.reshape(*shape, *(1,) * event_dims)
 
 
 def log_densities(
@@ -89,8 +98,10 @@ def log_densities(
         gather(in_guide),
         gather(unreached),
     ]
-    parts = [_as_matrix(p, particles) for p in torch.broadcast_tensors(*parts)]
-    return LogDensities(parts[0], parts[1], parts[2], parts[3] if unreached else None, scale)
+    parts = list(torch.broadcast_tensors(*parts))
+    sizes = dict(zip(dims, parts[0].shape, strict=True))
+    parts = [_as_matrix(p, particles) for p in parts]
+    return LogDensities(parts[0], parts[1], parts[2], parts[3] if unreached else None, scale, sizes)
 
 
 def _shared_frames(sites: list[dict[str, Any]]) -> list[Any]:

@@ -15,14 +15,14 @@ from pyrolvm.controls import Schedule
 from pyrolvm.data.arrays import Batch
 from pyrolvm.data.precision import as_dtype
 from pyrolvm.errors import SettingError, one_of
-from pyrolvm.inference.engine import choose_engine
+from pyrolvm.inference.engine import Engine, choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.inference.training.checkpoint import Checkpoint, recorded_engine
 from pyrolvm.inference.training.loop import Callback, Training
-from pyrolvm.inference.training.setup import Setup, cadence, plateau_of, set_up, settings_of
+from pyrolvm.inference.training.setup import Setup, alternating, cadence, plateau_of, set_up, settings_of
 from pyrolvm.progress import progress_bar
 
 EXAMPLE_ROWS = 8
@@ -33,7 +33,7 @@ EXAMPLE_ROWS = 8
 def fit(
     model: Any,
     data: Any,
-    *,
+    *misplaced: Any,
     guide: Any = None,
     objective: ELBO | str | None = None,
     optimizer: str | type[Optimizer] = "adam",
@@ -60,6 +60,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     engine: Literal["auto", "compiled", "eager"] = "auto",
+    alternate: int | None = None,
 ) -> FittedModel:
     """Train a model/guide pair by stochastic variational inference.
 
@@ -70,8 +71,10 @@ def fit(
     data : tensor, array, DataFrame or Dataset
         A tuple (positional) or dict (keyword) of them for a program of several arguments. Floating values are cast to
         `dtype`; integers stay integers.
+    *misplaced : Any
+        Refused: everything after the data goes by name.
     guide : callable, AutoGuide instance, AutoGuide class or name of one, optional
-        Of the model's arguments; e.g. `AutoNormal` or "AutoNormal".
+        Of the model's arguments; e.g. `AutoNormal` or "AutoNormal"; "per_datum" for parameters of each row's own.
     objective : pyro.infer.ELBO or str, optional
         A Pyro ELBO object, or a name of `pyrolvm.inference.objectives.OBJECTIVES`. By default the model's own
         `objective()`; else `Trace_ELBO()`, `TraceEnum_ELBO()` if the model enumerates, `TraceGraph_ELBO()` if it
@@ -129,6 +132,10 @@ def fit(
         Show a progress bar at a terminal.
     engine : {"auto", "compiled", "eager"}
         What runs the steps.
+    alternate : int, optional
+        Coordinate ascent on that many fixed draws of each latent, at least 4, instead of stochastic steps: odd steps
+        take the guide to convergence, even ones improve the model, by L-BFGS on all data. Optimiser, learning rate
+        and engine are then not used, and the bound never falls.
 
     Returns
     -------
@@ -141,6 +148,11 @@ def fit(
     DivergenceError
         The bound or a parameter stopped being finite, or the model's own `check_fit` refuses the end.
     """
+    if misplaced:
+        raise SettingError(
+            "fit takes two arguments by position, the model and the data: several arrays are one tuple or dict, and "
+            "all else goes by name, as in fit(model, (x, y), guide=guide)"
+        )
     _check_settings(on_nan, kl_warmup, objective, seed, checkpoint_seconds)
     folder = Path(checkpoint) if checkpoint is not None else None
     begun = recorded_engine(folder) if resume else None
@@ -166,14 +178,18 @@ def fit(
     problem, steps = setup.problem, setup.problem.num_steps
     plateau = plateau_of(patience, setup.held_out, kl_warmup, steps)
     with progress_bar(_title(model), steps, enabled=progress) as bar:
-        running, note = choose_engine(begun or engine, problem, steps, on_compile=bar.note)
+        running: Engine
+        if alternate is not None:
+            running, note = alternating(setup, objective, alternate)
+        else:
+            running, note = choose_engine(begun or engine, problem, steps, on_compile=bar.note)
         training = Training(
             problem,
             running,
             setup.plan,
             running.initial_state(noise_state(seed, target)),
             steps,
-            Checkpoint(folder, checkpoint_seconds, settings_of(setup, spec), running.name),
+            Checkpoint(folder, checkpoint_seconds, settings_of(setup, spec, alternate), running.name),
             validate=setup.held_out_bound,
             validate_every=cadence(validate_every, setup.plan, steps) if setup.held_out is not None else 0,
             plateau=plateau,
@@ -196,7 +212,7 @@ def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
         program.contract.fresh = False
     if program.knows("check_fit"):  # it keeps the parameters of the last step
         with program.scope(mode="predict"):
-            program.contract.check_fit(*batch.args, **batch.kwargs)
+            program.contract.check_fit(*batch.args[:1])
     return FittedModel(
         program,
         structure,

@@ -180,12 +180,12 @@ class Training:
         first = self.state.step
         size = self._limited(self._size)
         rows, controls = self.plan.rows(first, size), self._controls(first, size)
-        start = time.perf_counter()
+        start = time.perf_counter() - self.engine.setup_seconds
         state, terms = self.engine.run(self.state, rows)
         finite = _finite(state, terms)
         if not finite:
             state, terms = self._diverged(good, rows)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - self.engine.setup_seconds - start
         if len(terms):
             self.history.append(first, terms, controls[: len(terms)], seconds)
         self.state = state

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 
 from pyrolvm.data.arrays import as_batch
-from pyrolvm.data.plan import split_rows
+from pyrolvm.data.plan import is_share
+from pyrolvm.data.precision import as_dtype
 from pyrolvm.errors import DivergenceError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.training.evaluation import bound_of
@@ -128,11 +129,8 @@ class _Contest:
 def _hold_out(data: Any, options: dict[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
     """Hold out a share `validation` once, so that all restarts are judged by the same rows."""
     share = options.get("validation")
-    if not isinstance(share, float):
+    if not is_share(share):
         return data, options
-    batch = as_batch(data, options.get("dtype") or torch.float32)
-    batch.check_rows()
-    train, held_out = (
-        replace(batch.take(rows), rows=None, total=None) for rows in split_rows(batch.num_rows, share, seed)
-    )
+    batch = as_batch(data, as_dtype(options.get("dtype") or torch.float32))
+    train, held_out = batch.split(float(share), seed)  # type: ignore[arg-type]
     return train, options | {"validation": held_out}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,19 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import Schedule, value_of
-from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.arrays import Batch
 from pyrolvm.data.dataset import Dataset
-from pyrolvm.data.plan import BatchPlan, split_rows
+from pyrolvm.data.plan import BatchPlan, is_share
 from pyrolvm.data.precision import check_precision
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
+from pyrolvm.inference.engine.ascent import LEAST_DRAWS, CoordinateAscent
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem, schedules_of, unweighable
 from pyrolvm.inference.objectives import prepare
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.noise import seeded
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.training.evaluation import HeldOutBound
 from pyrolvm.inference.training.plateau import Plateau
@@ -71,7 +72,7 @@ def set_up(
 ) -> Setup:
     """Read the data, start the model, look at the program, and take one step on trial."""
     program = Program(model, guide, device=device, dtype=dtype)
-    batch = suited(program, as_batch(data, dtype, device))
+    batch = suited(program, data)
     _warn_of_precision(data, dtype)
     if batch_size is not None or validation is not None:
         batch.check_rows()
@@ -85,6 +86,7 @@ def set_up(
     brought = program.contract.controls() if program.contract is not None else {}
     program.controls = {k: value_of(k, v, 1 / steps) for k, v in {**brought, **(controls or {})}.items()}
     program.initialise(first, derived_seed(seed, Purpose.START))
+    program.start_rows(batch, derived_seed(seed, Purpose.START, 3))
     with seeded(derived_seed(seed, Purpose.CHECK), device):
         structure = inspect_program(program, first)
     usual = program.contract.objective() if program.contract is not None else None
@@ -101,12 +103,12 @@ def set_up(
         schedules=schedules,
         num_steps=steps,
     )
-    _adopt(problem, rows, seed)
+    adopt_modules(problem, rows, seed)
     _first_step(problem, rows, seed)
     if held_out is not None and structure.per_datum:
         raise SettingError(
             f"the guide has parameters for each training row ('{structure.per_datum[0]}') and none for held-out "
-            "ones: leave validation out, or use an amortised guide"
+            "ones: leave validation out (`fitted.refine(x)` judges other rows afterwards), or use an amortised guide"
         )
     return Setup(problem, plan, batch, held_out, seed)
 
@@ -145,11 +147,9 @@ def _split(batch: Batch, validation: Any, program: Program, seed: int) -> tuple[
     """(training data, held-out data): a share of the rows, or data of their own."""
     if validation is None:
         return batch, None
-    if isinstance(validation, numbers.Real) and not isinstance(validation, bool):
-        train, held_out = split_rows(batch.num_rows, float(validation), seed)
-        parts = batch.take(train), batch.take(held_out)
-        return replace(parts[0], rows=None, total=None), replace(parts[1], rows=None, total=None)
-    held = suited(program, as_batch(validation, program.dtype, program.device))
+    if is_share(validation):
+        return batch.split(float(validation), seed)
+    held = suited(program, validation)
     held.check_rows()
     return batch, held
 
@@ -175,12 +175,10 @@ def plateau_of(patience: int | None, held_out: Batch | None, kl_warmup: float, s
         return None
     if held_out is None:
         raise SettingError("patience watches the held-out bound: give validation=0.1 or held-out data")
-    if not isinstance(patience, numbers.Integral) or isinstance(patience, bool) or patience < 2:
-        raise SettingError(f"patience must be a whole number of at least 2 evaluations, not {patience!r}")
-    return Plateau(int(patience), first_step=round(kl_warmup * steps))
+    return Plateau(count("patience", patience, least=2), first_step=round(kl_warmup * steps))
 
 
-def _adopt(problem: Problem, rows: torch.Tensor, seed: int) -> None:
+def adopt_modules(problem: Problem, rows: torch.Tensor, seed: int) -> None:
     """Take the objective's modules in; lazy ones get their shapes from a first estimate."""
     program, modules = problem.program, problem.objective.modules()
     for module in modules.values():
@@ -235,7 +233,35 @@ def _check_weighted(problem: Problem, terms: Mapping[str, float], remainder: flo
         raise SettingError(unweighable(f"{problem.objective.settings().get('name', 'this objective')}"))
 
 
-def settings_of(setup: Setup, optimizer: OptimizerSpec) -> dict[str, Any]:
+def alternating(setup: Setup, objective: Any, num_draws: int) -> tuple[CoordinateAscent, str]:
+    """The engine of coordinate ascent, on the ELBO of `num_draws` fixed draws, and its sentence.
+
+    Raises
+    ------
+    SettingError
+        Too few draws, a weight of the KL, or an objective that is not the ELBO.
+    """
+    problem = setup.problem
+    count("alternate", num_draws, least=LEAST_DRAWS)
+    program = problem.program
+    usual = program.contract.objective() if objective is None and program.contract is not None else objective
+    if usual not in (None, "trace", "meanfield", "enum"):
+        raise SettingError(
+            f"coordinate ascent (alternate=) climbs the ELBO, not {usual!r}: take objective='trace'"
+        )
+    if KL_WEIGHT in problem.schedules or len(problem.scheduled) > 1:
+        raise SettingError(
+            "coordinate ascent (alternate=) climbs one bound: leave kl_warmup and schedules out"
+        )
+    at_once = Pair(program, problem.structure, setup.batch).vectorized
+    name = "enum" if problem.structure.enumerated else usual or "meanfield"
+    settings = {"num_particles": num_draws, "vectorize_particles": at_once}
+    problem.objective = prepare((name, settings), problem.structure)
+    engine = CoordinateAscent(problem)
+    return engine, engine.note
+
+
+def settings_of(setup: Setup, optimizer: OptimizerSpec, alternate: int | None = None) -> dict[str, Any]:
     """What must agree for a checkpoint to be of the same run: plain values, JSON-able."""
     problem = setup.problem
     return {
@@ -247,6 +273,7 @@ def settings_of(setup: Setup, optimizer: OptimizerSpec) -> dict[str, Any]:
             k: list(v) if isinstance(v, tuple) else v for k, v in optimizer.options.items()
         },
         "clip_norm": optimizer.clip_norm,
+        "alternate": alternate,
         "controls": problem.constants | dict.fromkeys(problem.scheduled[1:], "a function"),
         "batch_size": setup.plan.batch_size,
         "num_rows": setup.batch.num_rows,

@@ -31,9 +31,9 @@ from pyrolvm.inference.posterior.evidence.streams import StreamingLogMeanExp
 from pyrolvm.inference.program.pair import Pair
 
 METHODS = ("exact", "importance", "iwae", "prior", "ais")
-DRAWS, CHAINS = 100, 16
+DRAWS, CHAINS = 1000, 16
 
-COLUMNS = ("log_evidence", "standard_error", "effective_sample_size", "k_hat", "acceptance")
+COLUMNS = ("log_evidence", "standard_error", "elbo", "effective_sample_size", "k_hat", "acceptance")
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def evidence_table(
     method : {"exact", "importance", "iwae", "prior", "ais"}
         The estimator.
     num_samples : int, optional
-        S, draws per datum (100 if None); chains for "ais" (16).
+        S, draws per datum (1000 if None); chains for "ais" (16).
     num_particles : int, optional
         K, draws in a group, for "iwae"; a divisor of S.
     seed : int
@@ -93,6 +93,7 @@ def evidence_table(
 
         - log_evidence: in nats.
         - standard_error: of log_evidence, in nats, by the delta method; for "iwae" over the groups; 0 if exact.
+        - elbo: the mean log-weight, for "importance" and "iwae".
         - effective_sample_size: (sum w)^2 / sum w^2 of the S weights, between 1 and S; over chains for "ais".
         - k_hat: the shape of the weights' tail, for "importance", "iwae" and "prior" with at least 21 draws. Above
           `khat_threshold(num_samples)` neither the value nor its error is reliable: the guide or the model is

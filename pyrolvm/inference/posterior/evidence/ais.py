@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import SettingError, count, one_of
 from pyrolvm.inference.posterior.evidence.chunks import evidence_chunks
 from pyrolvm.inference.posterior.evidence.hmc import State, adapted, hmc_move
 from pyrolvm.inference.posterior.evidence.importance import check_guide
@@ -36,6 +36,7 @@ from pyrolvm.inference.posterior.evidence.target import STARTS, Target
 from pyrolvm.inference.program.draws import refuse_enumeration
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.structure import refuse_bound
 from pyrolvm.progress import PATIENCE, progress_bar
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -70,14 +71,10 @@ class Annealing:
     num_leapfrog: int = 10
 
     def __post_init__(self) -> None:
-        for name, known in (("start", STARTS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise SettingError(
-                    f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(known)}"
-                )
-        for name in ("num_steps", "num_leapfrog"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} must be at least 1, not {getattr(self, name)}")
+        one_of("start", self.start, STARTS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        count("num_steps", self.num_steps)
+        count("num_leapfrog", self.num_leapfrog)
 
     @property
     def betas(self) -> list[float]:
@@ -193,6 +190,7 @@ def pilot(
 def check_annealable(pair: Pair, annealing: Annealing) -> None:
     """Raise `SettingError` if chains cannot run at once, or there is no density to start from."""
     refuse_enumeration(pair.structure, "method='ais'")
+    refuse_bound(pair.structure, "method='ais'")
     check_guide(pair.structure, "ais", annealing.start == "prior")
     if not pair.vectorized:
         raise SettingError(

@@ -48,9 +48,10 @@ def _enumerated(pair: Pair) -> Tensor:
         if site["name"] not in held and not site["is_observed"] and not enumerable(site["fn"]):
             owner = pair.program.owner
             name = getattr(owner, "__name__", type(owner).__name__)
+            other = "prior" if pair.structure.points else "importance"
             raise SettingError(
                 f"{name} has no exact log p(x) (no method `log_marginal`, and '{site['name']}' has too many values "
-                "to sum over): use method='importance' with num_samples=1000 or more"
+                f"to sum over): use method='{other}' with num_samples=1000 or more"
             )
     return summed_out(pair, None, {}, held)[0]
 

@@ -27,7 +27,7 @@ from pyrolvm.inference.posterior.evidence.streams import LargestWeights, Streami
 from pyrolvm.inference.program.draws import refuse_enumeration
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.inference.program.structure import Structure, refuse_bound, sample_sites
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -44,22 +44,26 @@ def importance_evidence(
     tails: bool = True,
     progress: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield log_evidence, standard_error, effective_sample_size and k_hat, each [rows], of some rows at a time.
+    """Yield log_evidence, standard_error and, if `tails`, the other columns, each [rows], of some rows at a time.
 
-    The last two are of all S weights, also with groups. Memory does not grow with S, except for the
-    3 sqrt(S) largest weights of each datum, kept for k-hat if `tails`.
+    These others are of all S weights, also with groups. Memory does not grow with S, except for the
+    3 sqrt(S) largest weights of each datum, kept for k-hat.
     """
     group_size = check_samples(method, num_samples, num_particles)
     for like, parts in streams_of_weights(pair, method, num_samples, seed, progress=progress):
-        weights, bound = StreamingLogMeanExp.empty(like), StreamingBound.empty(like, group_size)
+        weights, elbo = StreamingLogMeanExp.empty(like), StreamingBound.empty(like, 1)
+        groups = [StreamingBound.empty(like, group_size)] if method == "iwae" else []
         tail = LargestWeights(tail_length(num_samples) + 1)
         for log_weight in parts:
-            weights.add(log_weight)
-            if method == "iwae":
-                bound.add(log_weight)
-            if tails:
-                tail.add(log_weight)
-        yield _columns(weights, bound if method == "iwae" else weights, tail)
+            for total in (weights, *groups, *((elbo, tail) if tails else ())):
+                total.add(log_weight)
+        estimate = groups[0] if groups else weights
+        columns = {"log_evidence": estimate.value, "standard_error": estimate.standard_error}
+        if tails:
+            columns["effective_sample_size"] = weights.effective_sample_size
+            columns["k_hat"] = tail.k_hat(num_samples)
+            columns |= {"elbo": elbo.value} if method != "prior" else {}
+        yield columns
 
 
 def streams_of_weights(
@@ -142,19 +146,6 @@ def iwae_bounds(
     return pd.concat(tables, ignore_index=True).rename_axis("row")
 
 
-def _columns(
-    weights: StreamingLogMeanExp, estimate: StreamingBound | StreamingLogMeanExp, tail: LargestWeights
-) -> dict[str, Tensor]:
-    columns = {
-        "log_evidence": estimate.value,
-        "standard_error": estimate.standard_error,
-        "effective_sample_size": weights.effective_sample_size,
-    }
-    if tail.values is not None:
-        columns["k_hat"] = tail.k_hat(weights.count)
-    return columns
-
-
 def check_samples(method: str, num_samples: int, num_particles: int | None) -> int:
     """K, the draws of one group. Raises `SettingError` for numbers that are not valid."""
     num_samples = count("num_samples", num_samples)
@@ -171,12 +162,12 @@ def check_guide(structure: Structure, method: str, from_prior: bool) -> None:
     if from_prior:
         refuse_enumeration(structure, f"method='{method}'")
         return
-    points = [s.name for s in structure.local_latents if s.point]
-    if points:
+    if structure.points:
         raise SettingError(
-            f"the guide is a point estimate of '{points[0]}': it has no density, so there are no importance weights "
-            "and no evidence by it; use method='prior', or a guide with a density"
+            f"the guide is a point estimate of '{structure.points[0]}': it has no density, so there are no "
+            "importance weights and no evidence by it; use method='prior', or a guide with a density"
         )
+    refuse_bound(structure, f"method='{method}'")
     if structure.joint_guide:
         raise SettingError(
             f"the guide draws the latents of all data at once ('{structure.joint_guide}'), so there is no density "

@@ -1,0 +1,98 @@
+"""Pyro and torch's optimisers without the values that they read on the host, so that a step is one graph.
+
+TensorScalars   numbers that an optimiser reads from tensors stay tensors
+static_pyro     Pyro's objectives without reads and branches that serve only messages or speed
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyro
+import pyro.infer.util
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+TORCH = str(Path(torch.__file__ or "").parent)
+
+
+class TensorScalars(TorchFunctionMode):
+    """Keep numbers that an optimiser reads from tensors (`step.item()`) as tensors, in double precision."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.item:
+            return args[0].to(torch.float64) if args[0].is_floating_point() else args[0]
+        for key in ("value", "alpha"):
+            if isinstance(kwargs.get(key), Tensor):
+                return _scaled(func.__name__, *args, kwargs.pop(key), **kwargs)
+        return func(*args, **kwargs)
+
+
+def _scaled(name: str, target: Tensor, *terms: Any) -> Tensor:
+    """`target.addcdiv_(a, b, value=scale)` and its kin, for a scale that is a tensor."""
+    *factors, scale = terms
+    term = scale * factors[0]
+    if name.startswith("addcdiv"):
+        term = term / factors[1]
+    elif name.startswith("addcmul"):
+        term = term * factors[1]
+    if name.startswith("sub"):
+        term = -term
+    return target.add_(term) if name.endswith("_") else target + term
+
+
+@contextmanager
+def static_pyro() -> Iterator[None]:
+    """Pyro without host reads and branches that serve only messages or speed."""
+    replaced = {"torch_item": _as_tensor, "warn_if_nan": lambda *args, **kwargs: None}
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("pyro.infer"):
+                for function, static in replaced.items():
+                    if hasattr(module, function):
+                        stack.enter_context(mock.patch.object(module, function, static))
+        stack.enter_context(mock.patch.object(pyro.infer.util, "_fulldot", _masked_dot))
+        # a distribution made before the trace (a PyroSample's prior) checks its values whatever the default now is
+        unchecked = mock.patch.object(
+            torch.distributions.Distribution, "_validate_sample", lambda *args: None
+        )
+        stack.enter_context(unchecked)
+        stack.enter_context(_NoShortcuts())
+        yield
+
+
+def _as_tensor(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _masked_dot(weight: Tensor, cost: Tensor) -> Tensor:
+    """sum weight * cost where the weight is not 0, the static form of a masked select."""
+    return (weight * torch.where(weight > 0, cost, torch.zeros_like(cost))).sum()
+
+
+class _NoShortcuts(TorchFunctionMode):
+    """`Dice.compute_expectation` branches on whether some weight is 0; `_masked_dot` needs no branch."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and _called_by(pyro.infer.util.Dice.compute_expectation):
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def _called_by(function: Callable[..., Any]) -> bool:
+    """Whether the nearest caller outside of torch and this file is `function`."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH):
+        frame = frame.f_back
+    return frame.f_code is function.__code__

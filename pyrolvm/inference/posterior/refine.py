@@ -1,0 +1,261 @@
+"""Per-datum refinement: the guide of some rows, improved for each of them alone while the model is held.
+
+From q(z | x_n) as the fitted guide has it, a private Gaussian q_n climbs the bound of its own row,
+
+    L_n[q] = E_q [ log p(x_n, z) - log q(z) ],        amortisation gap_n = L_n[q_n] - L_n[q(z | x_n)] >= 0,
+
+which one network for all rows leaves open (Cremer, Li and Duvenaud 2018, section 3). This is also how rows that a
+guide per datum was not trained on get a posterior. Latents that the rows share keep the fitted guide.
+
+C. Cremer, X. Li and D. Duvenaud, "Inference suboptimality in variational autoencoders", ICML 2018.
+Y. Kim et al., "Semi-amortized variational autoencoders", ICML 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pandas as pd
+import torch
+from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO
+from torch import Tensor
+
+from pyrolvm.data.arrays import Batch
+from pyrolvm.errors import ProgramError, SettingError, count, one_of
+from pyrolvm.inference.engine import Problem, TrainingState, choose_engine
+from pyrolvm.inference.engine.optimizers import OptimizerSpec
+from pyrolvm.inference.objectives import prepare
+from pyrolvm.inference.program.checks import inspect_program
+from pyrolvm.inference.program.noise import noise_state, seeded
+from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.per_datum import FAMILIES, PerDatum, kind_of_gaussian
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.structure import Structure
+from pyrolvm.plates import data_rows
+from pyrolvm.progress import PATIENCE, progress_bar
+from pyrolvm.seeds import Purpose, derived_seed
+
+CHUNK_ROWS = 1024
+"""The most rows that climb at once."""
+RATES = (4.0, 2.0, 1.0)
+"""Climbs of a row, by their share of the learning rate; each takes its units from what the last one found."""
+JUDGED_DRAWS = 1000
+"""Draws for each of the two bounds of a row."""
+
+
+class Refinable(Protocol):
+    """What a refinement needs of a `FittedModel`."""
+
+    program: Program
+    structure: Structure
+    example: Batch | None
+
+    def pair(self, x: Any = None) -> Pair:
+        """The program on some rows."""
+
+    def is_training_data(self, data: Batch) -> bool:
+        """Whether they are the rows that were fitted."""
+
+
+class _Elsewhere:
+    """A guide of what the rows share, run on the rows that it has parameters for."""
+
+    def __init__(self, guide: Callable[..., Any], rows: Batch) -> None:
+        self.guide, self.rows = guide, rows
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with data_rows(self.rows.total_rows, self.rows.indices):
+            return self.guide(*self.rows.args, **self.rows.kwargs)
+
+
+@dataclass
+class Climb:
+    """The rows of one refinement, and how far they got.
+
+    Attributes
+    ----------
+    program, structure
+        The fitted model with a guide per datum for these rows; its entries are all that it learns.
+    table : DataFrame
+        One row per datum, in nats: `elbo_start`, `elbo`, their difference `gap` and its `standard_error`.
+    of_guide : bool
+        Whether the start is the fitted guide itself, so that the gap is that of amortisation.
+    """
+
+    program: Program
+    structure: Structure
+    batch: Batch
+    table: pd.DataFrame
+    family: str
+    of_guide: bool
+    engine: str
+
+
+def climb(
+    fitted: Refinable,
+    batch: Batch,
+    family: str,
+    num_steps: int,
+    learning_rate: float,
+    num_samples: int,
+    seed: int,
+    engine: str,
+    progress: bool,
+) -> Climb:
+    """Refine the rows of `batch`; arguments as of `FittedModel.refine`."""
+    own = _starting_guide(fitted, batch)
+    batch = batch.of(len(batch.indices))
+    family, of_guide = _family(fitted, batch, own, one_of("family", family, ("auto", *FAMILIES)))
+    guide = PerDatum(family).bind(fitted.program.model, own, _shared_guide(fitted))
+    program = fitted.program.with_row_guide(guide)
+    every = torch.arange(batch.num_rows, device=program.device)
+    parts = list(every.split(CHUNK_ROWS)) if fitted.structure.chunkable else [every]
+    first = batch.take(parts[0])
+    program.initialise(first, derived_seed(seed, Purpose.REFINE))
+    program.start_rows(batch, derived_seed(seed, Purpose.REFINE, 1))
+    guide.count_in_units(every)
+    program.collect()
+    with seeded(derived_seed(seed, Purpose.CHECK), program.device):
+        structure = inspect_program(program, first)
+    program.hold(structure.row_tables)
+    pair = Pair(program, structure, batch)
+    before = {name: table.clone() for name, table in guide.entries().items()}
+    start = fitted.pair(batch) if of_guide and not fitted.structure.per_datum else pair
+    judged = [_bounds(start, seed, i) for i in range(2)]
+    note = _take_steps(
+        pair, parts, count("num_steps", num_steps), learning_rate, num_samples, seed, engine, progress
+    )
+    _keep_better(guide, before, judged[0], _bounds(pair, seed, 0))
+    table = _table(judged[1], _bounds(pair, seed, 1))
+    return Climb(program, structure, batch, table, family, of_guide, note)
+
+
+def _starting_guide(fitted: Refinable, batch: Batch) -> Any:
+    """The fitted guide if it knows these rows, else the one that the model brings, else None (the prior)."""
+    structure = fitted.structure
+    if structure.joint_guide:
+        raise ProgramError(
+            f"the guide draws the latents of all data at once ('{structure.joint_guide}'), so that no row can be "
+            "refined alone: use a guide that is independent over data, such as AutoNormal"
+        )
+    if not structure.per_datum or fitted.is_training_data(batch):
+        return fitted.program.guide
+    return getattr(fitted.program.contract, "guide", None)
+
+
+def _shared_guide(fitted: Refinable) -> Any:
+    """The guide of what the rows share, run on rows that it has parameters for."""
+    guide, example = fitted.program.guide, fitted.example
+    if not fitted.structure.per_datum:
+        return guide
+    if example is None:
+        raise SettingError(
+            "the guide has parameters for each training row and cannot run without them: load the run with "
+            "example=x, the data that it was fitted to"
+        )
+    return _Elsewhere(guide, example)
+
+
+def _family(fitted: Refinable, batch: Batch, own: Any, family: str) -> tuple[str, bool]:
+    """(family, whether the guide is of it): what "auto" means."""
+    if own is not fitted.program.guide:
+        return ("mean_field" if family == "auto" else family), False
+    if fitted.program.row_guide is not None:
+        usual = fitted.program.row_guide.family
+        return (usual, True) if family == "auto" else (family, family == usual)
+    few = batch.take(torch.arange(min(2, batch.num_rows), device=batch.indices.device))
+    with torch.no_grad(), seeded(0, fitted.program.device):
+        guide = Pair(fitted.program, fitted.structure, few if fitted.structure.chunkable else batch).guide()
+    nodes: list[Any] = [guide.nodes[s.name] for s in fitted.structure.local_latents if s.in_guide]
+    kinds = {
+        kind_of_gaussian(node["fn"])
+        for node in nodes
+        if not getattr(node["fn"].support, "is_discrete", False)
+    }
+    usual = "mean_field" if kinds == {"mean_field"} else "full"
+    chosen = usual if family == "auto" else family
+    return chosen, kinds == {chosen}
+
+
+def _take_steps(
+    pair: Pair,
+    parts: list[Tensor],
+    num_steps: int,
+    learning_rate: float,
+    num_samples: int,
+    seed: int,
+    engine: str,
+    progress: bool,
+) -> str:
+    """Climb, some rows at a time, each with an optimiser of its own; the engine's sentence."""
+    program, structure = pair.program, pair.structure
+    at_once = pair.vectorized
+    kind = TraceEnum_ELBO if structure.enumerated else TraceMeanField_ELBO
+    elbo = kind(
+        num_particles=count("num_samples", num_samples), vectorize_particles=at_once and num_samples > 1
+    )
+    if not learning_rate > 0:
+        raise SettingError(f"learning_rate must be positive, not {learning_rate}")
+    spec = OptimizerSpec(learning_rate=lambda share: learning_rate * _falling(share))
+    length = max(1, num_steps // len(RATES))
+    guide = program.row_guide
+    assert guide is not None
+    problem = Problem(
+        program, structure, prepare(elbo, structure), spec, pair.batch, minibatch=True, num_rows=pair.batch.num_rows,
+        schedules=dict(program.controls), num_steps=length * len(RATES),
+    )  # fmt: skip
+    with (
+        program.evaluating(),
+        progress_bar("refining", len(parts) * length * len(RATES), enabled=progress, after=PATIENCE) as bar,
+    ):
+        running, note = choose_engine(engine, problem, len(parts) * length * len(RATES), on_compile=bar.note)
+        for i, rows in enumerate(parts):
+            random = noise_state(derived_seed(seed, Purpose.REFINE, 2, i), program.device)
+            for turn in range(len(RATES)):
+                state = TrainingState(program.tensors(), {}, turn * length, random)
+                random = running.run(state, rows.cpu().expand(length, -1))[0].random
+                guide.count_in_units(rows)
+                bar.advance(length)
+    return getattr(running, "note", note)
+
+
+def _falling(share: float) -> float:
+    """The rate's share after that share of the steps: of each climb its own, to a hundredth along a cosine."""
+    turn, within = divmod(share * len(RATES) - 1e-9, 1)
+    return RATES[int(turn)] * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * within)))
+
+
+@torch.no_grad()
+def _bounds(pair: Pair, seed: int, stream: int) -> Tensor:
+    """log p(x_n, z) - log q(z) of `JUDGED_DRAWS` draws, the same noise at every call: [draws, rows], nats."""
+    parts = []
+    for i, chunk in enumerate(pair.chunks(JUDGED_DRAWS)):
+        with seeded(derived_seed(seed, Purpose.REFINE, 3, stream, i), pair.device):
+            parts.append(torch.cat(list(_weights(chunk))))
+    return torch.cat(parts, 1)
+
+
+def _weights(pair: Pair) -> Any:
+    size = pair.at_once(JUDGED_DRAWS)
+    for first in range(0, JUDGED_DRAWS, size):
+        draws = min(size, JUDGED_DRAWS - first)
+        model, guide = pair.draw(draws if pair.vectorized else None)
+        yield pair.densities(model, guide, pair.held(guide)).log_weight.double()
+
+
+@torch.no_grad()
+def _keep_better(guide: PerDatum, before: dict[str, Tensor], start: Tensor, end: Tensor) -> None:
+    """Put the start back where the climb failed: judged by other draws than those that are reported."""
+    failed = ~(end.mean(0) >= start.mean(0))
+    for name, table in guide.entries().items():
+        table[failed] = before[name][failed]
+
+
+def _table(start: Tensor, end: Tensor) -> pd.DataFrame:
+    gap = end - start
+    error = gap.std(0) / math.sqrt(len(gap))
+    columns = {"elbo_start": start.mean(0), "elbo": end.mean(0), "gap": gap.mean(0), "standard_error": error}
+    return pd.DataFrame({k: v.cpu().numpy() for k, v in columns.items()}).rename_axis("row")

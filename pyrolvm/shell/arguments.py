@@ -1,0 +1,51 @@
+"""The arguments of a model's constructor from the words of a command line."""
+
+from __future__ import annotations
+
+import typing
+from inspect import Parameter
+from typing import Any
+
+from pyrolvm.errors import SettingError, did_you_mean
+from pyrolvm.runs import NamedModel
+from pyrolvm.shell.options import FIT, PREPARING
+from pyrolvm.shell.values import annotation_text, read_as
+
+
+def constructor_arguments(
+    named: NamedModel, words: dict[str, str], settings: dict[str, Any], from_data: dict[str, Any]
+) -> dict[str, Any]:
+    """The constructor's arguments: by flag, by --set, and what the data give. Raises `SettingError`."""
+    known = named.options
+    free = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for name in [*words, *settings]:
+        if name in words and name in settings:
+            raise SettingError(f"{name} is given twice: by its flag and by --set")
+        if named.cls is None:
+            raise SettingError(
+                f"{named.text} is built already, so it takes no {_flag(name)}: name a class instead"
+            )
+        if name in named.from_data:
+            raise SettingError(f"{name} is taken from the data: leave it out")
+        if name not in known and not free:
+            raise SettingError(_unknown(named, name))
+    needed = [n for n, p in known.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    for name in needed:
+        if name not in words and name not in settings:
+            raise SettingError(f"{named.name} needs {_flag(name)}: e.g. {_flag(name)} 2")
+    try:
+        hints = typing.get_type_hints(named.cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError, AttributeError):  # annotations that mean nothing at run time
+        hints = {}
+    read = {n: read_as(n, annotation_text(hints.get(n, Parameter.empty)), w) for n, w in words.items()}
+    return from_data | read | settings
+
+
+def _unknown(named: NamedModel, name: str) -> str:
+    hint = did_you_mean(name, [*named.options, *FIT, *PREPARING], _flag)
+    has = f"it has {', '.join(map(_flag, named.options))}" if named.options else "it has none"
+    return f"{named.name} has no option {_flag(name)}: {hint}{has}"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
