@@ -83,6 +83,10 @@ def test_pseudo_data_start_near_the_data_and_are_no_rows_of_them():
     apart = torch.cdist(start, torch.tensor([[0.0] * 4, [5.0] * 4]))
     assert (apart.min(0).values < 0.5).all()
     assert torch.cdist(start, x).min() > 1e-3
+    x[5, 2] = x[40, 0] = float("nan")  # a row with a missing entry
+    prior.initialise_from(x)
+    torch.testing.assert_close(prior.pseudo_data.detach(), start, atol=0.5, rtol=0)
+    x = x.nan_to_num(0.0)
     few = VampPrior(2, 4, 9)
     few.initialise_from(x[28:33])
     assert torch.isfinite(few.pseudo_data).all()
