@@ -14,7 +14,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.inference.program.pair import BUDGET, Pair, Values
+from pyrolvm.inference.program.pair import BUDGET, Pair, Values, inverse_needed
 from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.progress import watched
 
@@ -103,7 +103,9 @@ class _Densities:
     def _log_prob(self, values: Values) -> Tensor:
         """log q(z | x_m): [draws, rows]."""
         if self.fn is not None:
-            return self.fn.log_prob(next(iter(values.values()))).double()
+            ((name, value),) = values.items()
+            with inverse_needed(name):
+                return self.fn.log_prob(value).double()
         rows = {name: _for_all_rows(self.pair, value) for name, value in values.items()}
         count: int | None = len(next(iter(rows.values())))
         if not self.pair.vectorized:

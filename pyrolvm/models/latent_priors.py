@@ -135,9 +135,10 @@ class VampPrior(LatentPrior):
 
     @torch.no_grad()
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:
-        """Pseudo-data at k-means centres of at most 5000 rows of x [rows, data_dim]; of few rows, at some of them."""
+        """Pseudo-data at k-means centres of at most 5000 rows of x [rows, data_dim]; missing entries count as means."""
         generator = torch.Generator().manual_seed(seed)
         x = x[torch.randperm(len(x), generator=generator)[:KMEANS_ROWS].to(x.device)]
+        x = torch.where(x.isnan(), x.nanmean(0), x)
         labels = _clusters(x, self.num_components, seed)
         members = nn.functional.one_hot(labels, self.num_components).to(x)  # [rows, K]
         centres = (members.T @ x + x.mean(0)) / (members.sum(0) + 1).unsqueeze(-1)

@@ -82,7 +82,7 @@ def test_a_model_that_says_nothing_knows_nothing():
 def test_what_is_overridden_anywhere_above_is_known():
     known = {name: {n for n in OPTIONAL if build().knows(n)} for name, build in BUILT.items()}
     assert known == {
-        "PPCA": {"check_data", "log_marginal", "decode"},
+        "PPCA": {"check_data", "log_marginal", "initialise_from", "decode"},
         "GaussianMixture": {"check_data", "check_fit", "log_marginal", "initialise_from"},
         "BayesianFactorAnalysis": {"check_data", "initialise_from", "decode"},
         "VAE": {"check_data", "initialise_from", "decode"},

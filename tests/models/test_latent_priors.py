@@ -83,6 +83,10 @@ def test_pseudo_data_start_near_the_data_and_are_no_rows_of_them():
     apart = torch.cdist(start, torch.tensor([[0.0] * 4, [5.0] * 4]))
     assert (apart.min(0).values < 0.5).all()
     assert torch.cdist(start, x).min() > 1e-3
+    x[5, 2] = x[40, 0] = float("nan")  # a row with a missing entry
+    prior.initialise_from(x)
+    torch.testing.assert_close(prior.pseudo_data.detach(), start, atol=0.5, rtol=0)
+    x = x.nan_to_num(0.0)
     few = VampPrior(2, 4, 9)
     few.initialise_from(x[28:33])
     assert torch.isfinite(few.pseudo_data).all()
@@ -97,10 +101,10 @@ def test_a_prior_that_can_be_the_aggregated_posterior_raises_the_bound():
     torch.manual_seed(0)
     x = torch.cat([torch.randn(150, 3) * 0.1 - 2, torch.randn(150, 3) * 0.1 + 2])
     bounds = {}
-    for name in NAMES:
+    for name in ("normal", "mixture:3", "vamp:5", "flow"):
         torch.manual_seed(0)
         model = VAE(3, 2, "gaussian", noise_scale=0.1, hidden=(16,), prior=name)
-        fitted = pyrolvm.fit(model, x, num_steps=400, batch_size=100, learning_rate=0.02, **QUIET)
+        fitted = pyrolvm.fit(model, x, num_steps=300, batch_size=100, learning_rate=0.02, **QUIET)
         bounds[name] = fitted.log_evidence(x, "iwae", 50, num_particles=1, progress=False)
     for better in ("mixture:3", "vamp:5", "flow"):
         gain = bounds[better] - bounds["normal"]
@@ -124,7 +128,7 @@ def test_what_stands_on_a_model_with_a_learned_prior(name, tmp_path):
         for method, draws, more in (
             ("importance", 4000, {}),
             ("prior", 20_000, {}),
-            ("ais", 8, {"num_steps": 60, "num_leapfrog": 4}),
+            ("ais", 8, {"num_steps": 40, "num_leapfrog": 3}),
         )
     ]
     for other in evidence[1:]:

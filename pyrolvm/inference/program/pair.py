@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -105,7 +105,8 @@ class Pair:
             if predicting:
                 for site in sample_sites(trace):
                     _weigh_bits(site)
-            trace.compute_log_prob()
+            with _densities_exist(handlers, given):
+                trace.compute_log_prob()
         return trace
 
     # ------------------------------------------------------------------ reading
@@ -258,6 +259,29 @@ class Pair:
         log_weight = log_densities(model, guide, skip=shared).log_weight
         zeros = torch.zeros_like(log_weight[:, 0])
         return [log_weight, *(total_of(t, shared, zeros) for t in (model, guide))]
+
+
+NO_INVERSE = (KeyError, NotImplementedError)
+"""What a transform without an inverse raises."""
+
+
+def _densities_exist(handlers: tuple[Any, ...], given: Values | None) -> AbstractContextManager[None]:
+    """Nobody asks for the density at a mean; given values are not the program's own draws."""
+    if any(isinstance(handler, Means) for handler in handlers):
+        return suppress(*NO_INVERSE)
+    return inverse_needed(next(iter(given))) if given else nullcontext()
+
+
+@contextmanager
+def inverse_needed(site: str) -> Iterator[None]:
+    """Raise `ProgramError` where the density at values that a program did not draw itself does not exist."""
+    try:
+        yield
+    except NO_INVERSE as error:
+        raise ProgramError(
+            f"the density of '{site}' can be computed at the program's own draws only, because a flow in it has no "
+            "inverse: take one that has, such as those of pyrolvm.models.guides"
+        ) from error
 
 
 def total_of(trace: Trace, names: Values, zeros: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -37,6 +38,10 @@ def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, Rows]:
     with program.untouched(), program.scope(batch, validate=True) as rows, torch.no_grad():
         with explained(batch, "guide"):
             guide_trace = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
+        with suppress(
+            Exception
+        ):  # what is wrong is said later; a flow without inverse knows its last draw only
+            guide_trace.compute_log_prob()
         replayed = pyro.poutine.replay(program.model, trace=guide_trace)
         with explained(batch, "model"):
             model_trace = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)

@@ -62,7 +62,7 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
         named: Any = ROW_GUIDES.get(guide) or getattr(pyro.infer.autoguide, guide, SemiImplicitGuide)
         guide = named() if guide in ROW_GUIDES else named
     if isinstance(guide, type):
-        guide = guide() if guide in ROW_GUIDES.values() else guide(program)  # else an AutoGuide class
+        guide = guide() if guide in ROW_GUIDES.values() else _built(guide, program)
     if isinstance(guide, PerDatum):
         guide.bind(program, own)
     if isinstance(guide, AutoGuide) and guide.create_plates is None:
@@ -70,6 +70,19 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
     if not callable(guide):
         raise ProgramError(f"guide must be callable, not {type(guide).__name__}")
     return program, guide
+
+
+def _built(guide: type, program: Callable[..., Any]) -> Any:
+    """An AutoGuide of its class."""
+    needs = [
+        p.name for p in inspect.signature(guide).parameters.values() if p.default is p.empty and p.kind < 2
+    ]
+    if len(needs) > 1:
+        raise ProgramError(
+            f"the guide {guide.__name__} needs {', '.join(needs[1:])} beside the model: pass one that is built, "
+            f"guide={guide.__name__}(model, {', '.join(f'{n}=...' for n in needs[1:])})"
+        )
+    return guide(program)
 
 
 class _RowPlates:
