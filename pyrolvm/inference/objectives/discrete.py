@@ -182,10 +182,17 @@ def score(run: Run, what: str) -> Tensor:
 
 
 def drawn_bits(pair: Pair, what: str, given: dict[str, Tensor] | None = None) -> Run:
-    """A draw of a program whose latents are all bits, some of them given. Raises `SettingError` for other programs."""
-    found: list[Bits] = []
+    """A draw of a program whose latents are all bits, some of them given. Raises `SettingError` for other programs.
 
-    def choose(site: Any) -> Chosen:
+    Points of the guide (a Delta) are left as they are: their gradient is that of log p(x, b).
+    """
+    found: list[Bits] = []
+    points: list[str] = []
+
+    def choose(site: Any) -> Chosen | None:
+        if is_point(site):
+            points.append(site["name"])
+            return None
         logits = bit_logits(site, what)
         value = (given or {}).get(site["name"])
         noise = (
@@ -196,12 +203,17 @@ def drawn_bits(pair: Pair, what: str, given: dict[str, Tensor] | None = None) ->
         return value, None
 
     guide = pair.guide(None, Settled(choose))
-    if not found:
+    if not found and not points:
         raise SettingError(
             f"{what} estimates the gradient of latent bits, and the guide draws none: use Trace_ELBO()"
         )
     model = pair.model(None, lambda f: poutine.replay(f, trace=guide))
     return Run(model, guide, log_densities(model, guide), found)
+
+
+def is_point(site: Any) -> bool:
+    """Whether the guide, or the model after it, holds the site at a point."""
+    return isinstance(unwrapped(site["fn"]), Delta)
 
 
 def uniform(like: Tensor) -> Tensor:
@@ -245,7 +257,7 @@ Read = Callable[[Any], tuple[Tensor, Callable[[Tensor, Tensor], Tensor]] | None]
 
 def reading_bits(what: str) -> Read:
     """Bits, and the straight line between their log-probabilities."""
-    return lambda site: (bit_logits(site, what), bit_density)
+    return lambda site: None if is_point(site) else (bit_logits(site, what), bit_density)
 
 
 def cost_at(pair: Pair, read: Read, choose: Callable[[Any, Tensor], Tensor]) -> LogDensities:

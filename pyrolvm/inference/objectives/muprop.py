@@ -35,6 +35,8 @@ class MuProp(DiscreteObjective):
     def estimated(self, pair: Pair, controls: Any) -> Estimate:
         """The ELBO of a draw and its surrogate."""
         run = drawn_bits(pair, "MuProp")
+        if not run.bits:
+            return assembled(pair, [run], run.log_joint)
         mean_cost, slopes = _at_means(pair)
         signal, estimates = run.cost - mean_cost, []
         for bits in run.bits:

@@ -80,6 +80,8 @@ class REBAR(DiscreteObjective):
         for module in self.modules().values():
             if isinstance(module, Made):
                 module.settle()
+        if not run.bits:
+            return assembled(pair, [run], run.log_joint)
         own = run.squares(estimates)
         return assembled(pair, [run], run.log_joint + run.passed_on(estimates), own, **self._terms(run, own))
 
