@@ -508,19 +508,17 @@ def test_points_beside_bits_have_the_gradient_of_the_density(name):
     """b ~ Bernoulli(1/2), x ~ N(b + t, 1), t a point under N(0, 1): log p(x, b, t) has d/dt = x - b - 2 t."""
     x = torch.full((4000,), 0.7, dtype=torch.float64)
 
-    def bit(x, value):
-        with data_plate(x):
-            t = pyro.sample("t", dist.Delta(value.expand(len(x)))) if value is not None else None
-            t = pyro.sample("t", dist.Normal(x.new_zeros(()), 1.0)) if t is None else t
-            return pyro.sample("b", dist.Bernoulli(x.new_tensor(0.5))), t
-
     def model(x):
-        b, t = bit(x, None)
         with data_plate(x):
+            t = pyro.sample("t", dist.Normal(x.new_zeros(()), 1.0))
+            b = pyro.sample("b", dist.Bernoulli(x.new_tensor(0.5)))
             pyro.sample("x", dist.Normal(b + t, 1.0), obs=x)
 
     def guide(x):
-        bit(x, pyro.param("at", torch.tensor(0.3, dtype=x.dtype)))
+        at = pyro.param("at", torch.tensor(0.3, dtype=x.dtype))
+        with data_plate(x):
+            pyro.sample("t", dist.Delta(at.expand(len(x))))
+            pyro.sample("b", dist.Bernoulli(x.new_tensor(0.5)))
 
     torch.manual_seed(0)
     ALL[name]().differentiable_loss(model, guide, x).backward()
