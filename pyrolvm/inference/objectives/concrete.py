@@ -47,6 +47,7 @@ from pyrolvm.inference.objectives.discrete import (
     uniform,
     unwrapped,
 )
+from pyrolvm.inference.objectives.smooth import Smoothness
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import base
 from pyrolvm.inference.program.weights import log_densities
@@ -78,6 +79,7 @@ class Concrete(DiscreteObjective):
         self.temperature = temperature
         self.prior_temperature = positive("prior_temperature", prior_temperature)
         self.straight_through = bool(straight_through)
+        self.smooth = Smoothness()
 
     def controls(self) -> dict[str, Schedule]:
         """The temperature."""
@@ -88,6 +90,7 @@ class Concrete(DiscreteObjective):
         temperature = controls["temperature"]
         if not isinstance(temperature, Tensor):
             positive("temperature", temperature)
+        self.smooth.check(pair, "Concrete", reading_kinds)
         with torch.no_grad():
             run = drawn(pair)
         relaxed = self._relaxed(pair, temperature)
@@ -217,6 +220,12 @@ def kind_of(site: Any) -> Kind | None:
         f"have "
         f"none between them: {instead}use NVIL() or VIMCO()"
     )
+
+
+def reading_kinds(site: Any) -> Any:
+    """Logits and discrete log-density of a site that is relaxed; None of one that is left as it is."""
+    kind = kind_of(site)
+    return None if kind is None else (_logits(site, kind), kind.discrete_density)
 
 
 def _logits(site: Any, kind: Kind) -> Tensor:

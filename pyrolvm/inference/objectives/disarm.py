@@ -51,7 +51,7 @@ class DisARM(DiscreteObjective):
             estimates.append(difference * self._factor(bits, mirrored))
             runs.append(other)
             held[bits.name] = bits.value
-        log_joint = sum((r.log_joint for r in runs[1:]), runs[0].log_joint) / len(runs)
+        log_joint = sum((r.log_joint for r in runs[1:]), run.log_joint) / len(runs)
         return assembled(pair, runs, log_joint + run.passed_on(estimates))
 
     def _factor(self, bits: Bits, mirrored: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Bits:
     Attributes
     ----------
     logits, value, noise : tensor [batch..., event...]
-        a, b and the uniform u.
+        a, b and the uniform u; of a site that was given, u means nothing.
     event_dims : int
     mask : tensor [batch...], bool or None
         The site's mask: no gradient where it is False.
@@ -182,24 +182,38 @@ def score(run: Run, what: str) -> Tensor:
 
 
 def drawn_bits(pair: Pair, what: str, given: dict[str, Tensor] | None = None) -> Run:
-    """A draw of a program whose latents are all bits, some of them given. Raises `SettingError` for other programs."""
-    found: list[Bits] = []
+    """A draw of a program whose latents are all bits, some of them given. Raises `SettingError` for other programs.
 
-    def choose(site: Any) -> Chosen:
+    Points of the guide (a Delta) are left as they are: their gradient is that of log p(x, b).
+    """
+    found: list[Bits] = []
+    points: list[str] = []
+
+    def choose(site: Any) -> Chosen | None:
+        if is_point(site):
+            points.append(site["name"])
+            return None
         logits = bit_logits(site, what)
-        noise = uniform(logits)
-        value = (noise > (-logits.detach()).sigmoid()).to(logits.dtype)
-        value = (given or {}).get(site["name"], value)
+        value = (given or {}).get(site["name"])
+        noise = (
+            uniform(logits) if value is None else value
+        )  # a draw that nobody uses is none in a compiled step
+        value = (noise > (-logits.detach()).sigmoid()).to(logits.dtype) if value is None else value
         found.append(Bits(site["name"], logits, value, noise, len(site["fn"].event_shape), site["mask"]))
         return value, None
 
     guide = pair.guide(None, Settled(choose))
-    if not found:
+    if not found and not points:
         raise SettingError(
             f"{what} estimates the gradient of latent bits, and the guide draws none: use Trace_ELBO()"
         )
     model = pair.model(None, lambda f: poutine.replay(f, trace=guide))
     return Run(model, guide, log_densities(model, guide), found)
+
+
+def is_point(site: Any) -> bool:
+    """Whether the guide, or the model after it, holds the site at a point."""
+    return isinstance(unwrapped(site["fn"]), Delta)
 
 
 def uniform(like: Tensor) -> Tensor:
@@ -237,24 +251,37 @@ def bit_density(logits: Tensor, value: Tensor) -> Tensor:
     return value * logits - softplus(logits)
 
 
-def cost_at(pair: Pair, what: str, choose: Callable[[Any, Tensor], Tensor]) -> LogDensities:
-    """f at values between bits: the guide's sites at `choose(site, logits)`, the model's at the same values.
+Read = Callable[[Any], tuple[Tensor, Callable[[Tensor, Tensor], Tensor]] | None]
+"""Of a site, (logits, function of logits and value that is its log-density); None for a site that is left as it is."""
 
-    f is continued by the straight line in each log-probability of a bit, and by the program itself in all else.
+
+def reading_bits(what: str) -> Read:
+    """Bits, and the straight line between their log-probabilities."""
+    return lambda site: None if is_point(site) else (bit_logits(site, what), bit_density)
+
+
+def cost_at(pair: Pair, read: Read, choose: Callable[[Any, Tensor], Tensor]) -> LogDensities:
+    """f at values between the discrete ones: the guide's sites at `choose(site, logits)`, the model's at the same.
+
+    f is continued by the densities of `read`, and by the program itself in all else.
     """
     values: dict[str, Tensor] = {}
 
-    def in_guide(site: Any) -> Chosen:
-        logits = bit_logits(site, what)
+    def in_guide(site: Any) -> Chosen | None:
+        found = read(site)
+        if found is None:
+            return None
+        logits, density = found
         value = values[site["name"]] = choose(site, logits)
-        return value, bit_density(logits, value)
+        return value, density(logits, value)
 
-    def in_model(site: Any) -> Chosen:
-        value = values[site["name"]]
-        return value, bit_density(bit_logits(site, what), value)
+    def in_model(site: Any) -> Chosen | None:
+        value = values.get(site["name"])
+        found = None if value is None else read(site)
+        return None if value is None or found is None else (value, found[1](found[0], value))
 
     guide = pair.guide(None, Settled(in_guide))
-    return log_densities(pair.model(None, Settled(in_model)), guide)
+    return log_densities(pair.model(None, Settled(in_model), lambda f: poutine.replay(f, trace=guide)), guide)
 
 
 # ---------------------------------------------------------------------- cells

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from pyrolvm.inference.objectives.base import Estimate
-from pyrolvm.inference.objectives.discrete import DiscreteObjective, assembled, cost_at, drawn_bits
+from pyrolvm.inference.objectives.discrete import (
+    DiscreteObjective,
+    assembled,
+    cost_at,
+    drawn_bits,
+    reading_bits,
+)
 from pyrolvm.inference.program.pair import Pair
 
 
@@ -29,6 +35,8 @@ class MuProp(DiscreteObjective):
     def estimated(self, pair: Pair, controls: Any) -> Estimate:
         """The ELBO of a draw and its surrogate."""
         run = drawn_bits(pair, "MuProp")
+        if not run.bits:
+            return assembled(pair, [run], run.log_joint)
         mean_cost, slopes = _at_means(pair)
         signal, estimates = run.cost - mean_cost, []
         for bits in run.bits:
@@ -47,6 +55,6 @@ def _at_means(pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
         means[site["name"]] = mean if mean.requires_grad else mean.requires_grad_()
         return means[site["name"]]
 
-    cost = cost_at(pair, "MuProp", choose).log_weight
+    cost = cost_at(pair, reading_bits("MuProp"), choose).log_weight
     slopes = torch.autograd.grad(cost.sum(), list(means.values()))
     return cost.detach(), dict(zip(means, slopes, strict=True))

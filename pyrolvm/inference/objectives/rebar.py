@@ -26,7 +26,6 @@ import math
 from typing import Any
 
 import torch
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyrolvm.errors import count, positive
@@ -39,9 +38,10 @@ from pyrolvm.inference.objectives.discrete import (
     cost_at,
     drawn_bits,
     in_cells,
+    reading_bits,
 )
 from pyrolvm.inference.objectives.own import Made, features, fed, network
-from pyrolvm.inference.objectives.smooth import check_smooth
+from pyrolvm.inference.objectives.smooth import Smoothness
 from pyrolvm.inference.program.pair import Pair
 
 
@@ -69,18 +69,19 @@ class REBAR(DiscreteObjective):
         super().__init__()
         self.temperature = positive("temperature", temperature)
         self.eta = float(eta)
-        self.tuned = Made()
+        self.tuned, self.smooth = Made(), Smoothness()
 
     def estimated(self, pair: Pair, controls: Any) -> Estimate:
         """The ELBO of a draw, its surrogate, and the variance as the modules' own loss."""
         name = type(self).__name__
-        if is_validation_enabled():
-            check_smooth(pair, name)
+        self.smooth.check(pair, name, reading_bits(name))
         run = drawn_bits(pair, name)
         estimates = [self._estimated(pair, run, place) for place in range(len(run.bits))]
         for module in self.modules().values():
             if isinstance(module, Made):
                 module.settle()
+        if not run.bits:
+            return assembled(pair, [run], run.log_joint)
         own = run.squares(estimates)
         return assembled(pair, [run], run.log_joint + run.passed_on(estimates), own, **self._terms(run, own))
 
@@ -106,13 +107,16 @@ class REBAR(DiscreteObjective):
             raw = z if here == place else logits + bits.noise.logit()
             return (raw / self._tuned(bits).log_temperature.exp()).sigmoid()
 
-        return self._tuned(run.bits[place]).eta * cost_at(pair, type(self).__name__, choose).log_weight
+        return (
+            self._tuned(run.bits[place]).eta
+            * cost_at(pair, reading_bits(type(self).__name__), choose).log_weight
+        )
 
     def _tuned(self, bits: Bits) -> Any:
         return self.tuned.get(bits.name, lambda: Tuned(self.temperature, self.eta), bits.value)
 
     def _terms(self, run: Run, own: Tensor) -> dict[str, Tensor]:
-        """The squared gradient in the logits, and the mean temperature: total over data, as all terms are."""
+        """sum_l |h_l|^2."""
         return {"gradient_square": (run.densities.scale * own).sum()}
 
 

@@ -107,7 +107,7 @@ class Average(nn.Module):
     @torch.no_grad()
     def forward(self, cost: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, deviation) of earlier batches, then take `cost` in."""
-        seen = self.weight.clamp(min=torch.finfo(cost.dtype).tiny)
+        seen = self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
         mean = self.mean / seen
         variance = (self.square / seen - mean.square()).clamp(min=0)
         for buffer, now in (
