@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from pyrolvm.inference import calibrate_loss as calibrate_loss
     from pyrolvm.inference import fit as fit
     from pyrolvm.inference import fit_restarts as fit_restarts
+    from pyrolvm.inference.program.semi_implicit_guide import SemiImplicitGuide as SemiImplicitGuide
     from pyrolvm.models import *  # noqa: F403
     from pyrolvm.models import loss as loss
     from pyrolvm.plates import data_plate as data_plate
     from pyrolvm.plates import row_entries as row_entries
     from pyrolvm.semi_implicit import SemiImplicit as SemiImplicit
-    from pyrolvm.semi_implicit import SemiImplicitGuide as SemiImplicitGuide
 
 # Imported when first used: torch and Pyro take seconds that `pyrolvm --help` need not wait for
 _ROOMS = ("data", "diagnostics", "inference", "models", "plots", "report", "runs")
@@ -50,7 +50,7 @@ _HOMES = {
     "RenyiELBO": "inference",
     "calibrate_loss": "inference",
     "SemiImplicit": "semi_implicit",
-    "SemiImplicitGuide": "semi_implicit",
+    "SemiImplicitGuide": "inference.program.semi_implicit_guide",
     "control": "controls",
     "data_plate": "plates",
     "diagnose": "diagnostics",

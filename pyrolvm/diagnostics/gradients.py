@@ -134,10 +134,12 @@ def _name(objective: Any) -> str:
 def _problem(model: Any, x: Any, guide: Any, dtype: torch.dtype | None, seed: int) -> Problem:
     """The program on the data, with the objective that suits it by default."""
     if isinstance(model, FittedModel):
-        batch = model.batch(x)
-        objective = prepare(None, model.structure)
+        batch, structure = model.batch(x), model.structure
+        rows, plate = len(batch.indices), structure.data_plate
+        if plate is not None:  # per datum of these data, which need not be as many as were fitted
+            structure = replace(structure, data_plate=replace(plate, size=rows, full_size=rows))
         return Problem(
-            model.program, model.structure, objective, OptimizerSpec(), batch, False, len(batch.indices)
+            model.program, structure, prepare(None, structure), OptimizerSpec(), batch, False, rows
         )
     device, spec = torch.device("cpu"), OptimizerSpec()
     setup = set_up(

@@ -33,6 +33,7 @@ Cybernetics 59 (1988). P. Baldi and K. Hornik, "Neural networks and principal co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pyro.distributions as dist
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ from pyrolvm.models.base import LatentVariableModel
 from pyrolvm.models.latent_priors import make_prior
 from pyrolvm.models.likelihoods import Likelihood, make_likelihood
 from pyrolvm.models.make import make_coder, make_decoder
+from pyrolvm.models.missing import as_missing
 from pyrolvm.models.vae import VAE
 
 
@@ -65,7 +67,7 @@ class Autoencoder(VAE):
         As in `VAE`. The smaller it is, the less the prior weighs against the reconstruction error.
     hidden : sequence of int
         Sizes of the encoder's fully connected hidden layers; the decoder has them reversed.
-    activation, image_shape
+    activation, image_shape, missing
         As in `VAE`.
 
     Raises
@@ -87,6 +89,7 @@ class Autoencoder(VAE):
         hidden: Sequence[int] = (400,),
         activation: str = "relu",
         image_shape: Sequence[int] | None = None,
+        missing: Literal["mask"] | None = None,
     ) -> None:
         LatentVariableModel.__init__(self)  # the VAE's own would build an encoder of distributions
         self.data_dim, self.latent_dim = count("data_dim", data_dim), count("latent_dim", latent_dim)
@@ -94,7 +97,8 @@ class Autoencoder(VAE):
         self.latent_prior = make_prior("normal", self.latent_dim, self.data_dim)
         self.missing = None
         nets = (hidden, activation, image_shape)
-        self.encoder = make_coder(encoder, self.data_dim, self.latent_dim, *nets)
+        self.missing = as_missing(missing)
+        self.encoder = make_coder(encoder, self.data_dim, self.latent_dim, *nets, self.missing)
         self.decoder = make_decoder(
             decoder, self.latent_dim, self.data_dim, *nets, parts=self.likelihood.parts
         )

@@ -25,18 +25,19 @@ D. P. Kingma et al., "Improved variational inference with inverse autoregressive
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyrolvm.errors import DataError, SettingError, count
-from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
+from pyrolvm.models.base import LatentVariableModel, check_columns
 from pyrolvm.models.guides import make_guide
 from pyrolvm.models.latent_priors import make_prior
 from pyrolvm.models.likelihoods import Likelihood, make_likelihood
-from pyrolvm.models.make import make_decoder, make_encoder
+from pyrolvm.models.make import make_decoder, make_encoder, start_decoder
+from pyrolvm.models.missing import MaskAware, as_missing, check_columns_seen, check_entries, observe
 from pyrolvm.models.networks import MLPEncoder
 
 Hidden = Sequence[int] | Sequence[Sequence[int]]
@@ -71,6 +72,8 @@ class HierarchicalVAE(LatentVariableModel):
         Nats of KL that cost nothing, 0 for the ELBO itself.
     free_bits_per : {"site", "dimension"}
         What they are given to: each layer, or each of its dimensions.
+    missing : "mask" or None
+        As in `VAE`.
 
     Attributes
     ----------
@@ -99,6 +102,7 @@ class HierarchicalVAE(LatentVariableModel):
         guide: str = "diagonal",
         free_bits: float = 0.0,
         free_bits_per: str = "site",
+        missing: Literal["mask"] | None = None,
     ) -> None:
         super().__init__()
         self.data_dim, self.sizes = count("data_dim", data_dim), _sizes(latent_dim)
@@ -109,8 +113,9 @@ class HierarchicalVAE(LatentVariableModel):
         self.latent_prior = make_prior("normal", self.latent_dim, self.data_dim)
         nets, features = (activation, image_shape), [family.num_features for family in families]
         parts = self.likelihood.parts
+        self.missing = as_missing(missing)
         first = make_encoder(
-            encoder, self.data_dim, self.sizes[0], layers[0], *nets, num_features=features[0]
+            encoder, self.data_dim, self.sizes[0], layers[0], *nets, features[0], self.missing
         )
         self.decoder = make_decoder(decoder, self.sizes[0], self.data_dim, layers[0], *nets, parts=parts)
         self.encoders, self.descents = nn.ModuleList([first]), nn.ModuleList()
@@ -129,7 +134,7 @@ class HierarchicalVAE(LatentVariableModel):
             z = pyro.sample(f"z{len(self.sizes)}", self.latent_prior(None))  # [batch, sizes[-1]]
             for layer in range(len(self.descents), 0, -1):
                 z = pyro.sample(f"z{layer}", self.descent_dist(layer, z))  # [batch, sizes[layer - 1]]
-            return pyro.sample("x", self.likelihood_dist(z), obs=x)  # [batch, data_dim]
+            return observe("x", self.likelihood_dist(z), x, self.missing)  # [batch, data_dim]
 
     def guide(self, x: Tensor | None = None) -> Tensor:
         """q(z_1, ..., z_L | x); `x`: [batch, data_dim]. Returns z_L [batch, sizes[-1]]."""
@@ -181,10 +186,28 @@ class HierarchicalVAE(LatentVariableModel):
             z = self.descent_dist(layer, z).mean
         return self.likelihood_dist(z).mean
 
+    def initialise_from(self, x: Tensor, seed: int = 0) -> None:
+        """Let the decoder begin at the columns' own distribution, as in the paper, where its likelihood knows how.
+
+        Parameters
+        ----------
+        x : Tensor [rows, data_dim]
+        seed : int
+            Of no effect.
+        """
+        x = self.check_data(x)
+        check_columns_seen(x)
+        if isinstance(self.encoders[0], MaskAware):
+            self.encoders[0].fill.copy_(x.nanmean(0))
+        start = self.likelihood.start(x)
+        if start is not None:
+            start_decoder(self.decoder, start)
+        self.fresh = False
+
     def check_data(self, x: Tensor) -> Tensor:
         """`x` as floats; raises `DataError` unless [rows, data_dim], finite and in the likelihood's support."""
         check_columns(x, self.data_dim, type(self).__name__)
-        check_finite(x)
+        check_entries(x, self.missing)
         self.likelihood.check(x)
         return self.as_floats(x)
 

@@ -25,7 +25,7 @@ M. D. Hoffman and M. J. Johnson, "ELBO surgery", NIPS workshop on approximate Ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -52,7 +52,7 @@ class InfoVAE(VAE):
         Of the kernel, in the units of z; by name from latent_dim, or from the distances of draws.
     statistic : {"unbiased", "v"}
         Of D, without or with the pairs of a draw with itself.
-    likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape, guide, prior
+    likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape, guide, prior, missing
         As in `VAE`.
 
     Raises
@@ -79,10 +79,11 @@ class InfoVAE(VAE):
         image_shape: Sequence[int] | None = None,
         guide: str | GuideFamily = "diagonal",
         prior: str | LatentPrior = "normal",
+        missing: Literal["mask"] | None = None,
     ) -> None:
         super().__init__(
             data_dim, latent_dim, likelihood, encoder, decoder, noise_scale, hidden, activation, image_shape,
-            guide, prior,
+            guide, prior, missing,
         )  # fmt: skip
         self.divergence = {
             "alpha": alpha, "lambda_": lambda_, "kernel": kernel, "bandwidth": bandwidth, "statistic": statistic,

@@ -101,11 +101,17 @@ def make_coder(
     hidden: Sequence[int] = (400,),
     activation: str = "relu",
     image_shape: Sequence[int] | None = None,
+    missing: Missing = None,
 ) -> nn.Module:
     """The encoder of a point named `kind`, or `kind` itself: x [..., data_dim] -> z [..., latent_dim].
 
     Arguments and errors as of `make_encoder`.
     """
+    if missing is not None:
+        image_shape = _doubled(data_dim, image_shape) if kind == "conv" else None
+        return MaskAware(
+            make_coder(kind, 2 * data_dim, latent_dim, hidden, activation, image_shape), data_dim
+        )
     if isinstance(kind, nn.Module):
         _check_map(kind, "encoder", "x", data_dim, latent_dim)
         return kind

@@ -17,8 +17,8 @@ from torch import nn
 
 from pyrolvm.errors import ProgramError, PyrolvmError, SettingError, did_you_mean
 from pyrolvm.inference.program.routes import ROW_GUIDES
+from pyrolvm.inference.program.semi_implicit_guide import SemiImplicitGuide
 from pyrolvm.models import REGISTRY
-from pyrolvm.semi_implicit import SemiImplicitGuide
 
 ALIASES = {
     "gmm": "GaussianMixture",

@@ -11,7 +11,10 @@ import typer
 from pyrolvm.shell.signatures import Option, listed, model_options, options_of
 
 MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
-OBJECTIVES = ("trace", "meanfield", "tracegraph", "enum", "renyi", "iwae", "info", "free_bits")
+OBJECTIVES = (
+    *("trace", "meanfield", "tracegraph", "enum", "renyi", "iwae", "info", "free_bits"),
+    *("reinforce", "nvil", "vimco", "muprop", "disarm", "rebar", "relax", "lax", "concrete"),
+)
 SCHEDULES = ("none", "cosine", "exponential")
 
 

@@ -133,3 +133,12 @@ def test_a_fit_is_taken_at_its_parameters_and_generators_are_left():
 def test_too_few_draws_are_refused():
     with pytest.raises(SettingError, match="num_samples must be a whole number of at least 3"):
         gradient_variance(LocalNormal().model, "trace", X, guide=LocalNormal().guide, num_samples=2, **QUIET)
+
+
+def test_gradients_of_a_fit_are_per_datum_of_the_data_that_are_passed():
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    fitted = pyrolvm.fit(PPCA(3, 1), x, num_steps=5, engine="eager", **QUIET)
+    tables = [
+        gradient_variance(fitted, "meanfield", rows, num_samples=3, **QUIET) for rows in (x, x.repeat(20, 1))
+    ]
+    assert tables[0]["bound"][0] == pytest.approx(tables[1]["bound"][0], rel=0.1)

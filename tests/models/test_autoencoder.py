@@ -174,6 +174,14 @@ def test_exported_draws_have_no_density_of_the_guide(fitted):
         pyrolvm.diagnostics.approximate_loo(idata)
 
 
+def test_missing_entries_are_left_out_of_the_error():
+    x = plane()
+    x[::4, 2] = float("nan")
+    fitted = pyrolvm.fit(Autoencoder(5, 2, hidden=(8,), missing="mask"), x, num_steps=5, **QUIET)
+    assert torch.isfinite(fitted.encode(x)).all()
+    assert np.isfinite(fitted.elbo)
+
+
 def test_a_module_of_another_shape_is_refused():
     with pytest.raises(
         ProgramError, match=r"encoder Linear returned a tensor \[1, 3\].*one tensor \[..., 2\]"

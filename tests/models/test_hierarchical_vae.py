@@ -197,6 +197,21 @@ def test_the_top_layer_is_decoded_through_the_means_of_those_below():
     torch.testing.assert_close(model.decode({"z2": z2, "z1": z2 * B}), model.decode(z2))
 
 
+def test_it_begins_at_the_columns_own_distribution_and_takes_missing_entries():
+    x = (rows(200) > 0).float()
+    model = HierarchicalVAE(4, 1, hidden=(8,), missing="mask")
+    x[::3, 1] = float("nan")
+    fitted = pyrolvm.fit(model, x, num_steps=1, learning_rate=1e-9, **QUIET)
+    torch.testing.assert_close(model.decoder.layers[-1].bias.sigmoid(), x.nanmean(0), rtol=0, atol=0.01)
+    assert torch.isfinite(fitted.encode(x)["z1"]).all()
+
+
+@pytest.mark.parametrize("guide", ["full", "iaf"])
+def test_other_guides_by_name(guide):
+    model = HierarchicalVAE(4, (3, 2), "gaussian", hidden=(8,), guide=guide, free_bits=0.1)
+    assert np.isfinite(pyrolvm.fit(model, rows(), num_steps=3, **QUIET).elbo)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

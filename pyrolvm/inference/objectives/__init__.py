@@ -7,18 +7,34 @@ two names, never one. Pyro's own `Trace_ELBO`, `TraceGraph_ELBO`, `TraceMeanFiel
 
 from pyrolvm.inference.objectives.base import Estimate, Objective
 from pyrolvm.inference.objectives.choice import OBJECTIVES, as_objective, estimate, named, prepare
+from pyrolvm.inference.objectives.concrete import Concrete
+from pyrolvm.inference.objectives.disarm import DisARM
 from pyrolvm.inference.objectives.free_bits import FreeBits
 from pyrolvm.inference.objectives.info import InfoELBO
+from pyrolvm.inference.objectives.lax import LAX
 from pyrolvm.inference.objectives.mmd import mmd
+from pyrolvm.inference.objectives.muprop import MuProp
+from pyrolvm.inference.objectives.rebar import REBAR, RELAX
 from pyrolvm.inference.objectives.renyi import RenyiELBO
+from pyrolvm.inference.objectives.score import NVIL, REINFORCE
+from pyrolvm.inference.objectives.vimco import VIMCO
 from pyrolvm.inference.objectives.weighted import ImportanceWeighted
 
 __all__ = [
+    "LAX",
+    "NVIL",
     "OBJECTIVES",
+    "REBAR",
+    "REINFORCE",
+    "RELAX",
+    "VIMCO",
+    "Concrete",
+    "DisARM",
     "Estimate",
     "FreeBits",
     "ImportanceWeighted",
     "InfoELBO",
+    "MuProp",
     "Objective",
     "RenyiELBO",
     "as_objective",

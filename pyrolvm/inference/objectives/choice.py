@@ -10,13 +10,20 @@ from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_E
 
 from pyrolvm.errors import SettingError, one_of
 from pyrolvm.inference.objectives.base import Estimate, ForeignObjective, Objective
+from pyrolvm.inference.objectives.concrete import Concrete
+from pyrolvm.inference.objectives.disarm import DisARM
 from pyrolvm.inference.objectives.enumeration import Enumeration
 from pyrolvm.inference.objectives.free_bits import FreeBits
 from pyrolvm.inference.objectives.info import InfoELBO
+from pyrolvm.inference.objectives.lax import LAX
+from pyrolvm.inference.objectives.muprop import MuProp
+from pyrolvm.inference.objectives.rebar import REBAR, RELAX
 from pyrolvm.inference.objectives.renyi import PyroRenyi
 from pyrolvm.inference.objectives.renyi import RenyiELBO as RenyiBound
+from pyrolvm.inference.objectives.score import NVIL, REINFORCE
 from pyrolvm.inference.objectives.trace import MeanField, TraceBound
 from pyrolvm.inference.objectives.tracegraph import DownstreamCosts
+from pyrolvm.inference.objectives.vimco import VIMCO
 from pyrolvm.inference.objectives.weighted import ImportanceWeighted
 from pyrolvm.inference.program.plain import PlainPair
 from pyrolvm.inference.program.structure import Structure, refuse_bound
@@ -30,6 +37,15 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
     "iwae": ImportanceWeighted,
     "info": InfoELBO,
     "free_bits": FreeBits,
+    "reinforce": REINFORCE,
+    "nvil": NVIL,
+    "vimco": VIMCO,
+    "muprop": MuProp,
+    "disarm": DisARM,
+    "rebar": REBAR,
+    "relax": RELAX,
+    "lax": LAX,
+    "concrete": Concrete,
 }
 """By name: what `fit(objective="trace")` and a model's `objective()` mean."""
 

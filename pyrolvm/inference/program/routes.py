@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, one_of
 from pyrolvm.inference.program.per_datum import PerDatum
+from pyrolvm.inference.program.semi_implicit_guide import SemiImplicitGuide
 from pyrolvm.plates import DATA_PLATE, current_rows
-from pyrolvm.semi_implicit import SemiImplicitGuide
 
 AUTOGUIDES = tuple(
     name
