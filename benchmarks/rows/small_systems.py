@@ -136,7 +136,7 @@ def rows() -> list[Row]:
         system(
             "nonlinear-lvm", "nonlinear LVM with a noise network, 2000 x 2, latent 1", nonlinear_lvm, arc, 256,
             by_hand.nonlinear_lvm,
-            learning_rate=1e-4,  # at 1e-3 the noise decides when it leaves its start, and paths part by a tenth of a nat
+            learning_rate=1e-4,  # at 1e-3 the noise decides when it leaves its start: paths part by 0.1 nats
         ),
         system(
             "semi-implicit", f"semi-implicit guide of a negative binomial, K = {MIXING}, 150 counts", MitesPair,
