@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "pyro-ppl", "pyrolvm", "numpyro", "jax", "jaxlib", "pythae", "numpy", "triton")
+PACKAGES = (
+    "torch",
+    "pyro-ppl",
+    "pyrolvm",
+    "numpyro",
+    "jax",
+    "jaxlib",
+    "pythae",
+    "scikit-learn",
+    "numpy",
+    "triton",
+)
 
 
 def describe(device: torch.device) -> dict[str, Any]:

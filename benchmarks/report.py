@@ -22,6 +22,8 @@ RATIOS = {
     "torch.compile": ("torch-compile",),
     "CUDA graph": ("cuda-graph",),
     "NumPyro (its best)": NUMPYRO,
+    "pythae": ("pythae",),
+    "scikit-learn": ("scikit-learn",),
 }
 """How many times longer than our compiled engine; the floor is given the other way round."""
 

@@ -9,6 +9,7 @@ from benchmarks.contenders.numpyro_svi import NumPyroJit, NumPyroRun, NumPyroSca
 from benchmarks.contenders.ours import Compiled, Eager
 from benchmarks.contenders.pyro_svi import PyroJit, PyroSVI
 from benchmarks.contenders.pythae_trainer import PythaeTrainer
+from benchmarks.contenders.scikit_learn import ScikitLearn
 
 CONTENDERS: dict[str, type[Runner]] = {
     "compiled": Compiled,
@@ -22,6 +23,7 @@ CONTENDERS: dict[str, type[Runner]] = {
     "numpyro-jit": NumPyroJit,
     "numpyro-run": NumPyroRun,
     "pythae": PythaeTrainer,
+    "scikit-learn": ScikitLearn,
     "floor": MatrixProducts,
 }
 

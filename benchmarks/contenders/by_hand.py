@@ -1,4 +1,7 @@
-"""The loops a good user writes in plain torch: fused Adam, no validation, batches by index_select."""
+"""The loops a good user writes in plain torch: fused Adam, no validation, batches by index_select.
+
+Tables with an entry for each row (`is_table`) are trained by SparseAdam.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,11 @@ class TorchLoop(Runner):
         super().__init__(case)
         self.parameters, loss = available(case.row.torch)(case.start())
         self.loss = self._prepare(loss)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=case.row.learning_rate, **self._options())
+        dense = [p for p in self.parameters if not hasattr(p, "is_table")]
+        tables = [p for p in self.parameters if hasattr(p, "is_table")]
+        self.optimizers: list[Any] = [torch.optim.Adam(dense, lr=case.row.learning_rate, **self._options())]
+        if tables:
+            self.optimizers.append(torch.optim.SparseAdam(tables, lr=case.row.learning_rate))
         torch.manual_seed(case.seed)
 
     def _prepare(self, loss: Any) -> Any:
@@ -36,9 +43,11 @@ class TorchLoop(Runner):
 
     def _step(self, rows: Tensor) -> Tensor:
         loss = self.loss(*self.case.batch(rows))
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         loss.backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss.detach()
 
 
@@ -69,6 +78,8 @@ class CudaGraphLoop(TorchLoop):
         if case.device.type != "cuda":
             raise UnavailableError("only on CUDA")
         super().__init__(case)
+        if len(self.optimizers) > 1:
+            raise UnavailableError("torch's SparseAdam cannot be captured")
         self._graph: Any = None
         self._rows = case.rows(0, 1)[0].clone()
         self._loss: Any = None
@@ -96,7 +107,7 @@ class CudaGraphLoop(TorchLoop):
             for _ in range(self.WARM_UPS):
                 self._step(self._rows)
         torch.cuda.current_stream(self.case.device).wait_stream(stream)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers[0].zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._loss = self._step(self._rows)
@@ -106,5 +117,5 @@ class CudaGraphLoop(TorchLoop):
     def _restore(self, before: list[Tensor]) -> None:
         for parameter, value in zip(self.parameters, before, strict=True):
             parameter.copy_(value)
-            for slot in self.optimizer.state[parameter].values():
+            for slot in self.optimizers[0].state[parameter].values():
                 slot.zero_()

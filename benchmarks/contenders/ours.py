@@ -49,7 +49,8 @@ class Eager(Runner):
 
     def _choose(self, case: Case) -> Engine:
         try:
-            return choose_engine(self.name, make_problem(case), 10**6)[0]
+            self._problem = make_problem(case)
+            return choose_engine(self.name, self._problem, 10**6)[0]
         except PyrolvmError as error:
             raise UnavailableError(str(error)) from error
 
@@ -62,7 +63,7 @@ class Eager(Runner):
         finite = [torch.isfinite(t).all() for t in self._state.parameters.values()]
         if not (bool(torch.stack(finite).all()) and bool(torch.isfinite(terms[:, 0]).all())):
             raise UnavailableError(f"not finite after step {good.step}")
-        return terms[:, 0]
+        return terms[:, self._problem.terms.index(self.case.row.reported)]
 
 
 class Compiled(Eager):

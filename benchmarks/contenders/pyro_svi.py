@@ -35,7 +35,7 @@ class PyroSVI(Runner):
         torch.manual_seed(case.seed)
 
     def _elbo(self, case: Case) -> Any:
-        return case.row.elbo()
+        return (case.row.pyro_elbo or case.row.elbo)()
 
     def run(self, first: int, num_steps: int) -> Tensor:
         """As `Runner.run`; `SVI.step` returns a Python float, as it does to every user."""

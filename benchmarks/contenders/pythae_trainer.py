@@ -1,4 +1,4 @@
-"""pythae's VAE with the same networks, trained by its own trainer; takes part only where pythae is installed."""
+"""pythae's model with the same networks, trained by its own trainer; takes part only where pythae is installed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.contenders.base import Runner, UnavailableError, available
 from benchmarks.rows import Case
+from benchmarks.rows.base import Peer
 
 
 class PythaeTrainer(Runner):
@@ -24,12 +25,14 @@ class PythaeTrainer(Runner):
     def __init__(self, case: Case) -> None:
         if find_spec("pythae") is None:
             raise UnavailableError("pythae is not installed")
-        nets = available(case.row.pythae)(case.start())
+        peer = available(case.row.pythae)(case.start())
         super().__init__(case)
         logging.getLogger("pythae").setLevel(logging.ERROR)
         self._epoch = 0
         rows = case.rows(0, case.chunk).reshape(-1)
-        self._trainer = _trainer(case, _model(nets), case.data[0].index_select(0, rows).cpu())
+        x = case.data[0].index_select(0, rows).cpu()
+        self._constant = peer.constant
+        self._trainer = _trainer(case, _model(peer, x.shape[1]), x)
         self._trainer.prepare_training()
         handler = self._trainer.callback_handler
         handler.callbacks = [c for c in handler.callbacks if "ProgressBar" not in type(c).__name__]
@@ -38,38 +41,45 @@ class PythaeTrainer(Runner):
         """As `Runner.run`; the trainer reports an epoch's mean, given for each of its steps."""
         chunk = self.case.chunk
         means = [self._train() for _ in range(num_steps // chunk)]
-        return -torch.tensor(means).repeat_interleave(chunk)
+        return -self._constant - torch.tensor(means).repeat_interleave(chunk)
 
     def _train(self) -> float:
         self._epoch += 1
         return float(self._trainer.train_step(self._epoch))
 
 
-def _model(nets: dict[str, Any]) -> Any:
-    from pythae.models import VAE, VAEConfig
+def _model(peer: Peer, data_dim: int) -> Any:
+    import pythae.models
     from pythae.models.base.base_utils import ModelOutput
     from pythae.models.nn import BaseDecoder, BaseEncoder
 
     class Encoder(BaseEncoder):
         def __init__(self) -> None:
             super().__init__()
-            self.net = nets["encoder"]
+            self.net = peer.encoder
 
         def forward(self, x: Tensor) -> Any:
-            loc, log_scale = self.net(x).chunk(2, -1)
-            return ModelOutput(embedding=loc, log_covariance=2 * log_scale)
+            out = self.net(x)
+            if isinstance(out, Tensor):
+                return ModelOutput(embedding=out)
+            return ModelOutput(embedding=out[0], log_covariance=out[1])
 
     class Decoder(BaseDecoder):
         def __init__(self) -> None:
             super().__init__()
-            self.net = nets["decoder"]
+            self.net = peer.decoder
 
         def forward(self, z: Tensor) -> Any:
-            return ModelOutput(reconstruction=self.net(z).sigmoid())  # its "bce" takes probabilities
+            return ModelOutput(reconstruction=self.net(z))
 
-    latent_dim = nets["encoder"][-1].out_features // 2
-    config = VAEConfig(input_dim=(784,), latent_dim=latent_dim, reconstruction_loss="bce")
-    return VAE(config, encoder=Encoder(), decoder=Decoder())
+    make_config = getattr(pythae.models, f"{peer.kind}_Config", None) or getattr(
+        pythae.models, f"{peer.kind}Config"
+    )
+    config = make_config(input_dim=(data_dim,), latent_dim=peer.latent_dim, **peer.settings)
+    model = getattr(pythae.models, peer.kind)(config, encoder=Encoder(), decoder=Decoder())
+    if peer.prepare is not None:
+        peer.prepare(model)
+    return model
 
 
 def _trainer(case: Case, model: Any, x: Tensor) -> Any:

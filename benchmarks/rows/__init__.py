@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 from fnmatch import fnmatch
 
-from benchmarks.rows import factors, mixture, ppca, radon, schools, vae
+from benchmarks.rows import factors, image_systems, mixture, ppca, radon, schools, small_systems, vae
 from benchmarks.rows.base import Case, Row
+
+PARTS = (ppca, mixture, factors, schools, radon, vae, image_systems, small_systems)
 
 
 @functools.cache
 def all_rows() -> dict[str, Row]:
     """Name -> row."""
-    found = (row for part in (ppca, mixture, factors, schools, radon, vae) for row in part.rows())
+    found = (row for part in PARTS for row in part.rows())
     return {row.name: row for row in found}
 
 

@@ -16,6 +16,36 @@ Start = dict[str, Tensor]
 """Name -> initial value; every contender begins here."""
 
 
+@dataclass(frozen=True)
+class Peer:
+    """What pythae is built of.
+
+    kind: the name of its model; settings: of its config besides sizes.
+    encoder: x -> (loc, log variance), or the code of an autoencoder; decoder: z -> mean.
+    constant: nats per datum that its loss leaves out.
+    prepare: called with pythae's model, for parameters that are its own.
+    """
+
+    kind: str
+    encoder: nn.Module
+    decoder: nn.Module
+    latent_dim: int
+    settings: dict[str, Any]
+    constant: float = 0.0
+    prepare: Callable[[Any], None] | None = None
+
+
+class Through(nn.Module):
+    """A network whose output is read by a function."""
+
+    def __init__(self, net: nn.Module, read: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.net, self.read = net, read
+
+    def forward(self, x: Tensor) -> Any:
+        return self.read(self.net(x))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the table.
@@ -24,12 +54,16 @@ class Row:
     batch_size: rows per step, None for all of them.
     start: the initial parameters (as their constrained values).
     pyro: start -> (model, guide), plain Pyro functions; Pyro and pyrolvm run the very same ones.
-    elbo, jit: Pyro's objective, and its Jit form or the reason why there is none.
+    elbo, jit: the objective, and its Jit form or the reason why there is none.
+    pyro_elbo: what `SVI` takes in its place where Pyro does not have that objective.
+    reported: the column of our history that the others' losses are held against.
     torch: start -> (parameters, loss per datum of a batch) as a good user writes it by hand, or why not.
     numpyro: (start, plate) -> (model, guide, elbo), or why not; `plate(x)` opens the data plate.
-    has_globals: latents outside the data plate, so that a minibatch is scaled by N/B.
+    has_globals: latents outside the data plate, or parameters of each row: a minibatch is scaled by N/B, and
+        Pyro's data plate knows its rows.
     longest_chunk: steps of a compiled loop at the most, for rows whose steps are long.
     products: (batch, in, out) of every linear layer, the first one's input being the data.
+    pythae, sklearn: start -> its model, and -> an estimator, or why not.
     """
 
     name: str
@@ -37,7 +71,7 @@ class Row:
     data: Callable[[], tuple[Tensor, ...]]
     start: Callable[[], Start]
     pyro: Callable[[Start], tuple[Any, Any]]
-    elbo: Callable[[], ELBO]
+    elbo: Callable[[], ELBO | str | tuple[str, dict[str, Any]] | None]
     jit: Callable[[], ELBO] | str
     torch: Callable[[Start], tuple[list[Tensor], Callable[..., Tensor]]] | str
     numpyro: Callable[[dict[str, Any], Callable[..., Any]], tuple[Any, Any, Any]] | str
@@ -46,7 +80,10 @@ class Row:
     learning_rate: float = 1e-3
     longest_chunk: int = 1024
     products: tuple[tuple[int, int, int], ...] = ()
-    pythae: Callable[[Start], Any] | str = "not a pythae model"
+    pyro_elbo: Callable[[], Any] | None = None
+    reported: str = "elbo"
+    pythae: Callable[[Start], Peer] | str = "not a pythae model"
+    sklearn: Callable[[], Any] | str = "not a model of scikit-learn"
 
 
 class Case:

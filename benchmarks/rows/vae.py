@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.rows import vae_jax
-from benchmarks.rows.base import Row, Start, seeded
+from benchmarks.rows.base import Peer, Row, Start, Through, seeded
 from pyrolvm import data_plate
 from pyrolvm.data import load_mnist
 
@@ -115,6 +115,18 @@ def in_torch(start: Start, networks: Networks) -> tuple[list[Tensor], Any]:
     return [*encoder.parameters(), *decoder.parameters()], loss
 
 
+def in_pythae(start: Start, networks: Networks) -> Peer:
+    """Its "bce" takes probabilities."""
+    nets = load(networks, start)
+
+    def read(out: Tensor) -> tuple[Tensor, Tensor]:
+        loc, log_scale = out.chunk(2, -1)
+        return loc, 2 * log_scale
+
+    encoder, decoder = Through(nets["encoder"], read), Through(nets["decoder"], torch.sigmoid)
+    return Peer("VAE", encoder, decoder, _latent_dim(start), {"reconstruction_loss": "bce"})
+
+
 def _latent_dim(start: Start) -> int:
     return [v for k, v in start.items() if k.startswith("encoder") and k.endswith("bias")][-1].numel() // 2
 
@@ -133,7 +145,9 @@ def vae(name: str, about: str, batch_size: int, networks: Networks, pythae: bool
         numpyro=functools.partial(vae_jax.in_numpyro, networks=networks),
         longest_chunk=1024 if _is_dense(networks) else 16,
         products=_products(networks, batch_size),
-        pythae=functools.partial(load, networks) if pythae else "not the architecture of its contender",
+        pythae=functools.partial(in_pythae, networks=networks)
+        if pythae
+        else "not the architecture of its contender",
     )
 
 
