@@ -593,6 +593,15 @@ def test_a_program_that_an_estimator_cannot_take_is_refused(program, objective, 
     x = torch.randn(6, generator=torch.Generator().manual_seed(0))
     with pytest.raises((SettingError, ProgramError), match=message):
         pyrolvm.fit(model, x, guide=guide, objective=objective, num_steps=2, **QUIET)
+    with pytest.raises((SettingError, ProgramError)) as refusal:
+        OBJECTIVES[objective]().differentiable_loss(model, guide, x)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_single_draw_has_no_number_of_particles():
+    for name in ("reinforce", "muprop", "disarm"):
+        with pytest.raises(TypeError):
+            OBJECTIVES[name](num_particles=3)
 
 
 @pytest.mark.parametrize(

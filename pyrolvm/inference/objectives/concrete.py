@@ -44,6 +44,7 @@ from pyrolvm.inference.objectives.discrete import (
     assembled,
     bit_density,
     drawn,
+    plainly,
     uniform,
     unwrapped,
 )
@@ -119,7 +120,8 @@ class Concrete(DiscreteObjective):
             density = self._density(one, kind, _logits(site, kind), self.prior_temperature)
             return one.passed(straight_through=self.straight_through), density
 
-        guide = pair.guide(None, Settled(in_guide))
+        with plainly():
+            guide = pair.guide(None, Settled(in_guide))
         if not drawn_at:
             raise SettingError(
                 "Concrete relaxes discrete latents, and the guide draws none: use Trace_ELBO()"

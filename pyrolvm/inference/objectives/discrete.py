@@ -13,7 +13,8 @@ log q(b | x) at the draw has mean zero and is left out. All is per datum: the sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,6 +143,9 @@ class DiscreteObjective(Objective):
     answer.
     """
 
+    def __init__(self) -> None:  # of one draw: no number of particles
+        super().__init__()
+
     def estimate(self, pair: Pair, controls: Any) -> Estimate:
         """The ELBO of a draw and its surrogate."""
         if torch.is_grad_enabled():
@@ -152,6 +156,16 @@ class DiscreteObjective(Objective):
     def estimated(self, pair: Pair, controls: Any) -> Estimate:
         """The same, with a surrogate."""
         raise NotImplementedError(f"{type(self).__name__} must define estimated(self, pair, controls)")
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """A refusal from within a program as it was worded, without the table of shapes that Pyro's trace adds."""
+    try:
+        yield
+    except SettingError as error:
+        cause = error.__cause__
+        raise (cause if isinstance(cause, SettingError) else error) from None
 
 
 # ---------------------------------------------------------------------- draws
@@ -202,7 +216,8 @@ def drawn_bits(pair: Pair, what: str, given: dict[str, Tensor] | None = None) ->
         found.append(Bits(site["name"], logits, value, noise, len(site["fn"].event_shape), site["mask"]))
         return value, None
 
-    guide = pair.guide(None, Settled(choose))
+    with plainly():
+        guide = pair.guide(None, Settled(choose))
     if not found and not points:
         raise SettingError(
             f"{what} estimates the gradient of latent bits, and the guide draws none: use Trace_ELBO()"
@@ -280,8 +295,10 @@ def cost_at(pair: Pair, read: Read, choose: Callable[[Any, Tensor], Tensor]) -> 
         found = None if value is None else read(site)
         return None if value is None or found is None else (value, found[1](found[0], value))
 
-    guide = pair.guide(None, Settled(in_guide))
-    return log_densities(pair.model(None, Settled(in_model), lambda f: poutine.replay(f, trace=guide)), guide)
+    with plainly():
+        guide = pair.guide(None, Settled(in_guide))
+        model = pair.model(None, Settled(in_model), lambda f: poutine.replay(f, trace=guide))
+    return log_densities(model, guide)
 
 
 # ---------------------------------------------------------------------- cells

@@ -30,6 +30,7 @@ from pyrolvm.inference.objectives.discrete import (
     Settled,
     assembled,
     in_cells,
+    plainly,
     unwrapped,
 )
 from pyrolvm.inference.objectives.own import Made, features, fed, network
@@ -131,7 +132,8 @@ def _drawn(pair: Pair) -> tuple[Run, list[Path]]:
         found.append(Path(site["name"], draw, log_prob, parameters, len(fn.event_shape), len(fn.batch_shape)))
         return draw.detach(), None
 
-    guide = pair.guide(None, Settled(choose))
+    with plainly():
+        guide = pair.guide(None, Settled(choose))
     if not found:
         raise SettingError(
             "LAX estimates the gradient of continuous latents, and the guide draws none: use Trace_ELBO()"
