@@ -247,7 +247,8 @@ def affine(x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
 def spline(x: Tensor, raw: Tensor, inverse: bool, bound: float = 4.0) -> tuple[Tensor, Tensor]:
     """A monotone rational-quadratic spline of K bins within the bound, outside the identity; raw [..., 3 K - 1, D]."""
     num_bins = (raw.shape[-2] + 1) // 3
-    widths, heights, slopes = raw.mT.split([num_bins, num_bins, num_bins - 1], -1)
+    # many parameters move a knot: without the factor a step of Adam moves them all, and training is chaotic
+    widths, heights, slopes = (0.2 * raw.mT).split([num_bins, num_bins, num_bins - 1], -1)
     xs, ys = _knots(widths, bound), _knots(heights, bound)  # [..., D, K + 1]
     slopes = pad(1e-3 + softplus(slopes + UNIT) * (1 - 1e-3), (1, 1), value=1.0)
     inside = x.abs() < bound

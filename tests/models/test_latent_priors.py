@@ -164,3 +164,16 @@ def test_words_and_instances_are_the_same():
 def test_bad_settings_are_one_sentence(prior, words):
     with pytest.raises(SettingError, match=words):
         VAE(4, 2, prior=prior)
+
+
+@pytest.mark.slow
+def test_splines_are_compiled_to_the_eager_numbers():
+    """In float64: in float32 Adam makes the rounding of two spline flows visible within fifty steps."""
+    x = torch.randn(150, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    curves = []
+    for engine in ("eager", "compiled"):
+        torch.manual_seed(1)
+        model = VAE(4, 2, "gaussian", hidden=(16,), guide="spline", prior="flow")
+        options = {"num_steps": 50, "batch_size": 32, "learning_rate": 0.01, "dtype": torch.float64}
+        curves.append(pyrolvm.fit(model, x, engine=engine, progress=False, **options).history["elbo"])
+    assert (curves[0] - curves[1]).abs().max() < 1e-8
