@@ -56,8 +56,12 @@ def test_a_quadratic_loss_has_its_normal_belief(weight, program):
     assert abs(fitted.elbo * len(X) - log_z) < 0.02
 
 
-def test_minibatches_weigh_the_loss_by_the_whole_data():
-    model = GeneralisedBayes(squares, weight=0.3)
+@pytest.mark.parametrize(
+    "model",
+    [GeneralisedBayes(squares, weight=0.3), GeneralisedBayes(prior, half_squares, 0.3)],
+    ids=["declared", "beside"],
+)
+def test_minibatches_weigh_the_loss_by_the_whole_data(model):
     fitted = pyrolvm.fit(model, X, guide="AutoNormal", batch_size=20, **{**FITTING, "num_steps": 1500})
     mean, scale, _ = exact(0.3)
     draws = fitted.posterior(X, 4000)["centre"]

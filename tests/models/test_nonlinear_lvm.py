@@ -118,7 +118,7 @@ def test_gaps_are_left_out_of_the_integral():
 
 
 def test_settings_that_mean_nothing_are_refused():
-    with pytest.raises(SettingError, match="noise_floor=-1 must be a positive"):
+    with pytest.raises(SettingError, match="noise_floor must be a positive number, not -1"):
         NonlinearLVM(2, 1, noise_floor=-1)
     with pytest.raises(SettingError, match="grid in 3 dimensions is too large"):
         NonlinearLVM(4, 3).quadrature_log_marginal(torch.zeros(1, 4))

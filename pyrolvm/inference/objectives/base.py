@@ -152,7 +152,9 @@ class TraceObjective(Objective):
         bound, surrogate, kl = (torch.as_tensor(s) / self.elbo.num_particles for s in sums)
         # the expected log-likelihood is what the bound and the KL leave
         terms = {"log_likelihood": (bound + kl).detach(), "kl": kl.detach()}
-        return Estimate(bound.detach(), surrogate, terms | site_terms(pair, runs, self.site_kl))
+        return Estimate(
+            bound.detach(), surrogate, terms | site_terms(pair, runs, self.elbo.num_particles, self.site_kl)
+        )
 
     def parts(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any, Any]:
         """(bound, surrogate, KL) of one pair of traces."""
@@ -170,10 +172,14 @@ def log_ratio(model_trace: Trace, guide_trace: Trace, name: str) -> Any:
 
 
 def site_terms(
-    pair: Pair, runs: Sequence[tuple[Trace, Trace]], kl: Callable[..., Any] = log_ratio
+    pair: Pair,
+    runs: Sequence[tuple[Trace, Trace]],
+    num_draws: int,
+    kl: Callable[..., Any] = log_ratio,
 ) -> dict[str, Tensor]:
     """The KL of each latent of a datum, `kl_z1`, `kl_z2`, ..., where a program has several; else nothing.
 
+    A mean over `num_draws`; vectorised particles are many in one run.
     Nothing under plain `pyro.infer.SVI`, which reads no terms.
     """
     if isinstance(pair, PlainPair):
@@ -188,7 +194,7 @@ def site_terms(
         return {}
     totals = {s.name: sum(kl(model, guide, s.name) for model, guide in runs) for s in local}
     plain = {name: torch.as_tensor(detach_provenance(total)).detach() for name, total in totals.items()}
-    return {f"kl_{name}": total / len(runs) for name, total in plain.items()}
+    return {f"kl_{name}": total / num_draws for name, total in plain.items()}
 
 
 def kl_term(model_trace: Trace, guide_trace: Trace) -> Any:

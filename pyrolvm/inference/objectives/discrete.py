@@ -325,7 +325,7 @@ def assembled(
     log_likelihood = sum((scale * r.densities.log_likelihood).sum() for r in runs) / len(runs)
     kl = sum((scale * (r.densities.log_guide - r.densities.log_prior)).sum() for r in runs) / len(runs)
     named = {"log_likelihood": log_likelihood, "kl": kl}
-    named |= site_terms(pair, [(r.model, r.guide) for r in runs]) | terms
+    named |= site_terms(pair, [(r.model, r.guide) for r in runs], len(runs)) | terms
     held = {name: term.detach() for name, term in named.items()}
     own = None if own_loss is None else (scale * own_loss).sum()
     return Estimate((log_likelihood - kl).detach(), -(scale * gain).sum(), held, own)

@@ -95,7 +95,12 @@ class FreeBits(Objective):
         least = self.free_bits * pair.structure.num_data
         paid: Any = sum(group.clamp(min=least).sum() for group in groups.values())
         value = bound + drawn - paid
-        terms = {"log_likelihood": bound + kl, "kl": kl, **site_terms(pair, runs), "free_bits": value}
+        terms = {
+            "log_likelihood": bound + kl,
+            "kl": kl,
+            **site_terms(pair, runs, self.num_particles),
+            "free_bits": value,
+        }
         return Estimate(bound.detach(), -value, {name: term.detach() for name, term in terms.items()})
 
     def _kl(self, model: Trace, guide: Trace, name: str) -> Tensor:

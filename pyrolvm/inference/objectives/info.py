@@ -114,7 +114,13 @@ class InfoELBO(Objective):
             distance = sum(self._distance(pair, sites, *run) for run in runs) / len(runs)
         total = pair.structure.num_data * distance
         info = bound + self.alpha * local_kl - (self.weight * total if self.weight else 0.0)
-        terms = {"log_likelihood": bound + kl, "kl": kl, **site_terms(pair, runs), "mmd": total, "info": info}
+        terms = {
+            "log_likelihood": bound + kl,
+            "kl": kl,
+            **site_terms(pair, runs, self.num_particles),
+            "mmd": total,
+            "info": info,
+        }
         return Estimate(bound.detach(), -info, {name: term.detach() for name, term in terms.items()})
 
     def _distance(self, pair: Pair, sites: list[str], model: Trace, guide: Trace) -> Tensor:

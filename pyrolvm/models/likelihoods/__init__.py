@@ -13,24 +13,31 @@ from __future__ import annotations
 from typing import Any
 
 from pyrolvm.errors import SettingError, one_of
-from pyrolvm.models.likelihoods.base import Likelihood as Likelihood
+from pyrolvm.models.likelihoods.base import Likelihood
 from pyrolvm.models.likelihoods.counts import (
-    NegativeBinomial as NegativeBinomial,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
+    ZeroInflatedPoisson,
 )
-from pyrolvm.models.likelihoods.counts import (
-    Poisson as Poisson,
-)
-from pyrolvm.models.likelihoods.counts import (
-    ZeroInflatedNegativeBinomial as ZeroInflatedNegativeBinomial,
-)
-from pyrolvm.models.likelihoods.counts import (
-    ZeroInflatedPoisson as ZeroInflatedPoisson,
-)
-from pyrolvm.models.likelihoods.discrete import Bernoulli as Bernoulli
-from pyrolvm.models.likelihoods.discrete import Categorical as Categorical
-from pyrolvm.models.likelihoods.discrete import check_binary as check_binary
-from pyrolvm.models.likelihoods.real import Gaussian as Gaussian
-from pyrolvm.models.likelihoods.real import StudentT as StudentT
+from pyrolvm.models.likelihoods.discrete import Bernoulli, Categorical, check_binary
+from pyrolvm.models.likelihoods.real import Gaussian, StudentT
+
+__all__ = [
+    "LIKELIHOODS",
+    "WITH_NOISE",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+    "NegativeBinomial",
+    "Poisson",
+    "StudentT",
+    "ZeroInflatedNegativeBinomial",
+    "ZeroInflatedPoisson",
+    "check_binary",
+    "make_likelihood",
+]
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "bernoulli": Bernoulli,

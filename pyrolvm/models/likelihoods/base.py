@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.errors import DataError, positive
 from pyrolvm.models.base import first_row_where
 
 
@@ -81,15 +82,11 @@ def refused(found: tuple[int, int, float], needs: str, instead: str) -> DataErro
     return DataError(f"{needs}, but row {row}, column {column} is {value:.6g}: {instead}")
 
 
-def positive(name: str, value: float | str) -> float:
-    """`value` as a positive finite number. Raises `SettingError`."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = float("nan")
-    if not 0 < number < float("inf"):
-        raise SettingError(f"{name}={value} must be a positive number")
-    return number
+def positive_in_words(name: str, value: float | str) -> float:
+    """`value`, perhaps in words ("2.5"), as a positive finite number. Raises `SettingError`."""
+    with suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    return positive(name, value)
 
 
 def shares(x: Tensor) -> tuple[Tensor, Tensor]:

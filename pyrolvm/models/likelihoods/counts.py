@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from pyrolvm.models.likelihoods.base import Likelihood, first_outside, positive, refused, shares
+from pyrolvm.models.likelihoods.base import Likelihood, first_outside, positive_in_words, refused, shares
 
 LOG_LIMIT = 20.0
 """exp(LOG_LIMIT) is 4.9e8."""
@@ -63,7 +63,9 @@ class NegativeBinomial(Poisson):
         super().__init__(data_dim)
         if concentration is None:
             self.log_concentration = nn.Parameter(torch.zeros(data_dim))
-        fixed = None if concentration is None else torch.tensor(positive("concentration", concentration))
+        fixed = (
+            None if concentration is None else torch.tensor(positive_in_words("concentration", concentration))
+        )
         self.register_buffer("fixed_concentration", fixed)
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyrolvm.errors import SettingError
-from pyrolvm.models.likelihoods.base import Likelihood, positive
+from pyrolvm.models.likelihoods.base import Likelihood, positive_in_words
 from pyrolvm.models.likelihoods.counts import log_rising
 from pyrolvm.models.networks import SCALE_FLOOR
 
@@ -45,7 +45,7 @@ class Noisy(Likelihood):
     ) -> None:
         super().__init__(data_dim)
         self.parts = 2 if noise_scale == "network" else 1
-        self.noise_floor = positive("noise_floor", noise_floor)
+        self.noise_floor = positive_in_words("noise_floor", noise_floor)
         fixed: Tensor | None = None
         if noise_scale in (None, "shared"):
             self.log_noise_scale = nn.Parameter(torch.zeros(()))
@@ -117,7 +117,7 @@ class StudentT(Noisy):
         super().__init__(data_dim, noise_scale, noise_floor)
         if df is None:
             self.log_df = nn.Parameter(torch.tensor(math.log(9.0)))
-        self.register_buffer("fixed_df", None if df is None else torch.tensor(positive("df", df)))
+        self.register_buffer("fixed_df", None if df is None else torch.tensor(positive_in_words("df", df)))
 
     @property
     def df(self) -> Tensor:
