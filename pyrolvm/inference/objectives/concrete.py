@@ -44,13 +44,14 @@ from pyrolvm.inference.objectives.discrete import (
     assembled,
     bit_density,
     drawn,
+    is_point,
     plainly,
     uniform,
     unwrapped,
 )
 from pyrolvm.inference.objectives.smooth import Smoothness
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import base
+from pyrolvm.inference.program.structure import base, sample_sites
 from pyrolvm.inference.program.weights import log_densities
 
 
@@ -122,7 +123,7 @@ class Concrete(DiscreteObjective):
 
         with plainly():
             guide = pair.guide(None, Settled(in_guide))
-        if not drawn_at:
+        if not drawn_at and not any(is_point(site) for site in sample_sites(guide)):
             raise SettingError(
                 "Concrete relaxes discrete latents, and the guide draws none: use Trace_ELBO()"
             )
