@@ -174,6 +174,14 @@ class Program:
                     if name in before and not torch.equal(tensor, before[name]):
                         tensor.copy_(before[name])
 
+    def stored(self) -> dict[str, Any]:
+        """What Pyro's functions keep of this program, to be put back by `restore`."""
+        return {kind: dict(entries) for kind, entries in self._store.items()}
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Put back what `stored` found: parameters that were made since are gone."""
+        self._store.update(stored)
+
     def initialise(self, batch: Batch, seed: int, *, validate: bool = True) -> None:
         """Run the pair once so that every parameter exists; lazy ones are drawn from `seed`."""
         with self.scope(batch, validate=validate), seeded(seed, self.device), warnings.catch_warnings():
