@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from pyro.infer import ELBO, RenyiELBO
 from torch.optim import Optimizer
@@ -24,9 +25,15 @@ from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.inference.training.checkpoint import Checkpoint, recorded_engine
 from pyrolvm.inference.training.loop import Callback, Training
 from pyrolvm.inference.training.setup import Setup, alternating, cadence, plateau_of, set_up, settings_of
+from pyrolvm.inference.training.starts import checked
+from pyrolvm.inference.training.until import NoMoreRise, Rule, Until, most_steps
 from pyrolvm.progress import progress_bar
 
 EXAMPLE_ROWS = 8
+DEFAULT_RATE = 1e-3
+"""The learning rate of a run of given length."""
+EXPECTED_STEPS = 10_000
+"""Of a run until converged, to choose an engine by."""
 
 
 @torch.inference_mode(False)
@@ -37,8 +44,8 @@ def fit(
     *misplaced: Any,
     guide: Any = None,
     objective: ELBO | str | None = None,
-    optimizer: str | type[Optimizer] = "adam",
-    learning_rate: Schedule = 1e-3,
+    optimizer: str | type[Optimizer] = "auto",
+    learning_rate: Schedule | None = None,
     optimizer_options: dict[str, Any] | None = None,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
@@ -50,6 +57,7 @@ def fit(
     patience: int | None = None,
     kl_warmup: float = 0.0,
     controls: Mapping[str, Schedule] | None = None,
+    init: Any = "auto",
     initialise: bool = True,
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
@@ -82,9 +90,10 @@ def fit(
         samples discrete latents. `RenyiELBO` is the bound of each datum, the plate's scale outside the logarithm.
     optimizer : str or class
         A name ("adam", "sgd", ...) or a torch.optim class; one optimiser over all parameters. The loss is in nats per
-        datum.
-    learning_rate : float or callable
-        A number, or a function of the share of the run that is done.
+        datum. "auto" is Adam.
+    learning_rate : float or callable, optional
+        A number, or a function of the share of the run that is done. None is 0.001 for a run of given length; else a
+        rate is found that starts high and falls until a lower one would gain nothing.
     optimizer_options : dict, optional
         Further arguments of the optimiser, e.g. {"betas": (0.9, 0.99)}.
     schedule : callable, optional
@@ -92,7 +101,8 @@ def fit(
     clip_norm : float, optional
         Largest global norm of the gradient; None for no clipping.
     num_steps : int, optional
-        Steps of the run; 1000 if neither this nor num_epochs is given.
+        Steps of the run. If neither this nor num_epochs is given it runs until it has converged, for 100,000 steps
+        (of networks, 10,000 passes) at the most; functions of the share of the run then go their way over 2,000 steps or 20 passes.
     num_epochs : int, optional
         Passes over the data, instead of num_steps.
     batch_size : int, optional
@@ -110,8 +120,13 @@ def fit(
     controls : dict, optional
         Name -> number, or function of the share of the run that is done: "kl_weight", and what the model or the
         objective reads ("temperature", say). Columns of the history.
+    init : {"auto", "own", "median", "prior"}, dict or FittedModel
+        Where to start. "auto": a fresh model from the data (k-means, principal components) where it knows how; else
+        where the program puts its parameters, or elsewhere if the bound is infinite there. "own": where the program
+        puts them. "median", "prior": an AutoGuide at medians or a draw of the prior. A dict: values of sites (of an
+        AutoGuide) or of parameters, by name. A fitted model: from its parameters, with a new optimiser.
     initialise : bool
-        Start a fresh model from the data (k-means, principal components) where it knows how.
+        False is the older name of init="own".
     device : str
         "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or "mps".
     dtype : torch.dtype or str, optional
@@ -158,7 +173,15 @@ def fit(
     folder = Path(checkpoint) if checkpoint is not None else None
     begun = recorded_engine(folder) if resume else None
     target = torch.device(resolve_device(device))
-    spec = OptimizerSpec(optimizer, learning_rate, optimizer_options or {}, schedule, clip_norm)
+    until = num_steps is None and num_epochs is None
+    free_rate = until and patience is None and learning_rate is None and schedule is None
+    spec = OptimizerSpec(
+        "adam" if optimizer == "auto" else optimizer,
+        DEFAULT_RATE if learning_rate is None else learning_rate,
+        optimizer_options or {},
+        schedule,
+        clip_norm,
+    )
     setup = set_up(
         model,
         data,
@@ -174,38 +197,53 @@ def fit(
         device=target,
         dtype=as_dtype(dtype or torch.float32),
         seed=seed,
-        start=initialise and begun is None,
+        init="own" if begun is not None else checked(init, initialise),
     )
-    problem, steps = setup.problem, setup.problem.num_steps
-    plateau = plateau_of(patience, setup.held_out, kl_warmup, steps)
+    problem = setup.problem
+    steps = most_steps(problem.structure, setup.plan) if until else problem.num_steps
+    plateau = plateau_of(patience, setup.held_out, kl_warmup, setup.problem.num_steps)
     with progress_bar(_title(model), steps, enabled=progress) as bar:
         running: Engine
         if alternate is not None:
             running, note = alternating(setup, objective, alternate)
         else:
-            running, note = choose_engine(begun or engine, problem, steps, on_compile=bar.note)
+            expected = min(steps, EXPECTED_STEPS) if until else steps
+            running, note = choose_engine(begun or engine, problem, expected, on_compile=bar.note)
+        held_out = setup.held_out_bound
+        rule: Rule | None = None
+        if until and plateau is None:
+            first = problem.num_steps if len(problem.scheduled) > 1 or callable(spec.learning_rate) else 0
+            rule = (
+                NoMoreRise(problem.structure)
+                if alternate is not None
+                else Until(problem, running, setup.plan, held_out, not free_rate, first)
+            )
         training = Training(
             problem,
             running,
             setup.plan,
             running.initial_state(noise_state(seed, target)),
             steps,
-            Checkpoint(folder, checkpoint_seconds, settings_of(setup, spec, alternate), running.name),
-            validate=setup.held_out_bound,
-            validate_every=cadence(validate_every, setup.plan, steps) if setup.held_out is not None else 0,
+            Checkpoint(
+                folder, checkpoint_seconds, settings_of(setup, spec, alternate, free_rate), running.name
+            ),
+            validate=held_out,
+            validate_every=cadence(validate_every, setup.plan, problem.num_steps)
+            if held_out is not None
+            else 0,
             plateau=plateau,
+            until=rule,
             on_nan=on_nan,
             callbacks=callbacks,
         )
         if resume:
             training.resume()
         training.run(bar)
-    return _finished(
-        setup, training, getattr(running, "note", note)
-    )  # an engine that fell back says so itself
+    # an engine that fell back says so itself
+    return _finished(setup, training, getattr(running, "note", note), None if until else steps)
 
 
-def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
+def _finished(setup: Setup, training: Training, engine: str, num_steps: int | None) -> FittedModel:
     problem, batch = setup.problem, setup.batch
     program, structure = problem.program, problem.structure
     program.controls = problem.values_at(training.kept_step or training.state.step)
@@ -219,15 +257,22 @@ def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
         program,
         structure,
         history,
-        settings=training.checkpoint.settings
-        | {"num_steps": problem.num_steps, "kept_step": training.kept_step},
+        settings=training.checkpoint.settings | {"num_steps": num_steps, "kept_step": training.kept_step},
         example=_few(batch) if structure.chunkable and not structure.per_datum else batch,
         num_rows=problem.num_rows,
         engine=engine,
         stopped_because=training.stopped_because,
         columns=batch.columns,
-        convergence=warned(judge(history, structure)),
+        convergence=warned(_verdict(training, history)),
     )
+
+
+def _verdict(training: Training, history: pd.DataFrame) -> Convergence:
+    if training.until is not None:
+        return training.until.ended(training.state.step)
+    if training.plateau is not None and training.plateau.flat:
+        return Convergence(True, f"converged: {training.plateau.flat}")
+    return judge(history, training.problem.structure)
 
 
 def warned(verdict: Convergence) -> Convergence:

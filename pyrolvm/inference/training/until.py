@@ -1,0 +1,495 @@
+"""Steps until converged: a learning rate that starts high and falls, and the end when a lower one would gain nothing.
+
+The run is a sequence of stages, each at one rate of its own, g_0 > g_1 > ... At a constant rate the iterates
+become stationary around a point that is biased by the rate, with a spread that shrinks with it; their average over the
+stationary part is far better than any of them. At growing intervals of a stage the bound is estimated at the
+iterate and at the average of the recent ones, always on the same rows and noise, so that differences are precise:
+
+    v_j(theta),  j = 1..M,      gain = mean_j [ v_j(new) - v_j(old) ],   se = sd_j / sqrt(M).
+
+A stage ends when the bound no longer gains what matters (or its own noise) from one interval to the next and, where
+parameters are of latents that all data share, the two halves of the iterates agree: split R-hat, with the effective
+sample size that their autocorrelation leaves. The next stage starts at the better of iterate and average, with a lower
+rate. The run ends when, judged by the gains of the last stages, the next one is predicted to gain less than matters.
+The first rate is the best of several in a short race from the start; a rate at which the bound is lost or not finite is
+given up for a lower one.
+
+Facts from: Welandawe, Andersen, Vehtari and Huggins (2022), "Robust, automated, and accurate black-box variational
+inference"; Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational inference".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrolvm.data.plan import BatchPlan
+from pyrolvm.inference.engine import Engine, Problem, TrainingState
+from pyrolvm.inference.posterior.convergence import Convergence, what_matters
+from pyrolvm.inference.posterior.history import History
+from pyrolvm.inference.program.structure import Structure
+from pyrolvm.inference.training.evaluation import HeldOutBound
+
+LOOK_EVERY = 100
+"""Steps between two iterates that are kept."""
+MOST_STEPS, MOST_PASSES = 100_000, 10_000
+"""A run that has not converged by then ends all the same; passes over the data end runs of networks."""
+SCHEDULED_STEPS, SCHEDULED_EPOCHS = 2000, 20
+"""The length, the larger of the two, over which schedules that are functions of the share of the run go their way."""
+RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
+RACE_STEPS = 60
+FIRST_LOOKS, GROWTH = 10, 2
+"""Looks of a stage until the bound is first estimated, and by how much the stage grows to the next estimate."""
+FALL = {True: 0.5, False: 0.3}
+"""The rate of the next stage, where latents are shared by all data and where they are not."""
+SETTLED = 1.1
+"""Split R-hat of iterates that are stationary."""
+LEAST_SHARE = 1e-4
+"""Of the first rate: no stage is lower."""
+ESTIMATES = 24
+"""M, noisy bounds of one estimate: steps at rate zero."""
+HELD_OUT_PASSES, FEW_ROWS = 4, 1000
+"""Passes over held-out data of at most so many rows; of more, one."""
+PATIENT_LOOKS = 80
+"""Looks of a stage that waits for its iterates alone."""
+MOST_KEPT = 2000
+"""Numbers of an iterate whose stationarity is judged."""
+TENFOLD = 10.0
+"""Networks have converged when a run of ten times the length would gain less than so many times what matters."""
+STAGE = 0.25
+"""The least length of a stage of networks, as a share of the run so far."""
+SHARE_OF_MATTER = 0.2
+"""Of what matters: a stage that is predicted to gain less is not run."""
+
+
+def most_steps(structure: Structure, plan: BatchPlan) -> int:
+    """The upper limit of a run that is to run until it has converged."""
+    return MOST_STEPS if is_shared(structure) else min(MOST_STEPS, plan.num_steps(MOST_PASSES))
+
+
+def is_shared(structure: Structure) -> bool:
+    """Whether what is fitted is of latents or parameters that all data share, rather than of networks."""
+    return bool(structure.global_latents) or not structure.local_latents
+
+
+class Rule(Protocol):
+    """What ends a run whose steps are not counted beforehand.
+
+    Attributes
+    ----------
+    prefix : str
+        Of its tensors in a checkpoint.
+    every : int
+        It looks at the run after every so many steps.
+    """
+
+    prefix: str
+    every: int
+
+    def begin(self, state: TrainingState) -> TrainingState:
+        """Before the first step; the state to begin with."""
+
+    def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
+        """After every few steps; the state to go on from, and a reason to stop."""
+
+    def retreat(self, state: TrainingState) -> TrainingState | None:
+        """After steps that were not finite; the state to go on from, None if there is none."""
+
+    def ended(self, step: int) -> Convergence:
+        """The verdict on a run that ended at `step`."""
+
+    def flatten(self) -> dict[str, Tensor]:
+        """All that it has seen as CPU tensors, for a checkpoint."""
+
+    def unflatten(self, saved: dict[str, Tensor], device: torch.device) -> None:
+        """Restore what `flatten` gave."""
+
+
+@dataclass
+class NoMoreRise:
+    """The rule of coordinate ascent, whose bound never falls: ten steps that gain nothing that matters."""
+
+    structure: Structure
+    prefix = "ascent/"
+    every = 10
+    verdict: Convergence | None = None
+
+    def begin(self, state: TrainingState) -> TrainingState:
+        """As `Rule.begin`."""
+        return state
+
+    def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
+        """As `Rule.look`."""
+        bound = history.column("elbo")[-self.every - 1 :]
+        rise, tolerance = (
+            float(bound[-1] - bound[0]),
+            SHARE_OF_MATTER * what_matters(self.structure, bound[-1]),
+        )
+        if len(bound) <= self.every or not rise < 0.1 * tolerance:
+            return state, None
+        words = f"converged: ten steps of coordinate ascent gained {rise:.2g} nats per datum"
+        self.verdict = Convergence(True, words, {"gain": rise, "tolerance": tolerance})
+        return state, words
+
+    def retreat(self, state: TrainingState) -> None:
+        """As `Rule.retreat`: there is nothing to lower."""
+
+    def ended(self, step: int) -> Convergence:
+        """As `Rule.ended`."""
+        words = f"not yet: coordinate ascent still rises after {step:,} steps; go on by init=fitted"
+        return self.verdict or Convergence(False, words)
+
+    def flatten(self) -> dict[str, Tensor]:
+        """As `Rule.flatten`: the history has it all."""
+        return {}
+
+    def unflatten(self, saved: dict[str, Tensor], device: torch.device) -> None:
+        """As `Rule.unflatten`."""
+
+
+@dataclass
+class Until:
+    """The rule that lowers the rate of a run and ends it.
+
+    Parameters
+    ----------
+    problem, engine, plan
+        Of the run; the bound is estimated by steps at rate zero.
+    held_out : HeldOutBound, optional
+        The bound of the held-out data, which is then estimated instead.
+    fixed : bool
+        The user chose the rate: it is kept, and the first stage is the only one.
+    first_step : int
+        Where schedules end; nothing is judged before.
+    """
+
+    prefix = "until/"
+    every = LOOK_EVERY
+    problem: Problem
+    engine: Engine
+    plan: BatchPlan
+    held_out: HeldOutBound | None = None
+    fixed: bool = False
+    first_step: int = 0
+    random: dict[str, Tensor] = field(default_factory=dict)
+    stage: int = 0
+    looks: int = 0
+    due: int = FIRST_LOOKS
+    first_rate: float = 0.0
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    averaged: int = 0
+    iterates: list[np.ndarray] = field(default_factory=list)
+    best: np.ndarray = field(default_factory=lambda: np.empty(0))
+    stage_start: np.ndarray = field(default_factory=lambda: np.empty(0))
+    best_parameters: dict[str, Tensor] = field(default_factory=dict)
+    gains: list[float] = field(default_factory=list)
+    record: list[tuple[int, float]] = field(default_factory=list)
+    verdict: Convergence | None = None
+
+    def __post_init__(self) -> None:
+        self.shared = is_shared(self.problem.structure)
+
+    # ------------------------------------------------------------------ the run
+
+    def begin(self, state: TrainingState) -> TrainingState:
+        """Choose the first rate and estimate the bound at the start; the state to go on from."""
+        self.random = {k: v.clone() for k, v in state.random.items()}
+        state = state.clone()
+        if not self.fixed:
+            scores = [self._raced(rate, state) for rate in RATES]
+            self.rate = RATES[int(np.argmax(scores))]
+            self.first_rate = self.rate
+        if not self.first_step:
+            self._begin_stages(state)
+        return state
+
+    def _begin_stages(self, state: TrainingState) -> None:
+        self._keep_best(state.parameters, self._estimate(state, state.parameters))
+        self.stage_start = self.best
+
+    def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
+        """Note an iterate; at the end of an interval decide. The state to go on from, and a reason to stop."""
+        if state.step < self.first_step:
+            return state, None
+        if not len(self.best):
+            state = state.clone()
+            self._begin_stages(state)
+        self._note(state)
+        if self.looks < self.due:
+            return state, None
+        state = state.clone()
+        last, mean = state.parameters, state.parameters | self.mean
+        found = [(p, self._estimate(state, p)) for p in (mean, last)]
+        parameters, values = max(found, key=lambda f: _mean(f[1]))
+        gain, error = _gain(values, self.best)
+        r_hat, ess = self._stationarity()
+        lost = gain < -max(self._matter, 3 * error)
+        if gain > 0:
+            self._keep_best(parameters, values)
+        self.record.append((state.step, _mean(self.best)))
+        waits = r_hat > SETTLED and self.looks < PATIENT_LOOKS
+        if self.shared:
+            going = gain > max(self._matter, 2 * error) or waits
+        else:
+            going = gain > self._matter and self.tenfold > TENFOLD * self._matter
+        if going and not lost:
+            self.due = self.looks * GROWTH
+            self.mean, self.averaged = {}, 0
+            return state, None
+        return self._end_stage(state, r_hat, ess, lost)
+
+    def retreat(self, state: TrainingState) -> TrainingState | None:
+        """A state to go on from after steps that were not finite, at a lower rate; None if nothing can be lowered."""
+        if self.fixed or self.rate <= self.first_rate * LEAST_SHARE:
+            return None
+        self._next_stage(self.rate * 0.1)
+        return TrainingState(_copied(self.best_parameters or state.parameters), {}, state.step, state.random)
+
+    def ended(self, step: int) -> Convergence:
+        """The verdict on a run that ended at `step`."""
+        if self.verdict is not None:
+            return self.verdict
+        words = f"not yet: after {step:,} steps"
+        if self.shared or self.tenfold == math.inf:
+            words += " the bound still rises, or its iterates still move"
+        else:
+            words += f" ten times as many are predicted to gain {self.tenfold:.2g} {self._unit}"
+        more = (
+            ""
+            if self.shared or self.held_out
+            else " or hold rows out (validation=0.1), so that it ends where they gain no more"
+        )
+        return Convergence(False, f"{words}; go on by init=fitted{more}", {})
+
+    # ------------------------------------------------------------------ stages
+
+    def _end_stage(
+        self, state: TrainingState, r_hat: float, ess: float, lost: bool
+    ) -> tuple[TrainingState, str | None]:
+        gain, error = _gain(self.best, self.stage_start)
+        predicted = self._predicted(gain)
+        numbers = {"gain": gain, "error": error, "tolerance": self._matter, "r_hat": r_hat, "ess": ess}
+        numbers |= {} if self.fixed else {"learning_rate": self.rate}
+        numbers = {k: float(v) for k, v in numbers.items() if math.isfinite(v)}
+        state = TrainingState(
+            _copied(self.best_parameters), {} if lost else state.optimizer, state.step, state.random
+        )
+        if not self.shared:
+            self.verdict = self._of_networks(numbers)
+        elif self.fixed:
+            self.verdict = self._of_fixed_rate(numbers)
+        elif self.stage and predicted + 0.5 * error < SHARE_OF_MATTER * self._matter:
+            self.verdict = self._of_stages(gain, error, numbers)
+        if self.verdict is None and self.rate <= self.first_rate * LEAST_SHARE:
+            words = (
+                f"the bound still gained {gain:.2g} ± {error:.1g} {self._unit} at the lowest learning rate"
+            )
+            self.verdict = Convergence(None, f"cannot tell: {words}", numbers)
+        if self.verdict is not None:
+            return state, self.verdict.sentence.split(";")[0]
+        self.gains.append(gain)
+        self._next_stage(self.rate * FALL[self.shared])
+        return state, None
+
+    def _next_stage(self, rate: float) -> None:
+        self.stage, self.rate, self.stage_start = self.stage + 1, rate, self.best
+        self.mean, self.averaged, self.iterates = {}, 0, []
+        steps = self.record[-1][0] if self.record and not self.shared else 0
+        self.looks, self.due = 0, max(FIRST_LOOKS, round(STAGE * steps / LOOK_EVERY))
+
+    @property
+    def tenfold(self) -> float:
+        """What a run of ten times the length would gain, if gains per doubling go on shrinking as they did."""
+        if not self.record or self.record[-1][0] < 4 * self.record[0][0]:
+            return math.inf
+        steps, values = (np.array(column) for column in zip(*self.record, strict=True))
+        now, half, quarter = (np.interp(math.log2(steps[-1]) - k, np.log2(steps), values) for k in range(3))
+        gain, before = now - half, half - quarter
+        ratio = min(max(gain / before, 0.3), 0.9) if before > 0 else 0.9
+        return float(gain * sum(ratio**k for k in (1, 2, 3)))
+
+    def _predicted(self, gain: float) -> float:
+        """What the next stage gains, if gains go on shrinking as they did."""
+        ratio = gain / self.gains[-1] if self.gains and self.gains[-1] > 0 else 1.0
+        return gain * min(max(ratio, 0.25), 0.75)
+
+    def _of_networks(self, numbers: dict[str, float]) -> Convergence | None:
+        more, least = self.tenfold, TENFOLD * self._matter
+        if numbers["gain"] > least or (not self.stage and not self.fixed):
+            return None
+        words = f"ten times as many steps are predicted to gain {more:.2g} {self._unit}, less than the {least:.2g}"
+        numbers = numbers | {"tenfold": more, "tolerance": least}
+        return Convergence(True, f"converged: {words} that would matter", numbers)
+
+    def _of_stages(self, gain: float, error: float, numbers: dict[str, float]) -> Convergence:
+        more = (
+            f", the R-hat of the iterates is {numbers['r_hat']:.2f}"
+            if self.shared and "r_hat" in numbers
+            else ""
+        )
+        return Convergence(
+            True,
+            f"converged: lowering the learning rate to {self.rate:.1g} gained {gain:.2g} ± {error:.1g} {self._unit}"
+            f"{more}",
+            numbers,
+        )
+
+    def _of_fixed_rate(self, numbers: dict[str, float]) -> Convergence:
+        seen = "at the learning rate given the bound rises no more"
+        if numbers.get("r_hat", 0.0) > SETTLED:
+            moving = f"its iterates still move (R-hat {numbers['r_hat']:.2f}); leave learning_rate out"
+            return Convergence(None, f"cannot tell: {seen}, and {moving}", numbers)
+        return Convergence(True, f"converged: {seen}", numbers)
+
+    # ------------------------------------------------------------------ what is looked at
+
+    def _note(self, state: TrainingState) -> None:
+        self.looks, self.averaged = self.looks + 1, self.averaged + 1
+        trained = {k: v.detach() for k, v in state.parameters.items() if k in self.problem.program.parameters}
+        for name, value in trained.items():
+            if value.is_floating_point():
+                mean = self.mean.setdefault(name, torch.zeros_like(value))
+                mean += (value - mean) / self.averaged
+        if self.shared:
+            flat = torch.cat([v.reshape(-1) for v in trained.values()]).double().cpu().numpy()
+            self.iterates.append(flat[:: max(1, len(flat) // MOST_KEPT)])
+
+    def _stationarity(self) -> tuple[float, float]:
+        """Split R-hat, its root mean square over the parameters, and the effective size of the last half's iterates."""
+        if not self.shared or len(self.iterates) < FIRST_LOOKS:
+            return math.nan, math.nan
+        return split_r_hat(np.stack(self.iterates[len(self.iterates) // 2 :]))
+
+    def _raced(self, rate: float, state: TrainingState) -> float:
+        """The bound at the end of a few steps at this rate; -inf where it is lost."""
+        self.rate = rate
+        start = replace(state.clone(), step=self.first_step)  # with the controls as they will be in the end
+        end, terms = self.engine.run(start, self.plan.rows(0, RACE_STEPS))
+        finite = all(bool(torch.isfinite(v).all()) for v in end.parameters.values() if v.is_floating_point())
+        score = float(terms[-RACE_STEPS // 4 :, 0].mean())
+        return score if finite and math.isfinite(score) else -math.inf
+
+    def _estimate(self, state: TrainingState, parameters: dict[str, Tensor]) -> np.ndarray:
+        """Noisy bounds [M] at `parameters`, nats per datum, on the same rows and noise at every call."""
+        if self.held_out is not None:
+            self.problem.program.load(parameters)
+            passes = HELD_OUT_PASSES if self.held_out.num_rows <= FEW_ROWS else 1
+            return np.array([self.held_out(i) for i in range(passes)])
+        self.problem.optimizer.still = True
+        try:
+            slots = {k: {n: v.clone() for n, v in s.items()} for k, s in state.optimizer.items()}
+            noise = {k: v.clone() for k, v in self.random.items()}
+            still = TrainingState(_copied(parameters), slots, max(state.step, self.first_step), noise)
+            _, terms = self.engine.run(still, self.plan.rows(0, ESTIMATES))
+        finally:
+            self.problem.optimizer.still = False
+        return terms[:, 0].double().numpy().copy()
+
+    def _keep_best(self, parameters: dict[str, Tensor], values: np.ndarray) -> None:
+        self.best, self.best_parameters = values, _copied(parameters)
+
+    @property
+    def rate(self) -> float:
+        """The present learning rate; of a schedule that was given, nan."""
+        rate = self.problem.optimizer.learning_rate
+        return math.nan if callable(rate) else rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        self.problem.optimizer.learning_rate = rate
+
+    @property
+    def _matter(self) -> float:
+        return what_matters(self.problem.structure, _mean(self.best))
+
+    @property
+    def _unit(self) -> str:
+        return "nats per datum" if self.problem.structure.data_plate else "nats in total"
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def flatten(self) -> dict[str, Tensor]:
+        """All that it has seen as CPU tensors, for a checkpoint."""
+        numbers = [self.stage, self.looks, self.due, self.averaged, self.first_rate, self.rate]
+        arrays = {"numbers": numbers, "best": self.best, "stage_start": self.stage_start, "gains": self.gains}
+        arrays |= {"record": self.record}
+        found = {k: torch.as_tensor(np.asarray(v, np.float64)) for k, v in arrays.items()}
+        if self.iterates:
+            found["iterates"] = torch.from_numpy(np.stack(self.iterates))
+        for name, tensors in (
+            ("mean", self.mean),
+            ("parameters", self.best_parameters),
+            ("random", self.random),
+        ):
+            found |= {f"{name}/{k}": v.detach().cpu().clone() for k, v in tensors.items()}
+        return {self.prefix + k: v for k, v in found.items()}
+
+    def unflatten(self, saved: dict[str, Tensor], device: torch.device) -> None:
+        """Restore what `flatten` gave; no change if the checkpoint has none."""
+        found = {k.removeprefix(self.prefix): v for k, v in saved.items()}
+        if "numbers" not in found:
+            return
+        *counts, self.first_rate, rate = found["numbers"].tolist()
+        self.stage, self.looks, self.due, self.averaged = map(int, counts)
+        if not self.fixed:
+            self.rate = rate
+        self.best, self.stage_start = found["best"].numpy(), found["stage_start"].numpy()
+        self.gains = found["gains"].tolist()
+        self.record = [(int(step), value) for step, value in found["record"].reshape(-1, 2).tolist()]
+        self.iterates = list(found["iterates"].numpy()) if "iterates" in found else []
+        self.mean = _named(found, "mean/", device)
+        self.best_parameters = _named(found, "parameters/", device)
+        self.random = {k.removeprefix("random/"): v for k, v in found.items() if k.startswith("random/")}
+
+
+def split_r_hat(iterates: np.ndarray) -> tuple[float, float]:
+    """Split R-hat and effective size of iterates [n, D]: one number each for all D together.
+
+    R-hat is the root of the mean of squares over the D; the effective size is n / (1 + 2 sum of autocorrelations), by
+    Geyer's positive pairs of the autocorrelations averaged over the D.
+    """
+    half = len(iterates) // 2
+    parts = np.stack([iterates[:half], iterates[-half:]])  # [2, half, D]
+    within = parts.var(1, ddof=1).mean(0)
+    between = half * parts.mean(1).var(0, ddof=1)
+    moving = within > 0
+    if not moving.any():
+        return 1.0, float(len(iterates))
+    squares = (half - 1) / half + between[moving] / within[moving] / half
+    return math.sqrt(float(squares.mean())), effective_size(iterates[:, moving])
+
+
+def effective_size(iterates: np.ndarray) -> float:
+    """The independent draws that n correlated ones [n, D] are worth."""
+    n = len(iterates)
+    centred = (iterates - iterates.mean(0)) / iterates.std(0)
+    correlations = np.array([(centred[: n - k] * centred[k:]).mean() * (n - k) / n for k in range(n)])
+    pairs = correlations[1 : n - 1 : 2] + correlations[2:n:2]
+    ended = np.flatnonzero(pairs <= 0)
+    total = pairs[: ended[0]].sum() if len(ended) else pairs.sum()
+    return float(n / max(1.0, 1 + 2 * total))
+
+
+def _gain(new: np.ndarray, old: np.ndarray) -> tuple[float, float]:
+    """The mean of new - old and its standard error, 0 of a single value; -inf where the new is not finite."""
+    apart = new - old
+    if not np.isfinite(apart).all():
+        return -math.inf, 0.0
+    return float(apart.mean()), float(apart.std(ddof=1) / math.sqrt(len(apart))) if len(apart) > 1 else 0.0
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if np.isfinite(values).all() else -math.inf
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in tensors.items()}
+
+
+def _named(found: dict[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v.to(device) for k, v in found.items() if k.startswith(prefix)}
