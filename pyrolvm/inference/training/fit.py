@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyrolvm.controls import Schedule
+from pyrolvm.data.arguments import as_call
 from pyrolvm.data.arrays import Batch
 from pyrolvm.data.precision import as_dtype
-from pyrolvm.errors import ConvergenceWarning, SettingError, one_of, warn_user
+from pyrolvm.errors import ConvergenceWarning, DataError, SettingError, one_of, warn_user
 from pyrolvm.inference.engine import Engine, choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.posterior.convergence import Convergence, judge
@@ -40,8 +41,8 @@ EXPECTED_STEPS = 10_000
 @torch.enable_grad()
 def fit(
     model: Any,
-    data: Any,
-    *misplaced: Any,
+    data: Any = (),
+    *more: Any,
     guide: Any = None,
     objective: ELBO | str | None = None,
     optimizer: str | type[Optimizer] = "auto",
@@ -70,6 +71,8 @@ def fit(
     progress: bool = True,
     engine: Literal["auto", "compiled", "eager"] = "auto",
     alternate: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    rows: str | int | Sequence[str | int] | None = None,
 ) -> FittedModel:
     """Train a model/guide pair by stochastic variational inference.
 
@@ -78,10 +81,11 @@ def fit(
     model : LatentVariableModel or callable
         A `LatentVariableModel`, or any Pyro callable (then `guide` is needed).
     data : tensor, array, DataFrame or Dataset
-        A tuple (positional) or dict (keyword) of them for a program of several arguments. Floating values are cast to
-        `dtype`; integers stay integers.
-    *misplaced : Any
-        Refused: everything after the data goes by name.
+        A tuple (positional) or dict (keyword) of them for a program of several arguments; nothing for a program of
+        none. Floating values are cast to `dtype`; integers stay integers.
+    *more : Any
+        Further arguments of the model, as it takes them: `fit(model, x, y, 3, guide=guide)`. What is no tensor, array
+        or table reaches it as it is, and a list or dict of tensors is one argument.
     guide : callable, AutoGuide instance, AutoGuide class or name of one, optional
         Of the model's arguments; e.g. `AutoNormal` or "AutoNormal"; "per_datum" for parameters of each row's own.
     objective : pyro.infer.ELBO or str, optional
@@ -153,6 +157,11 @@ def fit(
         Coordinate ascent on that many fixed draws of each latent, at least 4, instead of stochastic steps: odd steps
         take the guide to convergence, even ones improve the model, by L-BFGS on all data. Optimiser, learning rate
         and engine are then not used, and the bound never falls.
+    model_kwargs : dict, optional
+        Keyword arguments of model and guide.
+    rows : names or positions of arguments, optional
+        Those whose leading dimension is the rows of the data. By default all, if they are of one length; else those as
+        long as the model's plate around its observed sites.
 
     Returns
     -------
@@ -165,11 +174,6 @@ def fit(
     DivergenceError
         The bound or a parameter stopped being finite, or the model's own `check_fit` refuses the end.
     """
-    if misplaced:
-        raise SettingError(
-            "fit takes two arguments by position, the model and the data: several arrays are one tuple or dict, and "
-            "all else goes by name, as in fit(model, (x, y), guide=guide)"
-        )
     _check_settings(on_nan, kl_warmup, objective, seed, checkpoint_seconds)
     folder = Path(checkpoint) if checkpoint is not None else None
     begun = recorded_engine(folder) if resume else None
@@ -185,10 +189,11 @@ def fit(
     )
     setup = set_up(
         model,
-        data,
+        as_call(data, more, model_kwargs),
         guide,
         objective,
         spec,
+        carriers=rows,
         controls=controls,
         kl_warmup=kl_warmup,
         num_steps=num_steps,
@@ -265,6 +270,7 @@ def _finished(setup: Setup, training: Training, engine: str, num_steps: int | No
         stopped_because=training.stopped_because,
         columns=batch.columns,
         convergence=warned(_verdict(training, history)),
+        call=_few(batch),
     )
 
 
@@ -299,7 +305,10 @@ def _check_settings(
 
 
 def _few(batch: Batch) -> Batch:
-    return batch.take(torch.arange(min(EXAMPLE_ROWS, batch.num_rows)))
+    try:
+        return batch.take(torch.arange(min(EXAMPLE_ROWS, batch.num_rows)))
+    except DataError:  # lengths differ, and no rows are taken
+        return batch
 
 
 def _title(model: Any) -> str:

@@ -259,12 +259,12 @@ class Until:
             words += " the bound still rises, or its iterates still move"
         else:
             words += f" ten times as many are predicted to gain {self.tenfold:.2g} {self._unit}"
-        more = (
+        held = (
             ""
             if self.shared or self.held_out
-            else " or hold rows out (validation=0.1), so that it ends where they gain no more"
+            else ", or hold rows out (validation=0.1) and end where they gain no more"
         )
-        return Convergence(False, f"{words}; go on by init=fitted{more}", {})
+        return Convergence(False, f"{words}; go on by init=fitted{held}", {})
 
     # ------------------------------------------------------------------ stages
 
