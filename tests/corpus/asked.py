@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from corpus.form import QUESTIONS, Case, Pair
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoGuide
 
 import pyrolvm
-from corpus.form import QUESTIONS, Case, Pair
 from pyrolvm.errors import PyrolvmError
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.seeds import Purpose, derived_seed

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
+from corpus.form import Pair, program
 from pyro.infer.autoguide import AutoDiagonalNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
-
-from corpus.form import Pair, program
 
 NO_LATENTS_OF_ROWS = {"encode": "no local latents"}
 

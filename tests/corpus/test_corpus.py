@@ -4,7 +4,6 @@ The fast part; `make corpus` runs all of it and writes the table.
 """
 
 import pytest
-
 from corpus import asked
 from corpus.form import load_all
 

@@ -86,7 +86,7 @@ def set_up(
             program = Program(model, guide, device=device, dtype=dtype, start=place)
             return _set_up(
                 program, data, objective, optimizer, controls, kl_warmup, num_steps, num_epochs, batch_size,
-                validation, seed, init, attempt,
+                validation, seed, init, attempt, carriers,
             )  # fmt: skip
         except InfiniteBoundError as error:
             failed = failed or error
@@ -110,6 +110,7 @@ def _set_up(
     seed: int,
     init: Any,
     attempt: int,
+    carriers: Carriers,
 ) -> Setup:
     device, dtype = program.device, program.dtype
     batch = suited(program, data)

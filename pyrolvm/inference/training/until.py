@@ -259,11 +259,8 @@ class Until:
             words += " the bound still rises, or its iterates still move"
         else:
             words += f" ten times as many are predicted to gain {self.tenfold:.2g} {self._unit}"
-        held = (
-            ""
-            if self.shared or self.held_out
-            else ", or hold rows out (validation=0.1) and end where they gain no more"
-        )
+        alone = not self.shared and self.held_out is None
+        held = ", or hold rows out (validation=0.1): it ends where they gain no more" if alone else ""
         return Convergence(False, f"{words}; go on by init=fitted{held}", {})
 
     # ------------------------------------------------------------------ stages
