@@ -19,6 +19,9 @@ from pyrolvm.inference.training.until import split_r_hat
 
 IRIS = torch.tensor(load_iris().data, dtype=torch.float32)
 QUIET = {"progress": False, "engine": "eager"}
+COMPILED = {"progress": False, "engine": "compiled"}
+"""Of thousands of steps: the compiled step is kept between tests."""
+X = 0.5 + torch.randn(200, generator=torch.Generator().manual_seed(1))
 
 
 def autoregressive(size, rho, dim, rng):
@@ -41,12 +44,11 @@ def test_r_hat_and_the_effective_size_of_known_series():
 
 def test_a_subsampled_mean_has_its_closed_form():
     """m | x ~ N(sum x / (N + 1), 1 / (N + 1)); nothing is given but model, data, guide and batch size."""
-    x = 0.5 + torch.randn(200, generator=torch.Generator().manual_seed(1))
     program = GlobalMean()
-    fitted = pyrolvm.fit(program.model, x, guide=program.guide, batch_size=50, **QUIET)
+    fitted = pyrolvm.fit(program.model, X, guide=program.guide, batch_size=50, **COMPILED)
     sd = 1 / math.sqrt(201)
     loc, scale = (fitted.program.parameters[n].item() for n in ("loc", "scale"))
-    assert loc == pytest.approx(x.sum().item() / 201, abs=0.1 * sd)
+    assert loc == pytest.approx(X.sum().item() / 201, abs=0.1 * sd)
     assert math.exp(scale) == pytest.approx(sd, rel=0.1)
     assert fitted.convergence.converged is True
     assert fitted.stopped_because.startswith("converged")
@@ -63,13 +65,14 @@ def regression(x, y):
         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_a_subsampled_regression_has_its_closed_form():
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(300, 2, generator=generator) * torch.tensor([1.0, 20.0])
     y = x @ torch.tensor([1.0, -0.5]) + torch.randn(300, generator=generator)
     covariance = torch.linalg.inv(torch.eye(2) + x.T @ x)
     mean, sd = covariance @ (x.T @ y), covariance.diagonal().sqrt()
-    fitted = pyrolvm.fit(regression, (x, y), guide=AutoMultivariateNormal, batch_size=100, **QUIET)
+    fitted = pyrolvm.fit(regression, (x, y), guide=AutoMultivariateNormal, batch_size=100, **COMPILED)
     draws = fitted.posterior((x, y), 4000)["w"]
     assert ((draws.mean(0) - mean).abs() / sd).max() < 0.2
     assert (draws.std(0) / sd).log().abs().max() < 0.2
@@ -80,7 +83,7 @@ def test_a_plain_maximum_is_reached_with_networks_away():
     """PPCA of iris from random loadings: the closed form's -2.6998, to a hundredth."""
     torch.manual_seed(0)
     ppca = PPCA(4, 2)
-    fitted = pyrolvm.fit(ppca, IRIS, init="own", **QUIET)
+    fitted = pyrolvm.fit(ppca, IRIS, init="own", **COMPILED)
     assert ppca.log_marginal(IRIS).mean().item() == pytest.approx(-2.699752, abs=0.02)
     assert fitted.convergence.converged is True
 
@@ -111,8 +114,8 @@ def test_a_run_ends_at_its_limit_and_says_so(monkeypatch):
 
 @pytest.mark.parametrize("at", [300, 1700])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, at):
-    program, x = GlobalMean(), torch.randn(60, generator=torch.Generator().manual_seed(4))
-    options = {"guide": program.guide, "batch_size": 20, **QUIET}
+    program, x = GlobalMean(), X
+    options = {"guide": program.guide, "batch_size": 50, **COMPILED}
 
     def interrupt(report):
         if report.step >= at:
@@ -144,7 +147,8 @@ def test_held_out_rows_end_a_run_that_learns_by_heart():
     vae = pyrolvm.VAE(20, 8, "gaussian", hidden=(32,))
     fitted = pyrolvm.fit(vae, x, validation=0.33, **QUIET)
     assert fitted.convergence.converged is True
-    assert fitted.history["validation_elbo"].dropna().max() < fitted.held_out_elbo + 0.3
+    assert fitted.history["validation_elbo"].dropna().max() < fitted.held_out_elbo + 1
+    assert fitted.history["validation_elbo"].dropna().iloc[-1] < fitted.held_out_elbo - 1
 
 
 def test_a_rate_at_which_the_bound_is_lost_is_given_up():
@@ -166,6 +170,7 @@ def test_coordinate_ascent_ends_when_it_rises_no_more():
     assert fitted.convergence.sentence in repr(fitted)
 
 
+@pytest.mark.slow
 def test_a_guide_per_row_ends():
     x = torch.linspace(-2, 2, 30)
 
@@ -174,7 +179,7 @@ def test_a_guide_per_row_ends():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    fitted = pyrolvm.fit(model, x, guide=AutoNormal, batch_size=10, **QUIET)
+    fitted = pyrolvm.fit(model, x, guide=AutoNormal, batch_size=10, **COMPILED)
     torch.testing.assert_close(fitted.encode(x), x * 0.8, rtol=0, atol=0.1)
 
 

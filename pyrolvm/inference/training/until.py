@@ -63,7 +63,7 @@ TENFOLD = 10.0
 """Networks have converged when a run of ten times the length would gain less than so many times what matters."""
 STAGE = 0.25
 """The least length of a stage of networks, as a share of the run so far."""
-SHARE_OF_MATTER = 0.2
+SHARE_OF_MATTER = 0.05
 """Of what matters: a stage that is predicted to gain less is not run."""
 
 
@@ -126,11 +126,9 @@ class NoMoreRise:
     def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
         """As `Rule.look`."""
         bound = history.column("elbo")[-self.every - 1 :]
-        rise, tolerance = (
-            float(bound[-1] - bound[0]),
-            SHARE_OF_MATTER * what_matters(self.structure, bound[-1]),
-        )
-        if len(bound) <= self.every or not rise < 0.1 * tolerance:
+        rise = float(bound[-1] - bound[0])
+        tolerance = SHARE_OF_MATTER * what_matters(self.structure, bound[-1])
+        if len(bound) <= self.every or not rise < tolerance:
             return state, None
         words = f"converged: ten steps of coordinate ascent gained {rise:.2g} nats per datum"
         self.verdict = Convergence(True, words, {"gain": rise, "tolerance": tolerance})
@@ -224,20 +222,20 @@ class Until:
             return state, None
         state = state.clone()
         last, mean = state.parameters, state.parameters | self.mean
-        found = [(p, self._estimate(state, p)) for p in (mean, last)]
+        r_hat, ess = self._stationarity()
+        found = [(p, self._estimate(state, p)) for p in ((mean,) if r_hat <= SETTLED else (mean, last))]
         parameters, values = max(found, key=lambda f: _mean(f[1]))
         gain, error = _gain(values, self.best)
-        r_hat, ess = self._stationarity()
         lost = gain < -max(self._matter, 3 * error)
-        if gain > 0:
+        if gain > 0 or (r_hat <= SETTLED and not lost):  # a stationary mean is surer than its estimated gain
             self._keep_best(parameters, values)
         self.record.append((state.step, _mean(self.best)))
         waits = r_hat > SETTLED and self.looks < PATIENT_LOOKS
         if self.shared:
             going = gain > max(self._matter, 2 * error) or waits
         else:
-            going = gain > self._matter and self.tenfold > TENFOLD * self._matter
-        if going and not lost:
+            going = self.tenfold > TENFOLD * self._matter and (gain > self._matter or self.fixed)
+        if going and (self.fixed or not lost):
             self.due = self.looks * GROWTH
             self.mean, self.averaged = {}, 0
             return state, None
@@ -272,6 +270,7 @@ class Until:
         predicted = self._predicted(gain)
         numbers = {"gain": gain, "error": error, "tolerance": self._matter, "r_hat": r_hat, "ess": ess}
         numbers |= {} if self.fixed else {"learning_rate": self.rate}
+        numbers |= {"elbo" if self.held_out is None else "held_out_elbo": _mean(self.best)}
         numbers = {k: float(v) for k, v in numbers.items() if math.isfinite(v)}
         state = TrainingState(
             _copied(self.best_parameters), {} if lost else state.optimizer, state.step, state.random
@@ -317,11 +316,16 @@ class Until:
 
     def _of_networks(self, numbers: dict[str, float]) -> Convergence | None:
         more, least = self.tenfold, TENFOLD * self._matter
-        if numbers["gain"] > least or (not self.stage and not self.fixed):
+        if not self.fixed and (not self.stage or numbers["gain"] > least):
             return None
-        words = f"ten times as many steps are predicted to gain {more:.2g} {self._unit}, less than the {least:.2g}"
-        numbers = numbers | {"tenfold": more, "tolerance": least}
-        return Convergence(True, f"converged: {words} that would matter", numbers)
+        numbers = numbers | {"tolerance": least}
+        if more < math.inf:
+            numbers |= {"tenfold": more}
+            words = f"ten times as many steps are predicted to gain {more:.2g}"
+        else:
+            words = f"lowering the learning rate to {self.rate:.1g} gained {numbers['gain']:.2g}"
+        words += f" {self._unit}{' held out' if self.held_out else ''}"
+        return Convergence(True, f"converged: {words}, less than the {least:.2g} that would matter", numbers)
 
     def _of_stages(self, gain: float, error: float, numbers: dict[str, float]) -> Convergence:
         more = (
