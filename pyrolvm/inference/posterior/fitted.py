@@ -99,7 +99,7 @@ class FittedModel:
 
     @property
     def elbo(self) -> float:
-        """The bound, of a run of given length over its last hundred steps, nats per datum; of a point, log p(x, z) at it."""
+        """The bound, nats per datum: at these parameters, or over the last hundred steps; of a point, log p(x, z)."""
         kept = self.convergence.numbers.get("elbo")  # of a run whose parameters are an average over its steps
         return float(self.history["elbo"].tail(100).mean()) if kept is None else kept
 
