@@ -1,4 +1,4 @@
-"""`optimizer="auto"` and "lbfgs": fixed draws where they win, one sentence where they cannot, and what is said at the end."""
+"""`optimizer="auto"` and "lbfgs": fixed draws where they win, a sentence where they cannot, the verdict at the end."""
 
 import pyro
 import pyro.distributions as dist

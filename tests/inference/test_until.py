@@ -14,8 +14,8 @@ from sklearn.datasets import load_iris
 import pyrolvm
 from pyrolvm import PPCA, data_plate
 from pyrolvm.errors import ConvergenceWarning
-from pyrolvm.inference.training import until
-from pyrolvm.inference.training.until import split_r_hat
+from pyrolvm.inference.training import rules
+from pyrolvm.inference.training.stationarity import split_r_hat
 
 IRIS = torch.tensor(load_iris().data, dtype=torch.float32)
 QUIET = {"progress": False, "engine": "eager"}
@@ -103,7 +103,7 @@ def test_an_explicit_number_of_steps_is_obeyed():
 
 
 def test_a_run_ends_at_its_limit_and_says_so(monkeypatch):
-    monkeypatch.setattr(until, "MOST_STEPS", 300)
+    monkeypatch.setattr(rules, "MOST_STEPS", 300)
     model, guide = ppca_functions(4, 2)
     with pytest.warns(ConvergenceWarning, match="after 300 steps.*init=fitted"):
         fitted = pyrolvm.fit(model, IRIS, guide=guide, **QUIET)
@@ -137,7 +137,7 @@ def test_warm_up_and_schedules_go_their_way_before_anything_is_judged():
     weights = fitted.history.set_index("step")["kl_weight"]
     assert weights[500] == pytest.approx(0.5)
     assert weights[1000] == weights.iloc[-1] == 1.0
-    assert len(fitted.history) > until.SCHEDULED_STEPS
+    assert len(fitted.history) > rules.SCHEDULED_STEPS
 
 
 def test_held_out_rows_end_a_run_that_learns_by_heart():

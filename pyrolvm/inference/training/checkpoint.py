@@ -14,7 +14,8 @@ from pyrolvm.files import read_tensors, write_tensors
 from pyrolvm.inference.engine import TrainingState
 from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.training.plateau import Plateau
-from pyrolvm.inference.training.until import NoMoreRise, Rule, Until
+from pyrolvm.inference.training.rules import NoMoreRise, Rule
+from pyrolvm.inference.training.until import Until
 
 CHECKPOINT_FILE = "state.safetensors"
 

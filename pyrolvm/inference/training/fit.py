@@ -24,11 +24,13 @@ from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.inference.training import exact
+from pyrolvm.inference.training.bounds import Bounds
 from pyrolvm.inference.training.checkpoint import Checkpoint, recorded_engine
 from pyrolvm.inference.training.loop import Callback, Training
+from pyrolvm.inference.training.rules import NoMoreRise, Rule, most_steps
 from pyrolvm.inference.training.setup import Setup, alternating, cadence, plateau_of, set_up, settings_of
 from pyrolvm.inference.training.starts import checked, from_data
-from pyrolvm.inference.training.until import NoMoreRise, Rule, Until, most_steps
+from pyrolvm.inference.training.until import Until
 from pyrolvm.progress import progress_bar
 
 EXAMPLE_ROWS = 8
@@ -245,10 +247,11 @@ def fit(
         rule: Rule | None = None
         if until and plateau is None:
             first = problem.num_steps if len(problem.scheduled) > 1 or callable(spec.learning_rate) else 0
+            bounds = Bounds(problem, running, setup.plan, noise_state(seed, target), held_out, first)
             rule = (
                 NoMoreRise(problem.structure)
                 if alternate is not None
-                else Until(problem, running, setup.plan, held_out, not free_rate, first)
+                else Until(problem, bounds, not free_rate, first)
             )
         training = Training(
             problem,

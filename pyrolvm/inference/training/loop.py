@@ -22,7 +22,7 @@ from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.training.checkpoint import Checkpoint
 from pyrolvm.inference.training.divergence import explain, skip_bad_steps
 from pyrolvm.inference.training.plateau import Plateau
-from pyrolvm.inference.training.until import Rule
+from pyrolvm.inference.training.rules import Rule
 from pyrolvm.progress import Bar
 from pyrolvm.signals import termination_as_interrupt
 
@@ -106,6 +106,8 @@ class Training:
             self._check_controls(saved.step)
             self.state = saved
             self.problem.program.load(saved.parameters)
+            if self.until is not None and self.until.verdict is not None:
+                self.stopped_because = self.until.verdict.sentence
 
     def _check_controls(self, step: int) -> None:
         """The steps that are done must have had the schedules of this run; functions themselves cannot be compared."""

@@ -33,8 +33,8 @@ from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.training.evaluation import HeldOutBound
 from pyrolvm.inference.training.plateau import Plateau
+from pyrolvm.inference.training.rules import MOST_STEPS, SCHEDULED_EPOCHS, SCHEDULED_STEPS
 from pyrolvm.inference.training.starts import InfiniteBoundError, from_data, set_values, strategies
-from pyrolvm.inference.training.until import MOST_STEPS, SCHEDULED_EPOCHS, SCHEDULED_STEPS
 from pyrolvm.seeds import Purpose, derived_seed
 
 START_ROWS = 100_000

@@ -20,29 +20,23 @@ inference"; Dhaka et al. (2020), "Robust, accurate stochastic optimization for v
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyrolvm.data.plan import BatchPlan
-from pyrolvm.inference.engine import Engine, Problem, TrainingState
-from pyrolvm.inference.posterior.convergence import Convergence, what_matters
+from pyrolvm.inference.engine import Problem, TrainingState
+from pyrolvm.inference.posterior.convergence import Convergence, recorded, what_matters
 from pyrolvm.inference.posterior.history import History
-from pyrolvm.inference.program.structure import Structure
-from pyrolvm.inference.training.evaluation import HeldOutBound
+from pyrolvm.inference.training.bounds import Bounds
+from pyrolvm.inference.training.rules import LOOK_EVERY, SHARE_OF_MATTER, is_shared
+from pyrolvm.inference.training.stationarity import split_r_hat
 
-LOOK_EVERY = 100
-"""Steps between two iterates that are kept."""
-MOST_STEPS, MOST_PASSES = 100_000, 10_000
-"""A run that has not converged by then ends all the same; passes over the data end runs of networks."""
-SCHEDULED_STEPS, SCHEDULED_EPOCHS = 2000, 20
-"""The length, the larger of the two, over which schedules that are functions of the share of the run go their way."""
 RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
-RACE_STEPS = 60
+"""Those of the race."""
 FIRST_LOOKS, GROWTH = 10, 2
 """Looks of a stage until the bound is first estimated, and by how much the stage grows to the next estimate."""
 FALL = {True: 0.5, False: 0.3}
@@ -51,10 +45,6 @@ SETTLED = 1.1
 """Split R-hat of iterates that are stationary."""
 LEAST_SHARE = 1e-4
 """Of the first rate: no stage is lower."""
-ESTIMATES = 24
-"""M, noisy bounds of one estimate: steps at rate zero."""
-HELD_OUT_PASSES, FEW_ROWS = 4, 1000
-"""Passes over held-out data of at most so many rows; of more, one."""
 PATIENT_LOOKS = 80
 """Looks of a stage that waits for its iterates alone."""
 MOST_KEPT = 2000
@@ -63,91 +53,6 @@ TENFOLD = 10.0
 """Networks have converged when a run of ten times the length would gain less than so many times what matters."""
 STAGE = 0.25
 """The least length of a stage of networks, as a share of the run so far."""
-SHARE_OF_MATTER = 0.05
-"""Of what matters: a stage that is predicted to gain less is not run."""
-
-
-def most_steps(structure: Structure, plan: BatchPlan) -> int:
-    """The upper limit of a run that is to run until it has converged."""
-    return MOST_STEPS if is_shared(structure) else min(MOST_STEPS, plan.num_steps(MOST_PASSES))
-
-
-def is_shared(structure: Structure) -> bool:
-    """Whether what is fitted is of latents or parameters that all data share, rather than of networks."""
-    return bool(structure.global_latents) or not structure.local_latents
-
-
-class Rule(Protocol):
-    """What ends a run whose steps are not counted beforehand.
-
-    Attributes
-    ----------
-    prefix : str
-        Of its tensors in a checkpoint.
-    every : int
-        It looks at the run after every so many steps.
-    """
-
-    prefix: str
-    every: int
-
-    def begin(self, state: TrainingState) -> TrainingState:
-        """Before the first step; the state to begin with."""
-
-    def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
-        """After every few steps; the state to go on from, and a reason to stop."""
-
-    def retreat(self, state: TrainingState) -> TrainingState | None:
-        """After steps that were not finite; the state to go on from, None if there is none."""
-
-    def ended(self, step: int) -> Convergence:
-        """The verdict on a run that ended at `step`."""
-
-    def flatten(self) -> dict[str, Tensor]:
-        """All that it has seen as CPU tensors, for a checkpoint."""
-
-    def unflatten(self, saved: dict[str, Tensor], device: torch.device) -> None:
-        """Restore what `flatten` gave."""
-
-
-@dataclass
-class NoMoreRise:
-    """The rule of coordinate ascent, whose bound never falls: ten steps that gain nothing that matters."""
-
-    structure: Structure
-    prefix = "ascent/"
-    every = 10
-    verdict: Convergence | None = None
-
-    def begin(self, state: TrainingState) -> TrainingState:
-        """As `Rule.begin`."""
-        return state
-
-    def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
-        """As `Rule.look`."""
-        bound = history.column("elbo")[-self.every - 1 :]
-        rise = float(bound[-1] - bound[0])
-        tolerance = SHARE_OF_MATTER * what_matters(self.structure, bound[-1])
-        if len(bound) <= self.every or not rise < tolerance:
-            return state, None
-        words = f"converged: ten steps of coordinate ascent gained {rise:.2g} nats per datum"
-        self.verdict = Convergence(True, words, {"gain": rise, "tolerance": tolerance})
-        return state, words
-
-    def retreat(self, state: TrainingState) -> None:
-        """As `Rule.retreat`: there is nothing to lower."""
-
-    def ended(self, step: int) -> Convergence:
-        """As `Rule.ended`."""
-        words = f"not yet: coordinate ascent still rises after {step:,} steps; go on by init=fitted"
-        return self.verdict or Convergence(False, words)
-
-    def flatten(self) -> dict[str, Tensor]:
-        """As `Rule.flatten`: the history has it all."""
-        return {}
-
-    def unflatten(self, saved: dict[str, Tensor], device: torch.device) -> None:
-        """As `Rule.unflatten`."""
 
 
 @dataclass
@@ -156,10 +61,10 @@ class Until:
 
     Parameters
     ----------
-    problem, engine, plan
-        Of the run; the bound is estimated by steps at rate zero.
-    held_out : HeldOutBound, optional
-        The bound of the held-out data, which is then estimated instead.
+    problem : Problem
+        Of the run.
+    bounds : Bounds
+        Estimates of its bound.
     fixed : bool
         The user chose the rate: it is kept, and the first stage is the only one.
     first_step : int
@@ -169,12 +74,9 @@ class Until:
     prefix = "until/"
     every = LOOK_EVERY
     problem: Problem
-    engine: Engine
-    plan: BatchPlan
-    held_out: HeldOutBound | None = None
+    bounds: Bounds
     fixed: bool = False
     first_step: int = 0
-    random: dict[str, Tensor] = field(default_factory=dict)
     stage: int = 0
     looks: int = 0
     due: int = FIRST_LOOKS
@@ -196,18 +98,19 @@ class Until:
 
     def begin(self, state: TrainingState) -> TrainingState:
         """Choose the first rate and estimate the bound at the start; the state to go on from."""
-        self.random = {k: v.clone() for k, v in state.random.items()}
         state = state.clone()
         if not self.fixed:
-            scores = [self._raced(rate, state) for rate in RATES]
+            scores = [self.bounds.raced(rate, state) for rate in RATES]
             self.rate = RATES[int(np.argmax(scores))]
             self.first_rate = self.rate
+        if self.bounds.held_out is not None:
+            self.due = 1
         if not self.first_step:
             self._begin_stages(state)
         return state
 
     def _begin_stages(self, state: TrainingState) -> None:
-        self._keep_best(state.parameters, self._estimate(state, state.parameters))
+        self._keep_best(state.parameters, self.bounds(state, state.parameters))
         self.stage_start = self.best
 
     def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
@@ -223,10 +126,11 @@ class Until:
         state = state.clone()
         last, mean = state.parameters, state.parameters | self.mean
         r_hat, ess = self._stationarity()
-        found = [(p, self._estimate(state, p)) for p in ((mean,) if r_hat <= SETTLED else (mean, last))]
+        found = [(p, self.bounds(state, p)) for p in ((mean,) if r_hat <= SETTLED else (mean, last))]
         parameters, values = max(found, key=lambda f: _mean(f[1]))
         gain, error = _gain(values, self.best)
-        lost = gain < -max(self._matter, 3 * error)
+        early = self.bounds.held_out is not None and self.looks < FIRST_LOOKS  # the best may be soon behind
+        lost = gain < -max(self._matter * (TENFOLD if early else 1), 3 * error)
         if gain > 0 or (r_hat <= SETTLED and not lost):  # a stationary mean is surer than its estimated gain
             self._keep_best(parameters, values)
         self.record.append((state.step, _mean(self.best)))
@@ -235,8 +139,8 @@ class Until:
             going = gain > max(self._matter, 2 * error) or waits
         else:
             going = self.tenfold > TENFOLD * self._matter and (gain > self._matter or self.fixed)
-        if going and (self.fixed or not lost):
-            self.due = self.looks * GROWTH
+        if (going or early) and (self.fixed or not lost):
+            self.due = self.looks + 1 if early else self.looks * GROWTH
             self.mean, self.averaged = {}, 0
             return state, None
         return self._end_stage(state, r_hat, ess, lost)
@@ -257,7 +161,7 @@ class Until:
             words += " the bound still rises, or its iterates still move"
         else:
             words += f" ten times as many are predicted to gain {self.tenfold:.2g} {self._unit}"
-        alone = not self.shared and self.held_out is None
+        alone = not self.shared and self.bounds.held_out is None
         held = ", or hold rows out (validation=0.1): it ends where they gain no more" if alone else ""
         return Convergence(False, f"{words}; go on by init=fitted{held}", {})
 
@@ -270,13 +174,13 @@ class Until:
         predicted = self._predicted(gain)
         numbers = {"gain": gain, "error": error, "tolerance": self._matter, "r_hat": r_hat, "ess": ess}
         numbers |= {} if self.fixed else {"learning_rate": self.rate}
-        numbers |= {"elbo" if self.held_out is None else "held_out_elbo": _mean(self.best)}
+        numbers |= {"elbo" if self.bounds.held_out is None else "held_out_elbo": _mean(self.best)}
         numbers = {k: float(v) for k, v in numbers.items() if math.isfinite(v)}
         state = TrainingState(
             _copied(self.best_parameters), {} if lost else state.optimizer, state.step, state.random
         )
         if not self.shared:
-            self.verdict = self._of_networks(numbers)
+            self.verdict = self._of_networks(numbers, lost)
         elif self.fixed:
             self.verdict = self._of_fixed_rate(numbers)
         elif self.stage and predicted + 0.5 * error < SHARE_OF_MATTER * self._matter:
@@ -297,6 +201,7 @@ class Until:
         self.mean, self.averaged, self.iterates = {}, 0, []
         steps = self.record[-1][0] if self.record and not self.shared else 0
         self.looks, self.due = 0, max(FIRST_LOOKS, round(STAGE * steps / LOOK_EVERY))
+        self.due = self.due if self.bounds.held_out is None else 1
 
     @property
     def tenfold(self) -> float:
@@ -314,9 +219,9 @@ class Until:
         ratio = gain / self.gains[-1] if self.gains and self.gains[-1] > 0 else 1.0
         return gain * min(max(ratio, 0.25), 0.75)
 
-    def _of_networks(self, numbers: dict[str, float]) -> Convergence | None:
+    def _of_networks(self, numbers: dict[str, float], lost: bool) -> Convergence | None:
         more, least = self.tenfold, TENFOLD * self._matter
-        if not self.fixed and (not self.stage or numbers["gain"] > least):
+        if not self.fixed and (self.stage < 1 + lost or numbers["gain"] > least):
             return None
         numbers = numbers | {"tolerance": least}
         if more < math.inf:
@@ -324,7 +229,7 @@ class Until:
             words = f"ten times as many steps are predicted to gain {more:.2g}"
         else:
             words = f"lowering the learning rate to {self.rate:.1g} gained {numbers['gain']:.2g}"
-        words += f" {self._unit}{' held out' if self.held_out else ''}"
+        words += f" {self._unit}{' held out' if self.bounds.held_out else ''}"
         return Convergence(True, f"converged: {words}, less than the {least:.2g} that would matter", numbers)
 
     def _of_stages(self, gain: float, error: float, numbers: dict[str, float]) -> Convergence:
@@ -366,31 +271,6 @@ class Until:
             return math.nan, math.nan
         return split_r_hat(np.stack(self.iterates[len(self.iterates) // 2 :]))
 
-    def _raced(self, rate: float, state: TrainingState) -> float:
-        """The bound at the end of a few steps at this rate; -inf where it is lost."""
-        self.rate = rate
-        start = replace(state.clone(), step=self.first_step)  # with the controls as they will be in the end
-        end, terms = self.engine.run(start, self.plan.rows(0, RACE_STEPS))
-        finite = all(bool(torch.isfinite(v).all()) for v in end.parameters.values() if v.is_floating_point())
-        score = float(terms[-RACE_STEPS // 4 :, 0].mean())
-        return score if finite and math.isfinite(score) else -math.inf
-
-    def _estimate(self, state: TrainingState, parameters: dict[str, Tensor]) -> np.ndarray:
-        """Noisy bounds [M] at `parameters`, nats per datum, on the same rows and noise at every call."""
-        if self.held_out is not None:
-            self.problem.program.load(parameters)
-            passes = HELD_OUT_PASSES if self.held_out.num_rows <= FEW_ROWS else 1
-            return np.array([self.held_out(i) for i in range(passes)])
-        self.problem.optimizer.still = True
-        try:
-            slots = {k: {n: v.clone() for n, v in s.items()} for k, s in state.optimizer.items()}
-            noise = {k: v.clone() for k, v in self.random.items()}
-            still = TrainingState(_copied(parameters), slots, max(state.step, self.first_step), noise)
-            _, terms = self.engine.run(still, self.plan.rows(0, ESTIMATES))
-        finally:
-            self.problem.optimizer.still = False
-        return terms[:, 0].double().numpy().copy()
-
     def _keep_best(self, parameters: dict[str, Tensor], values: np.ndarray) -> None:
         self.best, self.best_parameters = values, _copied(parameters)
 
@@ -420,12 +300,15 @@ class Until:
         arrays = {"numbers": numbers, "best": self.best, "stage_start": self.stage_start, "gains": self.gains}
         arrays |= {"record": self.record}
         found = {k: torch.as_tensor(np.asarray(v, np.float64)) for k, v in arrays.items()}
+        if self.verdict is not None:
+            found["verdict"] = torch.tensor(
+                list(json.dumps(self.verdict.record()).encode()), dtype=torch.uint8
+            )
         if self.iterates:
             found["iterates"] = torch.from_numpy(np.stack(self.iterates))
         for name, tensors in (
             ("mean", self.mean),
             ("parameters", self.best_parameters),
-            ("random", self.random),
         ):
             found |= {f"{name}/{k}": v.detach().cpu().clone() for k, v in tensors.items()}
         return {self.prefix + k: v for k, v in found.items()}
@@ -442,38 +325,11 @@ class Until:
         self.best, self.stage_start = found["best"].numpy(), found["stage_start"].numpy()
         self.gains = found["gains"].tolist()
         self.record = [(int(step), value) for step, value in found["record"].reshape(-1, 2).tolist()]
+        if "verdict" in found:
+            self.verdict = recorded(json.loads(bytes(found["verdict"].tolist())))
         self.iterates = list(found["iterates"].numpy()) if "iterates" in found else []
         self.mean = _named(found, "mean/", device)
         self.best_parameters = _named(found, "parameters/", device)
-        self.random = {k.removeprefix("random/"): v for k, v in found.items() if k.startswith("random/")}
-
-
-def split_r_hat(iterates: np.ndarray) -> tuple[float, float]:
-    """Split R-hat and effective size of iterates [n, D]: one number each for all D together.
-
-    R-hat is the root of the mean of squares over the D; the effective size is n / (1 + 2 sum of autocorrelations), by
-    Geyer's positive pairs of the autocorrelations averaged over the D.
-    """
-    half = len(iterates) // 2
-    parts = np.stack([iterates[:half], iterates[-half:]])  # [2, half, D]
-    within = parts.var(1, ddof=1).mean(0)
-    between = half * parts.mean(1).var(0, ddof=1)
-    moving = within > 0
-    if not moving.any():
-        return 1.0, float(len(iterates))
-    squares = (half - 1) / half + between[moving] / within[moving] / half
-    return math.sqrt(float(squares.mean())), effective_size(iterates[:, moving])
-
-
-def effective_size(iterates: np.ndarray) -> float:
-    """The independent draws that n correlated ones [n, D] are worth."""
-    n = len(iterates)
-    centred = (iterates - iterates.mean(0)) / iterates.std(0)
-    correlations = np.array([(centred[: n - k] * centred[k:]).mean() * (n - k) / n for k in range(n)])
-    pairs = correlations[1 : n - 1 : 2] + correlations[2:n:2]
-    ended = np.flatnonzero(pairs <= 0)
-    total = pairs[: ended[0]].sum() if len(ended) else pairs.sum()
-    return float(n / max(1.0, 1 + 2 * total))
 
 
 def _gain(new: np.ndarray, old: np.ndarray) -> tuple[float, float]:
