@@ -22,6 +22,7 @@ from pyrolvm import (
     BayesianFactorAnalysis,
     BayesianGaussianMixture,
     BernoulliVAE,
+    ConcreteVAE,
     ConditionalVAE,
     DataError,
     DiffusionVAE,
@@ -31,6 +32,7 @@ from pyrolvm import (
     NonlinearLVM,
     PowerVAE,
     SettingError,
+    StructuredPrediction,
 )
 from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.objectives import estimate, prepare
@@ -98,6 +100,15 @@ CASES = {
         BINARY.repeat(1, 4),
     ),
     "BernoulliVAE": (lambda: BernoulliVAE(4, 3), BINARY),
+    "ConcreteVAE": (lambda: ConcreteVAE(4, 3), BINARY),
+    "ConcreteVAE, categories": (
+        lambda: ConcreteVAE(4, 3, 3, 2, temperature=(1.0, 0.6), likelihood="gaussian"),
+        IRIS,
+    ),
+    "StructuredPrediction": (
+        lambda: StructuredPrediction(6, latent_dim=5),
+        torch.cat([BINARY, BINARY[:, :2]], 1),
+    ),
     "InfoVAE": (lambda: InfoVAE(4, 2, likelihood="gaussian", hidden=(16,)), IRIS),
     "InfoVAE, median": (lambda: InfoVAE(4, 2, 0.2, 5.0, "imq", "median", "v", hidden=(16,)), BINARY),
     "HierarchicalVAE": (lambda: HierarchicalVAE(4, (3, 2), "gaussian", hidden=(16,)), IRIS),
@@ -396,7 +407,11 @@ class Points(pyro.poutine.messenger.Messenger):
     def _pyro_sample(self, msg):
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
             fn = msg["fn"]
-            point = location(fn).round() if fn.support.is_discrete else location(fn)
+            point = location(fn)
+            if fn.support.is_discrete and point.dim() == 3:  # one-hot
+                point = torch.nn.functional.one_hot(point.argmax(-1), point.shape[-1]).to(point)
+            elif fn.support.is_discrete:
+                point = point.round()
             msg["fn"] = dist.Delta(point, event_dim=len(fn.event_shape))
 
 

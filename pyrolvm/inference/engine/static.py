@@ -80,14 +80,24 @@ def _masked_dot(weight: Tensor, cost: Tensor) -> Tensor:
 
 
 class _NoShortcuts(TorchFunctionMode):
-    """`Dice.compute_expectation` branches on whether some weight is 0; `_masked_dot` needs no branch."""
+    """`Dice.compute_expectation` branches on whether some weight is 0; `_masked_dot` needs no branch.
+
+    `one_hot`, by which a OneHotCategorical draws, reads its indices to check them.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is Tensor.__bool__ and _called_by(pyro.infer.util.Dice.compute_expectation):
             return True
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _one_hot(index: Tensor, num_classes: int) -> Tensor:
+    """[..., num_classes] for indices [...] that are right."""
+    return (index.unsqueeze(-1) == torch.arange(num_classes, device=index.device)).long()
 
 
 def _called_by(function: Callable[..., Any]) -> bool:
