@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-TORCH = str(Path(torch.__file__ or "").parent)
+TORCH, ENGINE = str(Path(torch.__file__ or "").parent), str(Path(__file__).parent)
 
 
 class TensorScalars(TorchFunctionMode):
@@ -91,8 +91,8 @@ class _NoShortcuts(TorchFunctionMode):
 
 
 def _called_by(function: Callable[..., Any]) -> bool:
-    """Whether the nearest caller outside of torch and this file is `function`."""
+    """Whether the nearest caller outside of torch and the engine is `function`."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((TORCH, ENGINE)):
         frame = frame.f_back
     return frame.f_code is function.__code__
