@@ -17,6 +17,7 @@ from torch import Tensor
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.inference.posterior import evidence, refine, saving
+from pyrolvm.inference.posterior.convergence import Convergence, unknown
 from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
 from pyrolvm.inference.posterior.history import held_out_elbo
 from pyrolvm.inference.posterior.imputation import Imputation, impute
@@ -47,6 +48,8 @@ class FittedModel:
         One sentence: which engine ran and why.
     stopped_because : str
         Why training ended.
+    convergence : Convergence
+        Whether the fit has converged: `.converged` (True, False or None), `.sentence` and `.numbers`.
     settings : dict
         The arguments of the run, JSON-able.
     call : Batch or None
@@ -68,6 +71,7 @@ class FittedModel:
     stopped_because: str = ""
     columns: list[str] | None = None
     arguments: dict[str, Any] | None = None
+    convergence: Convergence = field(default_factory=unknown)
     call: Batch | None = None
 
     def __repr__(self) -> str:
@@ -81,7 +85,7 @@ class FittedModel:
             lines[-1] += f", held out {self.held_out_elbo:.4f}"
         for role, sites in (("latents", self.structure.latents), ("data", self.structure.observed)):
             lines.append(f"  {role}: " + (", ".join(f"{s.name} ({s.family})" for s in sites) or "none"))
-        return "\n".join([*lines, f"  {self.engine}"])
+        return "\n".join([*lines, f"  {self.convergence.sentence}", f"  {self.engine}"])
 
     @property
     def model(self) -> Any:

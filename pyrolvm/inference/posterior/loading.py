@@ -13,6 +13,7 @@ from torch import Tensor
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError, RunFolderError
 from pyrolvm.files import FORMAT, read_json, read_tensors
+from pyrolvm.inference.posterior.convergence import recorded
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
 from pyrolvm.inference.posterior.suiting import suited
@@ -117,6 +118,7 @@ def _rebuilt(
         num_rows=int(config["num_rows"]),
         engine=config["engine"],
         stopped_because=config["stopped_because"],
+        convergence=recorded(config.get("convergence")),
         columns=config["columns"],
         arguments=config["arguments"],
         call=given or known,

@@ -24,6 +24,7 @@ from pyrolvm.data.arguments import described, is_plain, is_setting
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import RunFolderError
 from pyrolvm.files import FORMAT, Writer, json_writer, tensor_writer, write_together
+from pyrolvm.inference.posterior.convergence import Convergence
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.structure import Structure
 
@@ -41,6 +42,7 @@ class Savable(Protocol):
     num_rows: int
     engine: str
     stopped_because: str
+    convergence: Convergence
     columns: list[str] | None
     arguments: dict[str, Any] | None
 
@@ -81,6 +83,7 @@ def _config(fitted: Savable) -> dict[str, Any]:
         "controls": fitted.program.controls,
         "engine": fitted.engine,
         "stopped_because": fitted.stopped_because,
+        "convergence": fitted.convergence.record(),
         "versions": versions(),
     }
 

@@ -37,6 +37,11 @@ START_ROWS = 4096
 """Rows whose entries are started at once."""
 
 
+def contract_of(owner: Any) -> Any:
+    """`owner` if it follows the suite's contract (`pyrolvm.models.base`), else None."""
+    return owner if callable(getattr(type(owner), "knows", None)) else None
+
+
 class Program:
     """A model and its guide with all that they learn, as data.
 
@@ -93,7 +98,7 @@ class Program:
     @property
     def contract(self) -> Any:
         """The model itself if it follows the suite's contract (`pyrolvm.models.base`), else None."""
-        return self.owner if callable(getattr(type(self.owner), "knows", None)) else None
+        return contract_of(self.owner)
 
     def knows(self, name: str) -> bool:
         """Whether the model itself has an answer called `name`: a method of the contract that it overrides."""

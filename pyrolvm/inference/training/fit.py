@@ -15,9 +15,10 @@ from pyrolvm.controls import Schedule
 from pyrolvm.data.arguments import as_call
 from pyrolvm.data.arrays import Batch
 from pyrolvm.data.precision import as_dtype
-from pyrolvm.errors import DataError, SettingError, one_of
+from pyrolvm.errors import ConvergenceWarning, DataError, SettingError, one_of, warn_user
 from pyrolvm.inference.engine import Engine, choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
+from pyrolvm.inference.posterior.convergence import Convergence, judge
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.inference.program.noise import noise_state
@@ -218,10 +219,11 @@ def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
     if program.knows("check_fit"):  # it keeps the parameters of the last step
         with program.scope(mode="predict"):
             program.contract.check_fit(*batch.args[:1])
+    history = training.history.frame()
     return FittedModel(
         program,
         structure,
-        training.history.frame(),
+        history,
         settings=training.checkpoint.settings
         | {"num_steps": problem.num_steps, "kept_step": training.kept_step},
         example=_few(batch) if structure.chunkable and not structure.per_datum else batch,
@@ -229,8 +231,17 @@ def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
         engine=engine,
         stopped_because=training.stopped_because,
         columns=batch.columns,
+        convergence=warned(judge(history, structure)),
         call=_few(batch),
     )
+
+
+def warned(verdict: Convergence) -> Convergence:
+    """The verdict; a fit that stopped too early warns."""
+    if verdict.converged is False:
+        said = verdict.sentence.removeprefix("not yet: ")
+        warn_user(f"the fit stopped before it had converged: {said}", ConvergenceWarning)
+    return verdict
 
 
 def _check_settings(
