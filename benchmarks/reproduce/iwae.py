@@ -69,7 +69,9 @@ def decayed(optimizer: Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, rate)
 
 
-def run(key: tuple[int, str, int], train: Tensor, test: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+def run(
+    key: tuple[int, str, int], train: Tensor, test: Tensor, options: argparse.Namespace
+) -> dict[str, Any]:
     """Train (or go on) and evaluate one row of the table."""
     layers, objective, k = key
     steps = round(options.scale * PASSES * IMAGES / BATCH)

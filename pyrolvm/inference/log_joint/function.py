@@ -193,13 +193,19 @@ class LogJoint:
                 again = self._total(self._trace(place))
                 again = again + sum(t.sum() for t in place.log_abs_det.values()) * self.jacobian
         if not torch.allclose(first, again.double(), equal_nan=True):
-            raise ProgramError("the model's density at one value of its latents is random (dropout, a draw that is no site)")
+            raise ProgramError(
+                "the model's density at one value of its latents is random (dropout, a draw that is no site)"
+            )
 
     def _record(self) -> None:
         """Replace runs of the program by a record of one, if it agrees with the program at other points."""
         generator = torch.Generator().manual_seed(0)
         points = torch.randn(CHECKED_AT, self.dim, generator=generator, dtype=torch.float64)
-        with suppress(Exception), warnings.catch_warnings(), torch.no_grad():  # whatever cannot be recorded is run
+        with (
+            suppress(Exception),
+            warnings.catch_warnings(),
+            torch.no_grad(),
+        ):  # whatever cannot be recorded is run
             warnings.simplefilter("ignore")
             pure = torch.func.functionalize(lambda u: self.at(u), remove="mutations")
             graph, constants = graphs.record(pure, (points[0],))
