@@ -211,6 +211,7 @@ def _table(observed: dict[str, float], replicates: pd.DataFrame) -> pd.DataFrame
     T = pd.Series(observed)
     p = (replicates > T).mean() + 0.5 * (replicates == T).mean()
     sd = replicates.std()
-    z = ((T - replicates.mean()) / sd).where(sd > 0, 0.0)
+    away = T - replicates.mean()
+    z = (away / sd).where(away != 0, 0.0)  # infinite where replicates are all alike and the data are not
     columns = {"observed": T, "mean": replicates.mean(), "sd": sd, "z": z, "p_value": p}
     return pd.DataFrame({**columns, "extreme": 2 * np.minimum(p, 1 - p) < EXTREME})

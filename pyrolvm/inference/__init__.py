@@ -1,6 +1,7 @@
 """Objectives, engines, `fit` and fitted models, for any Pyro program."""
 
 from pyrolvm.inference.objectives import FreeBits, ImportanceWeighted, InfoELBO, Objective, RenyiELBO
+from pyrolvm.inference.posterior.convergence import Convergence
 from pyrolvm.inference.posterior.fitted import FittedModel, Refined
 from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
@@ -11,6 +12,7 @@ from pyrolvm.inference.training.restarts import fit_restarts
 
 __all__ = [
     "Callback",
+    "Convergence",
     "FittedModel",
     "FreeBits",
     "ImportanceWeighted",

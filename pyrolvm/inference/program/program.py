@@ -38,6 +38,11 @@ START_ROWS = 4096
 """Rows whose entries are started at once."""
 
 
+def contract_of(owner: Any) -> Any:
+    """`owner` if it follows the suite's contract (`pyrolvm.models.base`), else None."""
+    return owner if callable(getattr(type(owner), "knows", None)) else None
+
+
 class Program:
     """A model and its guide with all that they learn, as data.
 
@@ -94,7 +99,7 @@ class Program:
     @property
     def contract(self) -> Any:
         """The model itself if it follows the suite's contract (`pyrolvm.models.base`), else None."""
-        return self.owner if callable(getattr(type(self.owner), "knows", None)) else None
+        return contract_of(self.owner)
 
     def knows(self, name: str) -> bool:
         """Whether the model itself has an answer called `name`: a method of the contract that it overrides."""
@@ -169,6 +174,14 @@ class Program:
                     # a parameter that did not change is left alone: views of it may wait for their gradients
                     if name in before and not torch.equal(tensor, before[name]):
                         tensor.copy_(before[name])
+
+    def stored(self) -> dict[str, Any]:
+        """What Pyro's functions keep of this program, to be put back by `restore`."""
+        return {kind: dict(entries) for kind, entries in self._store.items()}
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Put back what `stored` found: parameters that were made since are gone."""
+        self._store.update(stored)
 
     def initialise(self, batch: Batch, seed: int, *, validate: bool = True) -> None:
         """Run the pair once so that every parameter exists; lazy ones are drawn from `seed`."""
