@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.program.routes import (
@@ -197,7 +198,7 @@ class Program:
             with self.untouched(), pyro.poutine.trace(param_only=True) as seen:
                 with explained(batch, "guide"):
                     trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
-                with explained(batch, "model"):
+                with explained(batch, "model", lambda: shapes_apart(trace, self.model, batch)):
                     pyro.poutine.replay(self.model, trace=trace)(*batch.args, **batch.kwargs)
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()

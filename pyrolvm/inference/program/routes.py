@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import pyro.infer.autoguide
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, one_of
@@ -22,7 +23,9 @@ from pyrolvm.plates import DATA_PLATE, current_rows
 AUTOGUIDES = tuple(
     name
     for name, kind in vars(pyro.infer.autoguide).items()
-    if isinstance(kind, type) and issubclass(kind, AutoGuide) and name not in ("AutoGuide", "AutoContinuous")
+    if isinstance(kind, type)
+    and issubclass(kind, AutoGuide | GuideMessenger)
+    and name not in ("AutoGuide", "AutoContinuous", "AutoMessenger")
 )
 """The guides that go by their names."""
 
@@ -71,6 +74,8 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
         guide.bind(program, own)
     if isinstance(guide, AutoGuide) and guide.create_plates is None:
         guide.create_plates = _RowPlates(guide)
+    if isinstance(guide, GuideMessenger):
+        guide = _Interleaved(guide)
     if not callable(guide):
         raise ProgramError(f"guide must be callable, not {type(guide).__name__}")
     return program, guide
@@ -87,6 +92,17 @@ def _built(guide: type, program: Callable[..., Any]) -> Any:
             f"guide={guide.__name__}(model, {', '.join(f'{n}=...' for n in needs[1:])})"
         )
     return guide(program)
+
+
+class _Interleaved:
+    """A guide that runs inside the model (AutoNormalMessenger), as a plain one: what is observed is no draw."""
+
+    def __init__(self, guide: GuideMessenger) -> None:
+        self.__self__ = guide
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with pyro.poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"]):
+            return self.__self__(*args, **kwargs)
 
 
 class _RowPlates:
