@@ -257,10 +257,9 @@ class Until:
     def _note(self, state: TrainingState) -> None:
         self.looks, self.averaged = self.looks + 1, self.averaged + 1
         trained = {k: v.detach() for k, v in state.parameters.items() if k in self.problem.program.parameters}
-        for name, value in trained.items():
-            if value.is_floating_point():
-                mean = self.mean.setdefault(name, torch.zeros_like(value))
-                mean += (value - mean) / self.averaged
+        if not self.mean:
+            self.mean = {k: torch.zeros_like(v) for k, v in trained.items()}
+        torch._foreach_lerp_(list(self.mean.values()), [trained[k] for k in self.mean], 1 / self.averaged)
         if self.shared:
             flat = torch.cat([v.reshape(-1) for v in trained.values()]).double().cpu().numpy()
             self.iterates.append(flat[:: max(1, len(flat) // MOST_KEPT)])
