@@ -64,6 +64,7 @@ def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[], dict[s
         if found["settings"] == json.loads(json.dumps(settings)):
             return found["row"]
     row = compute()
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"settings": settings, "row": row}, indent=2) + "\n")
     return row
 
@@ -90,4 +91,4 @@ def write_table(
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else "-" if value is None else str(value)
