@@ -53,6 +53,7 @@ FLOORS = (
     "models inference.program",
     "inference.objectives",
     "inference.engine",
+    "inference.log_joint",
     "inference.posterior",
     "inference.training",
     "inference",

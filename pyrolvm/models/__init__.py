@@ -20,6 +20,8 @@ from pyrolvm.models.diffusion import DiffusionVAE as DiffusionVAE
 from pyrolvm.models.info_vae import InfoVAE as InfoVAE
 from pyrolvm.models.hierarchical_vae import HierarchicalVAE as HierarchicalVAE
 from pyrolvm.models.nonlinear_lvm import NonlinearLVM as NonlinearLVM
+from pyrolvm.models.vq_vae import VQVAE as VQVAE
+from pyrolvm.models.probabilistic_vq_vae import ProbabilisticVQVAE as ProbabilisticVQVAE
 # isort: on
 
 REGISTRY: dict[str, type[LatentVariableModel]] = {

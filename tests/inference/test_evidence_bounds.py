@@ -9,8 +9,8 @@ import torch
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, SettingError, data_plate
+from pyrolvm.inference.engine.recorded import Recorded
 from pyrolvm.inference.posterior.evidence import bidirectional, evidence_table, iwae_bounds
-from pyrolvm.inference.posterior.evidence.recorded import Recorded
 from pyrolvm.inference.program import pair
 
 QUIET = {"progress": False, "engine": "eager"}
@@ -188,7 +188,7 @@ def test_a_function_that_branches_on_values_or_writes_is_called():
 def test_annealing_by_the_record_is_annealing_by_pyro(monkeypatch):
     fitted, x, *_ = factors()
     fast = evidence_table(fitted.pair(x), "ais", 4, num_steps=10, num_leapfrog=4)
-    monkeypatch.setattr("pyrolvm.inference.posterior.evidence.recorded.PATIENCE", 10**9)
+    monkeypatch.setattr("pyrolvm.inference.engine.recorded.PATIENCE", 10**9)
     slow = evidence_table(fitted.pair(x), "ais", 4, num_steps=10, num_leapfrog=4)
     torch.testing.assert_close(*(torch.tensor(t.log_evidence) for t in (fast, slow)), atol=1e-2, rtol=1e-3)
 

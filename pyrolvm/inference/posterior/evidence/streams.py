@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrolvm.inference.posterior.evidence.psis import khat_of_largest, tail_length
+from pyrolvm.inference.log_joint.psis import khat_of_largest, tail_length
 
 
 @dataclass

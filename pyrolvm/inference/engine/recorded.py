@@ -62,7 +62,7 @@ def _replay(function: Function, inputs: Outputs) -> Function | None:
             wanted = function(*inputs)
         with kept_generators(device):
             graph, constants = graphs.record(function, inputs)
-        constants = _settled(graph, len(inputs), tuple(t.detach() for t in constants))
+        constants = settled(graph, len(inputs), tuple(t.detach() for t in constants))
 
         @torch.no_grad()
         def replay(*given: Tensor) -> Outputs:
@@ -76,14 +76,18 @@ def _replay(function: Function, inputs: Outputs) -> Function | None:
 
 
 @torch.no_grad()
-def _settled(graph: fx.GraphModule, num_inputs: int, constants: Outputs) -> Outputs:
-    """Compute once what does not depend on the inputs; returns the constants of the rest of the graph."""
+def settled(graph: fx.GraphModule, num_inputs: int, constants: Outputs, *, fresh: bool = False) -> Outputs:
+    """Compute once what does not depend on the inputs; returns the constants of the rest of the graph.
+
+    With `fresh` also what is made of nothing (`arange`, `zeros`): only of graphs that write to nothing in place.
+    """
     nodes = list(graph.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     known: dict[fx.Node, Any] = dict(zip(placeholders[num_inputs:], constants, strict=True))
     for node in nodes:
         inputs = node.all_input_nodes
-        if node.op == "call_function" and not _acts(node) and inputs and all(n in known for n in inputs):
+        constant = (fresh or inputs) and all(n in known for n in inputs)
+        if node.op == "call_function" and not _acts(node) and constant:
             target: Any = node.target
             known[node] = target(*fx.map_arg(node.args, known.get), **fx.map_arg(node.kwargs, known.get))
     wanted = [n for n, v in known.items() if isinstance(v, Tensor) and any(u not in known for u in n.users)]
