@@ -69,6 +69,12 @@ def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[], dict[s
     return row
 
 
+def gathered(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows that these folders keep, whichever run they are of: a table may be made by several commands."""
+    files = [folder / "row.json" for folder in folders]
+    return [json.loads(file.read_text())["row"] for file in files if file.exists()]
+
+
 def write_table(
     path: Path,
     title: str,

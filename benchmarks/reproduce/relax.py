@@ -193,6 +193,8 @@ def _notes(options: argparse.Namespace) -> list[str]:
         f"--own-steps {options.own_steps} --seed {options.seed}`",
         "Bounds in nats per image, of training a mean over a pass. The binarisation is ours, by the seed. REBAR's log "
         f"of two linear layers: {log}.",
+        "NVIL divides the guide's gradient by the deviation of the costs, so that its variance is of a shorter one; "
+        "the one that is not normalised compares with the others.",
     ]
 
 
