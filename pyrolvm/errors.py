@@ -83,6 +83,7 @@ def did_you_mean(word: str, known: Iterable[str], shown: Callable[[str], str] = 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the caller outside this package."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("pyrolvm."):
+    ours = ("pyrolvm.", "torch.utils._contextlib")  # the decorators of torch stand between
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(ours):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

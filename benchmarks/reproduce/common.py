@@ -1,4 +1,4 @@
-"""What the reproductions share: arguments, MNIST in bits of our own, Glorot's start, rows that are kept, and the table."""
+"""What the reproductions share: arguments, MNIST in bits of our own, Glorot's start, rows kept, and the table."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from corpus.form import QUESTIONS, Case, Pair
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoGuide
 
 import pyrolvm
+from corpus.form import QUESTIONS, Case, Pair
 from pyrolvm.errors import PyrolvmError
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.seeds import Purpose, derived_seed
@@ -27,6 +27,7 @@ STEPS, RATE, SEED = 4, 0.01, 0
 REPEATS = 40
 """Estimates of the bound at the start, where the numbers drawn differ."""
 ROUNDING = 2e-4
+DRAWS = 25
 CPU = torch.device("cpu")
 
 
@@ -87,7 +88,9 @@ def under_svi(pair: Pair, num_steps: int = STEPS, rate: float = RATE) -> UnderSV
 
 
 def disagreement(case: Case) -> str:
-    """Empty if `fit` and `SVI` have the same bounds; else what differs."""
+    """Empty if `fit` and `SVI` have the same bounds, or `fit` refuses as expected; else what differs."""
+    if case.refused:
+        return refusal(case)
     if case.noise:
         ours, theirs = totals(fitted(case.build())), under_svi(case.build()).bounds
         same = np.allclose(ours, theirs, rtol=ROUNDING, atol=ROUNDING)
@@ -101,6 +104,15 @@ def disagreement(case: Case) -> str:
         if apart <= 4 * error + ROUNDING * abs(theirs.mean())
         else f"means {apart:g} apart, error {error:g}"
     )
+
+
+def refusal(case: Case) -> str:
+    """Empty if `fit` refuses the program in the words expected."""
+    try:
+        fitted(case.build())
+    except PyrolvmError as error:
+        return "" if case.refused in str(error) else f"refused otherwise: {error}"
+    return f"it runs, though it should be refused for '{case.refused}'"
 
 
 def totals(fit: Any) -> np.ndarray:
@@ -190,8 +202,9 @@ def _all_finite(values: Any, rows: int | None = None) -> Any:
 
 def _export(fit: Any, pair: Pair) -> Any:
     found = pyrolvm.to_inference_data(fit, data_of(pair), num_samples=6, progress=False)
-    assert {"posterior", "prior"} <= set(found.groups()), found.groups()
-    for name, draws in found["posterior"].data_vars.items():
+    latents = {"posterior", "prior"} if fit.structure.latents else set()
+    assert latents <= set(found.groups()), found.groups()
+    for name, draws in found["posterior"].data_vars.items() if latents else ():
         assert np.isfinite(np.asarray(draws, dtype=float)).all(), name
     return found
 
@@ -220,7 +233,7 @@ ANSWERS: dict[str, Callable[[Any, Pair], Any]] = {
     "log_evidence": lambda fit, pair: _all_finite(
         fit.log_evidence(data_of(pair), num_samples=50, progress=False)
     ),
-    "diagnose": lambda fit, pair: pyrolvm.diagnose(fit, data_of(pair), 50, progress=False),
+    "diagnose": lambda fit, pair: pyrolvm.diagnose(fit, data_of(pair), DRAWS, progress=False),
     "export": _export,
     "save and load": _saved,
 }
@@ -229,6 +242,8 @@ assert tuple(ANSWERS) == QUESTIONS
 
 def faults(case: Case, questions: tuple[str, ...] = QUESTIONS) -> list[str]:
     """Every question that is not answered as expected."""
+    if case.refused:
+        return []
     pair = case.build()
     fit = fitted(pair)
     found = []

@@ -97,6 +97,7 @@ def test_a_fit_that_stopped_early_warns_once_and_says_what_to_do():
     with pytest.warns(ConvergenceWarning, match=r"before it had converged.*num_steps") as seen:
         fitted = pyrolvm.fit(ppca, IRIS, num_steps=200, initialise=False, **QUIET)
     assert len(seen) == 1
+    assert seen[0].filename == __file__  # the user's line
     assert fitted.convergence.converged is False
     assert fitted.convergence.numbers["rise"] > 0.1
     assert fitted.convergence.sentence in repr(fitted)

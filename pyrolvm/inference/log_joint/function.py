@@ -4,9 +4,9 @@ All latents z of a program, stacked site by site in unconstrained coordinates z 
 
     log_joint(u) = log p(x, T(u)) + log |T'(u)|,        u: [dim]
 
-Discrete latents that the model enumerates are summed out. The program runs as it is written, whatever its type: numbers of
-a lower precision are widened as they are met. Its operations at one u are recorded and replayed, over many u by `vmap`; a
-program that cannot be recorded is run again for every u.
+Discrete latents that the model enumerates are summed out. The program runs as it is written, whatever its type:
+numbers of a lower precision are widened as they are met. Its operations at one u are recorded and replayed, over many
+u by `vmap`; a program that cannot be recorded is run again for every u.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -213,7 +214,7 @@ class LogJoint:
             constants = _numbered(graph, constants)
             wanted = torch.stack([self.at(u) for u in points])
             for run in (torch.func.vmap, _one_by_one):
-                self._graph = run(lambda u: graph(u, *constants))
+                self._graph = run(partial(_with, graph, constants))
                 with suppress(Exception):
                     found = self._batch(points)
                     if not graphs.written_inputs(graph) and _same(found, wanted):
@@ -243,6 +244,10 @@ def _coordinates(trace: Trace, summed: set[str]) -> Iterator[Coordinates]:
         yield found
 
 
+def _with(graph: fx.GraphModule, constants: tuple[Tensor, ...], u: Tensor) -> Tensor:
+    return graph(u, *constants)
+
+
 def _one_by_one(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function of u [dim] as one of u [rows, dim]: where `vmap` has no rule for an operation."""
     return lambda u: torch.stack([function(row) for row in u])
@@ -266,6 +271,7 @@ def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Ten
                     last = graph.graph.placeholder(f"places_{len(known)}")
                 known[last] = places
                 numbers[mask].append(last)
+    node: Any
     for node in graph.graph.nodes:
         if node.op == "call_function" and str(node.target).startswith("aten.index"):
             indices = node.args[1]
@@ -277,7 +283,7 @@ def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Ten
     return tuple(known.values())
 
 
-def _fill(node: fx.Node, known: dict[fx.Node, Tensor]) -> None:
+def _fill(node: Any, known: dict[fx.Node, Tensor]) -> None:
     """`x[mask] = number` of a mask that depends on u, as torch.where."""
     values, (mask,), number, *accumulate = node.args
     if known[number].dim() == 0 and mask.meta["val"].dtype == torch.bool and not any(accumulate):

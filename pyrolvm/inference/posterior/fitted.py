@@ -125,7 +125,7 @@ class FittedModel:
                 "this program has no local latents in its guide, so there is nothing to encode"
             )
         parts = [self._codes(pair, names, seed, i) for i, pair in enumerate(self.pair(x).chunks())]
-        return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
+        return _one_or_all(_joined(parts))
 
     @torch.no_grad()
     def posterior(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ class FittedModel:
         for i, pair in enumerate(self.pair(x).chunks()):
             with self._noise(seed, Purpose.MEANS, i):
                 parts.append(locations(pair, pair.model(None, Means(), given=pair.means())))
-        return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
+        return _one_or_all(_joined(parts))
 
     @torch.no_grad()
     def sample(self, num_samples: int = 1, *, given: Any = None, mean: bool = False, seed: int = 0) -> Values:
@@ -456,6 +456,11 @@ class Refined(FittedModel):
         raise SettingError(
             "a refinement is not saved: save the fit, and refine the rows again after pyrolvm.load"
         )
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows of all parts; of programs that take their data whole there is one, which may have no rows."""
+    return parts[0] if len(parts) == 1 else {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
 
 
 def _one_or_all(values: dict[str, Tensor]) -> Values:

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.program.beginnings import begun, present, put_in
@@ -33,6 +34,7 @@ from pyrolvm.inference.program.routes import (
     resolve,
 )
 from pyrolvm.inference.program.running import default_dtype, explained, without_handlers
+from pyrolvm.inference.program.semi_amortised import SemiAmortised
 from pyrolvm.plates import Rows, data_rows
 
 START_ROWS = 4096
@@ -115,6 +117,12 @@ class Program:
     def row_guide(self) -> PerDatum | None:
         """The guide, if it is one that was made for the program's latents per datum."""
         return self._functions[1] if isinstance(self._functions[1], PerDatum) else None
+
+    @property
+    def guide_record(self) -> dict[str, Any] | None:
+        """How a run folder names a guide that was made for the program; None of others."""
+        guide = self._functions[1]
+        return guide.record if isinstance(guide, PerDatum | SemiAmortised) else None
 
     @contextmanager
     def scope(
@@ -204,7 +212,7 @@ class Program:
             with self.untouched(), begun(*outside), pyro.poutine.trace(param_only=True) as seen:
                 with explained(batch, "guide"):
                     trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
-                with explained(batch, "model"):
+                with explained(batch, "model", lambda: shapes_apart(trace, self.model, batch)):
                     pyro.poutine.replay(self.model, trace=trace)(*batch.args, **batch.kwargs)
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()
