@@ -1,4 +1,4 @@
-"""What the reproductions share: arguments, MNIST in bits of our own, Glorot's start, rows that are kept, and the table."""
+"""What the reproductions share: arguments, MNIST in bits of our own, Glorot's start, rows kept, and the table."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def arguments(doc: str | None, name: str, scale: float) -> argparse.ArgumentParser:
     """The arguments of every reproduction; `scale` is the share of the paper's schedule that runs by default."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--scale", type=float, default=scale, help=f"share of the paper's schedule, from its start ({scale})"
     )

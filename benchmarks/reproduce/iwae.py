@@ -1,13 +1,15 @@
 """Table 1 of Burda, Grosse and Salakhutdinov (2016) on MNIST: `python -m benchmarks.reproduce.iwae`.
 
-One layer of 50 Gaussian units and two tanh layers of 200 on each side, or layers of 100 and 50 with 200-200 and 100-100.
-Adam (epsilon 1e-4), minibatches of 20, Glorot's start; 3^i passes at the rate 0.001 * 10^(-i/7), i = 0, ..., 7, which is
-3,280 passes in all. `--scale` takes the first part of them. NLL is minus the mean of L_5000 on test images; a unit is
-active if the variance over data of its posterior mean is above 0.01, on the first 500 training images.
+One layer of 50 Gaussian units and two tanh layers of 200 on each side, or layers of 100 and 50 with 200-200 and
+100-100. Adam (epsilon 1e-4), minibatches of 20, Glorot's start; 3^i passes at the rate 0.001 * 10^(-i/7), i = 0, ...,
+7, which is 3,280 passes in all. `--scale` takes the first part of them. NLL is minus the mean of L_5000 on test
+images; a unit is active if the variance over data of its posterior mean is above 0.01, on the first 500 training
+images.
 
 The paper draws the bits of a minibatch anew each time; here the training images stand in the data `--binarisations`
-times, each drawn once, by the seed. With `--binarisations 1` the paper's table for a fixed binarisation (table 3) is the
-one to compare with, though its bits are not ours. Deviations are 1e-4 + softplus(linear), the paper's exp(linear).
+times, each drawn once, by the seed. With `--binarisations 1` the paper's table for a fixed binarisation (table 3) is
+the one to compare with, though its bits are not ours. Deviations are 1e-4 + softplus(linear), the paper's
+exp(linear).
 
 Needs MNIST's idx files in $PYROLVM_DATA. The whole schedule takes days on two cores.
 """
@@ -69,7 +71,9 @@ def decayed(optimizer: Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, rate)
 
 
-def run(key: tuple[int, str, int], train: Tensor, test: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+def run(
+    key: tuple[int, str, int], train: Tensor, test: Tensor, options: argparse.Namespace
+) -> dict[str, Any]:
     """Train (or go on) and evaluate one row of the table."""
     layers, objective, k = key
     steps = round(options.scale * PASSES * IMAGES / BATCH)

@@ -1,18 +1,20 @@
 """The MNIST rows of Grathwohl et al. (2018), and REBAR's short log: `python -m benchmarks.reproduce.relax`.
 
-Belief networks of 200 bits in each layer: one or two linear layers, or one with networks of two tanh layers of 200. 2,000,000
-steps of Adam with beta2 = 0.99999 and minibatches of 24; `--scale` takes the first part of them. The paper searches each
-estimator's learning rate, of which it gives the candidates and not the choice; here `--learning-rate` is one for all (3e-4, that
-of the log in REBAR's repository), and it is the rate of the control variates too, which REBAR's code trains ten times as fast.
-RELAX has its best network, four ReLU layers of 200, without weight decay. The other columns of the paper seem to be REBAR's.
+Belief networks of 200 bits in each layer: one or two linear layers, or one with networks of two tanh layers of 200.
+2,000,000 steps of Adam with beta2 = 0.99999 and minibatches of 24; `--scale` takes the first part of them. The paper
+searches each estimator's learning rate, of which it gives the candidates and not the choice; here `--learning-rate`
+is one for all (3e-4, that of the log in REBAR's repository), and it is the rate of the control variates too, which
+REBAR's code trains ten times as fast. RELAX has its best network, four ReLU layers of 200, without weight decay. The
+other columns of the paper seem to be REBAR's.
 
-"Best bound" is the highest mean over a pass of the training bound, one draw; the paper's numbers of the nonlinear model under
-REBAR and RELAX come from a code in which three layers share one estimate. The variance is that of the guide's gradient, the trace of
-its covariance for a minibatch of 24 (nats per datum), with all estimators at the parameters that the first of `--estimators`
-trained; networks, temperatures and averages have `--own-steps` steps of their own there.
+"Best bound" is the highest mean over a pass of the training bound, one draw; the paper's numbers of the nonlinear
+model under REBAR and RELAX come from a code in which three layers share one estimate. The variance is that of the
+guide's gradient, the trace of its covariance for a minibatch of 24 (nats per datum), with all estimators at the
+parameters that the first of `--estimators` trained; networks, temperatures and averages have `--own-steps` steps of
+their own there.
 
-50,000 training images and the other 10,000 of MNIST's training set for validation; the binarisation is ours, by the seed. Needs
-MNIST's idx files in $PYROLVM_DATA. The whole schedule takes hours to days on two cores.
+50,000 training images and the other 10,000 of MNIST's training set for validation; the binarisation is ours, by the
+seed. Needs MNIST's idx files in $PYROLVM_DATA. The whole schedule takes hours to days on two cores.
 """
 
 from __future__ import annotations
@@ -175,8 +177,8 @@ def _notes(options: argparse.Namespace) -> list[str]:
     return [
         f"`python -m benchmarks.reproduce.relax --scale {options.scale} --learning-rate {options.learning_rate} "
         f"--own-steps {options.own_steps} --seed {options.seed}`",
-        "Bounds in nats per image, of training a mean over a pass. The binarisation is ours, by the seed. REBAR's own log of two "
-        f"linear layers: {log}.",
+        "Bounds in nats per image, of training a mean over a pass. The binarisation is ours, by the seed. REBAR's log "
+        f"of two linear layers: {log}.",
     ]
 
 

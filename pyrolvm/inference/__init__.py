@@ -4,6 +4,7 @@ from pyrolvm.inference.objectives import FreeBits, ImportanceWeighted, InfoELBO,
 from pyrolvm.inference.posterior.convergence import Convergence
 from pyrolvm.inference.posterior.fitted import FittedModel, Refined
 from pyrolvm.inference.program.per_datum import PerDatum
+from pyrolvm.inference.program.semi_amortised import SemiAmortised
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.loop import Callback, Report
@@ -24,6 +25,7 @@ __all__ = [
     "Refined",
     "RenyiELBO",
     "Report",
+    "SemiAmortised",
     "TensorBoard",
     "calibrate_loss",
     "fit",

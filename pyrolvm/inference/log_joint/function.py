@@ -4,9 +4,9 @@ All latents z of a program, stacked site by site in unconstrained coordinates z 
 
     log_joint(u) = log p(x, T(u)) + log |T'(u)|,        u: [dim]
 
-Discrete latents that the model enumerates are summed out. The program runs as it is written, whatever its type: numbers of
-a lower precision are widened as they are met. Its operations at one u are recorded and replayed, over many u by `vmap`; a
-program that cannot be recorded is run again for every u.
+Discrete latents that the model enumerates are summed out. The program runs as it is written, whatever its type:
+numbers of a lower precision are widened as they are met. Its operations at one u are recorded and replayed, over many
+u by `vmap`; a program that cannot be recorded is run again for every u.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,13 +194,19 @@ class LogJoint:
                 again = self._total(self._trace(place))
                 again = again + sum(t.sum() for t in place.log_abs_det.values()) * self.jacobian
         if not torch.allclose(first, again.double(), equal_nan=True):
-            raise ProgramError("the model's density at one value of its latents is random (dropout, a draw that is no site)")
+            raise ProgramError(
+                "the model's density at one value of its latents is random (dropout, a draw that is no site)"
+            )
 
     def _record(self) -> None:
         """Replace runs of the program by a record of one, if it agrees with the program at other points."""
         generator = torch.Generator().manual_seed(0)
         points = torch.randn(CHECKED_AT, self.dim, generator=generator, dtype=torch.float64)
-        with suppress(Exception), warnings.catch_warnings(), torch.no_grad():  # whatever cannot be recorded is run
+        with (
+            suppress(Exception),
+            warnings.catch_warnings(),
+            torch.no_grad(),
+        ):  # whatever cannot be recorded is run
             warnings.simplefilter("ignore")
             pure = torch.func.functionalize(lambda u: self.at(u), remove="mutations")
             graph, constants = graphs.record(pure, (points[0],))
@@ -207,7 +214,7 @@ class LogJoint:
             constants = _numbered(graph, constants)
             wanted = torch.stack([self.at(u) for u in points])
             for run in (torch.func.vmap, _one_by_one):
-                self._graph = run(lambda u: graph(u, *constants))
+                self._graph = run(partial(_with, graph, constants))
                 with suppress(Exception):
                     found = self._batch(points)
                     if not graphs.written_inputs(graph) and _same(found, wanted):
@@ -237,6 +244,10 @@ def _coordinates(trace: Trace, summed: set[str]) -> Iterator[Coordinates]:
         yield found
 
 
+def _with(graph: fx.GraphModule, constants: tuple[Tensor, ...], u: Tensor) -> Tensor:
+    return graph(u, *constants)
+
+
 def _one_by_one(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function of u [dim] as one of u [rows, dim]: where `vmap` has no rule for an operation."""
     return lambda u: torch.stack([function(row) for row in u])
@@ -260,6 +271,7 @@ def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Ten
                     last = graph.graph.placeholder(f"places_{len(known)}")
                 known[last] = places
                 numbers[mask].append(last)
+    node: Any
     for node in graph.graph.nodes:
         if node.op == "call_function" and str(node.target).startswith("aten.index"):
             indices = node.args[1]
@@ -271,7 +283,7 @@ def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Ten
     return tuple(known.values())
 
 
-def _fill(node: fx.Node, known: dict[fx.Node, Tensor]) -> None:
+def _fill(node: Any, known: dict[fx.Node, Tensor]) -> None:
     """`x[mask] = number` of a mask that depends on u, as torch.where."""
     values, (mask,), number, *accumulate = node.args
     if known[number].dim() == 0 and mask.meta["val"].dtype == torch.bool and not any(accumulate):

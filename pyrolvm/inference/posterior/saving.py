@@ -73,7 +73,7 @@ def _config(fitted: Savable) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": model_record(fitted.program.source),
-        "guide": getattr(fitted.program.row_guide, "record", None),
+        "guide": fitted.program.guide_record,
         "settings": fitted.settings,
         "columns": fitted.columns,
         "num_rows": fitted.num_rows,

@@ -32,6 +32,7 @@ from pyrolvm.inference.program.routes import (
     resolve,
 )
 from pyrolvm.inference.program.running import default_dtype, explained, without_handlers
+from pyrolvm.inference.program.semi_amortised import SemiAmortised
 from pyrolvm.plates import Rows, data_rows
 
 START_ROWS = 4096
@@ -109,6 +110,12 @@ class Program:
     def row_guide(self) -> PerDatum | None:
         """The guide, if it is one that was made for the program's latents per datum."""
         return self._functions[1] if isinstance(self._functions[1], PerDatum) else None
+
+    @property
+    def guide_record(self) -> dict[str, Any] | None:
+        """How a run folder names a guide that was made for the program; None of others."""
+        guide = self._functions[1]
+        return guide.record if isinstance(guide, PerDatum | SemiAmortised) else None
 
     @contextmanager
     def scope(

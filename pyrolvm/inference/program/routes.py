@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, one_of
 from pyrolvm.inference.program.per_datum import PerDatum
+from pyrolvm.inference.program.semi_amortised import SemiAmortised
 from pyrolvm.inference.program.semi_implicit_guide import SemiImplicitGuide
 from pyrolvm.plates import DATA_PLATE, current_rows
 
@@ -28,11 +29,14 @@ AUTOGUIDES = tuple(
 )
 """The guides that go by their names."""
 
-ROW_GUIDES: dict[str, type[PerDatum]] = {"per_datum": PerDatum}
+ROW_GUIDES: dict[str, type[PerDatum | SemiAmortised]] = {
+    "per_datum": PerDatum,
+    "semi_amortised": SemiAmortised,
+}
 """Guides that are made for a program and take the place of its own for the latents of each datum, by name."""
 
 
-def row_guide(record: dict[str, Any] | None) -> PerDatum | None:
+def row_guide(record: dict[str, Any] | None) -> PerDatum | SemiAmortised | None:
     """The guide that a run folder names; None of a run with another kind of guide."""
     if record is None:
         return None
@@ -66,7 +70,7 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
         guide = named() if guide in ROW_GUIDES else named
     if isinstance(guide, type):
         guide = guide() if guide in ROW_GUIDES.values() else _built(guide, program)
-    if isinstance(guide, PerDatum):
+    if isinstance(guide, PerDatum | SemiAmortised):
         guide.bind(program, own)
     if isinstance(guide, AutoGuide) and guide.create_plates is None:
         guide.create_plates = _RowPlates(guide)

@@ -37,7 +37,7 @@ def fit(
     data: Any = (),
     *more: Any,
     guide: Any = None,
-    objective: ELBO | str | None = None,
+    objective: ELBO | Callable[..., Any] | str | None = None,
     optimizer: str | type[Optimizer] = "adam",
     learning_rate: Schedule = 1e-3,
     optimizer_options: dict[str, Any] | None = None,
@@ -80,10 +80,11 @@ def fit(
         or table reaches it as it is, and a list or dict of tensors is one argument.
     guide : callable, AutoGuide instance, AutoGuide class or name of one, optional
         Of the model's arguments; e.g. `AutoNormal` or "AutoNormal"; "per_datum" for parameters of each row's own.
-    objective : pyro.infer.ELBO or str, optional
-        A Pyro ELBO object, or a name of `pyrolvm.inference.objectives.OBJECTIVES`. By default the model's own
-        `objective()`; else `Trace_ELBO()`, `TraceEnum_ELBO()` if the model enumerates, `TraceGraph_ELBO()` if it
-        samples discrete latents. `RenyiELBO` is the bound of each datum, the plate's scale outside the logarithm.
+    objective : pyro.infer.ELBO, callable or str, optional
+        A Pyro ELBO object, a function `loss(model, guide, *args)` as `SVI` takes it, or a name of
+        `pyrolvm.inference.objectives.OBJECTIVES`. By default the model's own `objective()`; else `Trace_ELBO()`,
+        `TraceEnum_ELBO()` if the model enumerates, `TraceGraph_ELBO()` if it samples discrete latents. `RenyiELBO` is
+        the bound of each datum, the plate's scale outside the logarithm.
     optimizer : str or class
         A name ("adam", "sgd", ...) or a torch.optim class; one optimiser over all parameters. The loss is in nats per
         datum.
