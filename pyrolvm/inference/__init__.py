@@ -2,6 +2,7 @@
 
 from pyrolvm.inference.objectives import FreeBits, ImportanceWeighted, InfoELBO, Objective, RenyiELBO
 from pyrolvm.inference.posterior.fitted import FittedModel, Refined
+from pyrolvm.inference.posterior.pathfinder import pathfinder
 from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
 from pyrolvm.inference.training.fit import fit
@@ -26,4 +27,5 @@ __all__ = [
     "calibrate_loss",
     "fit",
     "fit_restarts",
+    "pathfinder",
 ]
