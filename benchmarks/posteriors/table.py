@@ -16,14 +16,18 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor
 
-from benchmarks.posteriors.programs import POSTERIORS
-from benchmarks.posteriors.reference import moments, pair_of
+from benchmarks.posteriors.programs import POSTERIORS, Posterior
+from benchmarks.posteriors.reference import moments
 from pyrolvm.errors import PyrolvmError
 from pyrolvm.inference.log_joint import declined_or_start, judge, solve
 from pyrolvm.inference.log_joint.families import Family, Gaussian
 from pyrolvm.inference.log_joint.function import LogJoint
 from pyrolvm.inference.log_joint.response import respond
 from pyrolvm.inference.posterior.pathfinder import pathfinder
+from pyrolvm.inference.posterior.suiting import suited
+from pyrolvm.inference.program.checks import inspect_program
+from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.program import Program
 
 FAMILIES = {
     "AutoNormal": AutoNormal,
@@ -36,6 +40,14 @@ MEAN, RATIO = 0.1, (0.9, 1 / 0.9)
 WRONG_MEAN, WRONG_RATIO = 0.25, (0.75, 1.33)
 """Wrong enough that silence counts against a method: what the verdict is to notice."""
 DRAWS = 20_000
+
+
+def pair_of(posterior: Posterior, guide: object, seed: int = 0) -> Pair:
+    """The program on its data, with a guide."""
+    program = Program(posterior.model, guide, dtype=torch.float64)
+    batch = suited(program, posterior.data)
+    program.initialise(batch, seed)
+    return Pair(program, inspect_program(program, batch), batch)
 
 
 @dataclass(frozen=True)
