@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyrolvm.inference import Objective as Objective
     from pyrolvm.inference import PerDatum as PerDatum
     from pyrolvm.inference import RenyiELBO as RenyiELBO
+    from pyrolvm.inference import SemiAmortised as SemiAmortised
     from pyrolvm.inference import calibrate_loss as calibrate_loss
     from pyrolvm.inference import fit as fit
     from pyrolvm.inference import fit_restarts as fit_restarts
@@ -48,6 +49,7 @@ _HOMES = {
     "InfoELBO": "inference",
     "Objective": "inference",
     "PerDatum": "inference",
+    "SemiAmortised": "inference",
     "RenyiELBO": "inference",
     "calibrate_loss": "inference",
     "SemiImplicit": "semi_implicit",

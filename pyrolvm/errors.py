@@ -10,7 +10,15 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-__all__ = ["DataError", "DivergenceError", "ProgramError", "PyrolvmError", "RunFolderError", "SettingError"]
+__all__ = [
+    "ConvergenceWarning",
+    "DataError",
+    "DivergenceError",
+    "ProgramError",
+    "PyrolvmError",
+    "RunFolderError",
+    "SettingError",
+]
 
 T = TypeVar("T")
 
@@ -37,6 +45,10 @@ class RunFolderError(PyrolvmError, ValueError):
 
 class DivergenceError(PyrolvmError, ArithmeticError):
     """The bound or a parameter stopped being finite, or the fit ended in a degenerate state."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A fit stopped before it had converged."""
 
 
 def one_of(name: str, value: T, choices: Iterable[Any]) -> T:
@@ -68,9 +80,10 @@ def did_you_mean(word: str, known: Iterable[str], shown: Callable[[str], str] = 
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 
-def warn_user(message: str) -> None:
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the caller outside this package."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("pyrolvm."):
+    ours = ("pyrolvm.", "torch.utils._contextlib")  # the decorators of torch stand between
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(ours):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

@@ -488,9 +488,9 @@ def test_version_and_help():
 
 def test_a_run_that_still_rises_says_so(tmp_path):
     short = done("fit", "ppca", "iris", "-l", 1, "-n", 200, "--engine", "eager", "-o", tmp_path / "a")
-    assert "more --num-steps" in short
+    assert "not yet: over the last third of 200 steps" in short
     long = done("fit", "gmm", "faithful", "-k", 1, "-n", 200, "--engine", "eager", "-o", tmp_path / "b")
-    assert "more --num-steps" not in long
+    assert "not yet" not in long
 
 
 def test_an_existing_run_is_replaced_only_on_demand(tmp_path):

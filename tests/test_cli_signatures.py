@@ -20,7 +20,7 @@ PAIRS = {
     "fit": (
         shell.FIT,
         pyrolvm.fit,
-        {"model", "data", "misplaced", "callbacks", "checkpoint", "resume", "progress"},
+        {"model", "data", "more", "model_kwargs", "rows", "callbacks", "checkpoint", "resume", "progress"},
     ),
     "sample": (shell.SAMPLE, pyrolvm.FittedModel.sample, {"self", "given"}),
     "encode": (shell.ENCODE, pyrolvm.FittedModel.encode, {"self", "x"}),

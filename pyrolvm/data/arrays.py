@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,18 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
+from pyrolvm.data.arguments import (
+    arguments_of,
+    described,
+    is_list_of_numbers,
+    is_setting,
+    leaves,
+    length_of,
+    mapped,
+    taken,
+)
 from pyrolvm.data.columns import check_names
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.numeric import as_array
@@ -28,13 +40,13 @@ from pyrolvm.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The arguments of one call of a model and its guide: tensors of one leading length.
+    """The arguments of one call of a model and its guide.
 
     Parameters
     ----------
-    args : tuple of tensors
-        Positional arguments; `None` where the program is to be called with None.
-    kwargs : dict of tensors
+    args : tuple
+        Positional arguments: tensors, packed sequences, lists or dicts of them, and settings as they were passed.
+    kwargs : dict
         Keyword arguments, likewise.
     columns : list of str, optional
         The column names of the first table among them, if there is one.
@@ -42,18 +54,21 @@ class Batch:
         Which rows of the whole data these are; by default the first ones, in their order.
     total : int, optional
         N, the rows of the whole data; by default those held here.
+    shared : frozenset of str
+        The tensors, by name, that belong to all rows: their leading dimension is another one. Single numbers always do.
     """
 
-    args: tuple[Tensor | None, ...] = ()
-    kwargs: dict[str, Tensor | None] = field(default_factory=dict)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
     columns: list[str] | None = None
     rows: Tensor | None = None
     total: int | None = None
+    shared: frozenset[str] = frozenset()
 
     @property
     def num_rows(self) -> int:
-        """Leading length of the first tensor that has one; 0 if none has."""
-        return next((t.shape[0] for _, t in self.tensors() if t.dim()), 0)
+        """Leading length of the first tensor that carries rows; 0 if none does."""
+        return next((length for _, length in self.lengths()), 0)
 
     @property
     def indices(self) -> Tensor:
@@ -76,31 +91,49 @@ class Batch:
         """The same data under other row numbers, int64 [batch]."""
         return dataclasses.replace(self, rows=rows, total=self.total_rows)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with the name that messages call it by: `args[0]`, ..., then the keywords."""
+    def parts(self) -> Iterator[tuple[str, Tensor | PackedSequence]]:
+        """Everything that is data, with the name that messages call it by: `args[0]`, ..., then the keywords."""
         for i, value in enumerate(self.args):
-            if isinstance(value, Tensor):
-                yield f"args[{i}]", value
+            yield from leaves(value, f"args[{i}]")
         for name, value in self.kwargs.items():
-            if isinstance(value, Tensor):
-                yield name, value
+            yield from leaves(value, name)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name; of a packed sequence, its entries."""
+        for name, part in self.parts():
+            yield name, part.data if isinstance(part, PackedSequence) else part
+
+    def settings(self) -> Iterator[tuple[str, Any]]:
+        """Every argument that holds no data, with its name."""
+        for i, value in enumerate(self.args):
+            if is_setting(value):
+                yield f"args[{i}]", value
+        yield from ((name, value) for name, value in self.kwargs.items() if is_setting(value))
+
+    def lengths(self) -> Iterator[tuple[str, int]]:
+        """The name and leading length of all that carries rows."""
+        for name, part in self.parts():
+            length = length_of(part)
+            if length is not None and name not in self.shared:
+                yield name, length
 
     def check_rows(self) -> None:
-        """Raise `DataError` unless all tensors have `num_rows` rows; it names those that differ."""
-        lengths = {name: _length(name, tensor) for name, tensor in self.tensors()}
+        """Raise `DataError` unless all that carries rows has `num_rows` of them; it names those that differ."""
+        lengths = dict(self.lengths())
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{name} has {length}" for name, length in lengths.items())
             raise DataError(
                 f"the parts of the data have different numbers of rows: {found}; "
-                "pass arrays of one leading length, or put the others into the model"
+                "pass arrays of one leading length, or say which carry the rows: fit(..., rows=...)"
             )
 
     def take(self, rows: Tensor) -> Batch:
         """The given rows of every tensor, which keep their numbers; `rows`: int64 [batch]."""
         self.check_rows()
-        taken = self._map(lambda t: t.index_select(0, rows.to(t.device)))
+        carrying = {name for name, _ in self.lengths()}
+        part = self._map(lambda name, t: taken(t, rows) if name in carrying else t)
         numbers = rows if self.rows is None else self.rows.index_select(0, rows.to(self.rows.device))
-        return dataclasses.replace(taken, rows=numbers, total=self.total_rows)
+        return dataclasses.replace(part, rows=numbers, total=self.total_rows)
 
     def split(self, share: float, seed: int) -> tuple[Batch, Batch]:
         """(rows to train on, rows held out), each numbered anew; see `split_rows`."""
@@ -111,22 +144,25 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same data on another device."""
-        moved = self._map(lambda t: t.to(device))
+        moved = self._map(lambda _, t: t.to(device))
         return moved if self.rows is None else dataclasses.replace(moved, rows=self.rows.to(device))
 
     def fingerprint(self) -> str:
-        """A digest of types, shapes and of up to 2^16 evenly spaced entries of each tensor, however it was passed."""
+        """A digest of settings, and of types, shapes and up to 2^16 evenly spaced entries of each tensor."""
         digest = hashlib.sha256()
         for _, tensor in self.tensors():
             flat = tensor.detach().reshape(-1)
             step = max(1, flat.numel() // 2**16)
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        for _, value in self.settings():
+            if value is not None:
+                digest.update(json.dumps(described(value), sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
-    def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
-        args = tuple(None if v is None else f(v) for v in self.args)
-        kwargs = {k: None if v is None else f(v) for k, v in self.kwargs.items()}
+    def _map(self, f: Callable[[str, Any], Any]) -> Batch:
+        args = tuple(mapped(v, f"args[{i}]", f) for i, v in enumerate(self.args))
+        kwargs = {k: mapped(v, k, f) for k, v in self.kwargs.items()}
         return dataclasses.replace(self, args=args, kwargs=kwargs)
 
 
@@ -136,9 +172,9 @@ def as_batch(data: Any, dtype: torch.dtype = torch.float32, device: torch.device
     Parameters
     ----------
     data
-        A tensor, numpy array, DataFrame, Series, `Dataset` or nested list of numbers (the only argument); a tuple, or
-        a list that holds any of these, for positional arguments; a dict for keyword arguments. Each is [rows, ...];
-        numbers and `None` may stand among them.
+        A tensor, numpy array, DataFrame, Series, `Dataset` or nested list of numbers (the only argument); a tuple for
+        positional arguments; a dict for keyword arguments; `Arguments` for both. Lists and dicts of tensors stay one
+        argument, and a list of numbers is data if it has an entry for every row. All else is passed on as it is.
     dtype : torch.dtype
         What floating values are cast to. Integers and booleans stay integers and booleans.
     device : torch.device or str
@@ -147,18 +183,29 @@ def as_batch(data: Any, dtype: torch.dtype = torch.float32, device: torch.device
     Raises
     ------
     DataError
-        Text, dates, objects, complex or masked values, ragged lists, no rows, or values beyond the range of `dtype`.
-        Missing values (NaN) pass: what they mean is for the model to decide.
+        Arrays and tables of text, dates, objects, complex or masked values, ragged lists, no rows, or values beyond the
+        range of `dtype`. Missing values (NaN) pass: what they mean is for the model to decide.
     """
+
+    def convert(name: str, value: Any) -> Any:
+        return _tensor(value, name, dtype, device)
+
     if isinstance(data, Batch):
-        return data._map(lambda t: _cast(t, "data", dtype, device))
-    if isinstance(data, Mapping):
-        _check_keywords(data)
-        kwargs = {k: _tensor(v, k, dtype, device) for k, v in data.items()}
-        return Batch((), kwargs, _first_columns(data.values()))
-    parts = tuple(data) if _is_positional(data) else (data,)
-    args = tuple(_tensor(v, f"args[{i}]", dtype, device) for i, v in enumerate(parts))
-    return Batch(args, {}, _first_columns(parts))
+        return data._map(convert)
+    call = arguments_of(data)
+    columns = _first_columns((*call.args, *call.kwargs.values()))
+    batch = Batch(call.args, call.kwargs, columns)._map(convert)
+    rows = batch.num_rows
+
+    def listed(name: str, value: Any) -> Any:
+        nonlocal rows
+        if not is_list_of_numbers(value) or rows not in (0, len(value)):
+            return value
+        rows = len(value)
+        return convert(name, value)
+
+    args = tuple(listed(f"args[{i}]", v) for i, v in enumerate(batch.args))
+    return dataclasses.replace(batch, args=args, kwargs={k: listed(k, v) for k, v in batch.kwargs.items()})
 
 
 def check_finite_tensor(name: str, value: Tensor) -> None:
@@ -177,20 +224,6 @@ def check_finite_tensor(name: str, value: Tensor) -> None:
             )
 
 
-def _is_positional(data: Any) -> bool:
-    if isinstance(data, tuple):
-        return True
-    held = (Tensor, np.ndarray, pd.DataFrame, pd.Series, Dataset, type(None))
-    # [[1, 2], [3, 4]] is one matrix, [x, y] are two arguments; numpy's scalars are not ndarrays
-    return isinstance(data, list) and any(isinstance(v, held) for v in data)
-
-
-def _check_keywords(data: Mapping[Any, Any]) -> None:
-    for key in data:
-        if not isinstance(key, str):
-            raise DataError(f"the data's key {key!r} is not a name: use the model's argument names as keys")
-
-
 def _first_columns(parts: Any) -> list[str] | None:
     for part in parts:
         if isinstance(part, pd.DataFrame):
@@ -202,24 +235,22 @@ def _first_columns(parts: Any) -> list[str] | None:
     return None
 
 
-def _length(name: str, tensor: Tensor) -> int:
-    if tensor.dim() == 0:
-        raise DataError(
-            f"{name} is a single number and has no rows to take a minibatch of: "
-            "leave batch_size out, or put the number into the model"
-        )
-    return tensor.shape[0]
-
-
-def _tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor | None:
-    """One argument as a tensor of its own memory (see the module's note)."""
-    if value is None:
-        return None
+def _tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """One part of the data as a tensor of its own memory (see the module's note); a packed sequence stays one."""
+    if isinstance(value, PackedSequence):
+        data = _cast(value.data, name, dtype, device)
+        return value.to(data)  # type: ignore[arg-type]
     if isinstance(value, Dataset):
         value = value.values
     if not isinstance(value, Tensor):
         value = _from_numpy(as_array(value, name), name)
     return _cast(value, name, dtype, device)
+
+
+def as_tensor(value: Any, name: str, like: Batch) -> Any:
+    """An argument that must be data, whatever it is: text and objects are refused by name."""
+    first = next((t for _, t in like.tensors()), torch.zeros(()))
+    return _tensor(value, name, torch.get_default_dtype(), first.device) if is_setting(value) else value
 
 
 def _cast(value: Tensor, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -219,6 +219,8 @@ def _attrs(fitted: FittedModel, seed: int) -> dict[str, Any]:
         "objective": str(fitted.settings.get("objective", "")),
         "seed": seed,
         "sampling": "independent draws from the guide",
+        "converged": fitted.convergence.word,
+        "convergence": fitted.convergence.sentence,
         "created_at": datetime.now(UTC).isoformat(),
         "inference_library": "pyrolvm",
         "inference_library_version": found.pop("pyrolvm"),

@@ -1,9 +1,11 @@
 """Objectives, engines, `fit` and fitted models, for any Pyro program."""
 
 from pyrolvm.inference.objectives import FreeBits, ImportanceWeighted, InfoELBO, Objective, RenyiELBO
+from pyrolvm.inference.posterior.convergence import Convergence
 from pyrolvm.inference.posterior.fitted import FittedModel, Refined
 from pyrolvm.inference.posterior.pathfinder import pathfinder
 from pyrolvm.inference.program.per_datum import PerDatum
+from pyrolvm.inference.program.semi_amortised import SemiAmortised
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.loop import Callback, Report
@@ -12,6 +14,7 @@ from pyrolvm.inference.training.restarts import fit_restarts
 
 __all__ = [
     "Callback",
+    "Convergence",
     "FittedModel",
     "FreeBits",
     "ImportanceWeighted",
@@ -23,6 +26,7 @@ __all__ = [
     "Refined",
     "RenyiELBO",
     "Report",
+    "SemiAmortised",
     "TensorBoard",
     "calibrate_loss",
     "fit",

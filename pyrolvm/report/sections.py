@@ -15,7 +15,7 @@ from pyrolvm.report.findings import Findings
 from pyrolvm.report.model import model_parts, samples
 from pyrolvm.report.parts import Part, facts, figure, number, table
 from pyrolvm.report.quality import GUIDE, evidence, evidence_name, measured, standard_error
-from pyrolvm.runs import described, still_rising
+from pyrolvm.runs import described
 
 LAST = 100
 """Steps that the bound is averaged over, as `FittedModel.elbo` has it."""
@@ -66,6 +66,7 @@ def _summary(found: Findings) -> list[Part]:
         *_mean_evidence(found),
         ("engine", fitted.engine),
         ("stopped", fitted.stopped_because),
+        ("convergence", fitted.convergence.sentence),
     )
     return [shown, *(_missing(found) if diagnosis is None else [Part("words", diagnosis.sentences)])]
 
@@ -118,9 +119,8 @@ def _training(found: Findings) -> list[Part]:
         figure(plots.plot_elbo(history, unit=unit, name=name), "The bound, step by step", alt),
         table(means, f"The last {len(last)} steps, {unit}", "term"),
     ]
-    if rise := still_rising(history):
-        words = f"The {name} rose by {number(rise)} over the last fifth of the steps and may not be done"
-        parts.insert(1, Part("note", f"{words}: give it more steps, or a larger learning rate."))
+    if found.fitted.convergence.converged is False:
+        parts.insert(1, Part("note", f"Convergence: {found.fitted.convergence.sentence}."))
     if file.is_file():
         parts.append(table(pd.read_csv(file, index_col=0), "Restarts, best first"))
     return parts

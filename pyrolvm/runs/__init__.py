@@ -14,7 +14,7 @@ fitted.save("run", {"data": prepared.record})  # `pyrolvm report run` reads the 
 from pyrolvm.runs.folder import RunFolder
 from pyrolvm.runs.named import NamedModel, described, find_model
 from pyrolvm.runs.recipe import Preparation, Prepared, Recipe, Source
-from pyrolvm.runs.saved import SavedRun, add_evidence, open_run, still_rising
+from pyrolvm.runs.saved import SavedRun, add_evidence, open_run
 
 __all__ = [
     "NamedModel",
@@ -28,5 +28,4 @@ __all__ = [
     "described",
     "find_model",
     "open_run",
-    "still_rising",
 ]

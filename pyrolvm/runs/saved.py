@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from safetensors import safe_open
 
 from pyrolvm.errors import PyrolvmError, RunFolderError, warn_user
@@ -170,15 +169,3 @@ def add_evidence(path: Path, entry: dict[str, Any]) -> None:
     keys = ("data", "method", "num_samples")
     kept = [e for e in read_evidence(path) if any(e.get(k) != entry[k] for k in keys)]
     write_json(path / EVIDENCE, [*kept, entry])
-
-
-def still_rising(history: pd.DataFrame) -> float | None:
-    """The rise of the ELBO from the last but one tenth of the steps to the last, nats, if it is beyond its noise."""
-    elbo, size = history["elbo"], len(history) // 10
-    if size < 10:
-        return None
-    before, after = elbo.iloc[-2 * size : -size], elbo.iloc[-size:]
-    rise = float(after.mean() - before.mean())
-    noise = float(((before.var() + after.var()) / size) ** 0.5)
-    # a trend also adds to the variances, so that this errs on the silent side
-    return rise if rise > max(5 * noise, 0.01) else None

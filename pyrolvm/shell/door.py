@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from pyrolvm.errors import DivergenceError, PyrolvmError
+from pyrolvm.errors import ConvergenceWarning, DivergenceError, PyrolvmError
 from pyrolvm.signals import termination_as_interrupt
 
 BAD_INPUT, FAILED, STOPPED = 2, 1, 130
@@ -41,6 +41,7 @@ def one_line_each() -> Iterator[None]:
     with warnings.catch_warnings(), termination_as_interrupt():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)  # `fit` prints the verdict at its end
         warnings.showwarning = _show_warning
         try:
             yield

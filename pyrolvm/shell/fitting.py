@@ -25,12 +25,12 @@ from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.plots import plot_elbo
-from pyrolvm.runs import NamedModel, Preparation, RunFolder, described, find_model, still_rising
+from pyrolvm.runs import NamedModel, Preparation, RunFolder, described, find_model
 from pyrolvm.seeds import Purpose, derived_seed
 from pyrolvm.shell.arguments import constructor_arguments
 from pyrolvm.shell.asking import source_of
 from pyrolvm.shell.options import FIT
-from pyrolvm.shell.printing import caution, console, print_facts, print_table
+from pyrolvm.shell.printing import caution, console, note, print_facts, print_table
 from pyrolvm.shell.values import read_flags
 
 OF_OBJECTIVES = ("num_particles", "alpha", "gradient")
@@ -264,6 +264,4 @@ def _print_result(fitted: FittedModel, restarts: Any, job: Job, path: Path) -> N
         ("run", str(path)),
         ("next", f"pyrolvm report {path}{own}"),
     )
-    if rise := still_rising(history):
-        words = f"the {bound} rose by {rise:.3g} over the last fifth of the steps and may not be done"
-        caution(f"{words}: more --num-steps, or a larger --learning-rate")
+    (note if fitted.convergence.converged else caution)(fitted.convergence.sentence)

@@ -77,7 +77,7 @@ PICTURE = listed(Option("image_shape", "Sequence[int]", help="HEIGHT,WIDTH of a 
 FIT = options_of(
     "inference/training/fit.py",
     "fit",
-    ("model", "data", "callbacks", "checkpoint", "resume", "progress"),
+    ("model", "data", "model_kwargs", "rows", "callbacks", "checkpoint", "resume", "progress"),
     TRAINING,
     (
         ("guide", "str"),

@@ -1,5 +1,7 @@
 """From what a user holds to tensors: every layout and type, and one clear line for what cannot be used."""
 
+import argparse
+import dataclasses
 import datetime
 
 import hypothesis.extra.numpy as hnp
@@ -10,6 +12,7 @@ import scipy.sparse
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pyrolvm.data import Dataset, as_batch
 from pyrolvm.errors import DataError
@@ -96,7 +99,7 @@ def test_forms_of_data():
     x, y = np.zeros((3, 2)), np.arange(3)
     assert len(as_batch(x).args) == 1
     assert [t.dtype for t in as_batch((x, y)).args] == [torch.float32, torch.int64]
-    assert len(as_batch([x, y]).args) == 2
+    assert [t.dtype for t in as_batch([x, y]).args[0]] == [torch.float32, torch.int64]  # one argument
     assert as_batch([[1.0, 2.0], [3.0, 4.0]]).args[0].shape == (2, 2)
     assert as_batch([1, 2, 3]).args[0].shape == (3,)
     named = as_batch({"x": x, "mask": None, "y": y})
@@ -145,11 +148,51 @@ def test_taking_from_parts_of_different_length_names_them():
         batch.check_rows()
 
 
-def test_numbers_are_for_the_whole_data_only():
-    batch = as_batch((np.zeros((5, 2)), 3.0))
-    assert batch.args[1].shape == ()
-    with pytest.raises(DataError, match=r"args\[1\] is a single number"):
-        batch.take(torch.tensor([0]))
+def test_settings_pass_as_they_are():
+    options = argparse.Namespace(size=3)
+    batch = as_batch((np.zeros((5, 2)), 3.0, True, "text", options, {"depth": [2, 3]}, len, None))
+    assert batch.args[1:4] == (3.0, True, "text")
+    assert batch.args[4] is options
+    assert batch.args[5] == {"depth": [2, 3]}
+    assert batch.args[6] is len
+    taken = batch.take(torch.tensor([0, 1]))
+    assert taken.args[0].shape == (2, 2)
+    assert taken.args[4] is options
+    assert batch.fingerprint() != as_batch((np.zeros((5, 2)), 4.0)).fingerprint()
+
+
+def test_lists_and_dicts_of_tensors_stay_one_argument():
+    x, y = np.zeros((5, 2)), np.arange(5)
+    batch = as_batch(({"x": x, "size": 3}, [x, {"y": y}]))
+    assert [name for name, _ in batch.tensors()] == ["args[0]['x']", "args[1][0]", "args[1][1]['y']"]
+    taken = batch.take(torch.tensor([4, 1]))
+    assert taken.args[0]["size"] == 3
+    assert taken.args[1][1]["y"].tolist() == [4, 1]
+
+
+def test_a_list_of_numbers_is_data_if_it_has_an_entry_for_each_row():
+    batch = as_batch((np.zeros((3, 2)), [0, 1, 1], [16, 16]))
+    assert batch.args[1].tolist() == [0, 1, 1]
+    assert batch.args[2] == [16, 16]
+
+
+def test_packed_sequences_are_rows_that_can_be_taken():
+    padded, lengths = torch.arange(12.0).reshape(3, 4), torch.tensor([2, 4, 3])
+    packed = pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
+    batch = as_batch(packed, torch.float64)
+    assert batch.num_rows == 3
+    again, long = pad_packed_sequence(batch.take(torch.tensor([2, 0])).args[0], batch_first=True)
+    assert again.dtype == torch.float64
+    assert again.tolist() == [[8.0, 9.0, 10.0], [0.0, 1.0, 0.0]]
+    assert long.tolist() == [3, 2]
+
+
+def test_what_is_shared_is_not_taken():
+    batch = dataclasses.replace(
+        as_batch((np.zeros((5, 2)), np.ones((3, 3)), torch.tensor(4))), shared={"args[1]"}
+    )
+    taken = batch.take(torch.tensor([0]))
+    assert [tuple(t.shape) for _, t in taken.tensors()] == [(1, 2), (3, 3), ()]
 
 
 def test_a_batch_passes_through_with_a_new_dtype():
@@ -186,13 +229,10 @@ TEXT = pd.DataFrame({"length": [1.0, 2.0], "species": ["setosa", "virginica"]})
         (scipy.sparse.csr_matrix(np.eye(3)), r"sparse matrix.*\.toarray"),
         (torch.eye(3).to_sparse(), r"sparse tensor.*\.to_dense"),
         ([[1.0, 2.0], [3.0]], "rows of one length"),
-        ("digits.csv", "holds text"),
-        ({"x": "abc"}, "x holds text"),
         ({1: np.zeros(3)}, "key 1 is not a name"),
         (np.zeros((0, 3)), r"args\[0\] is empty: its shape is \[0, 3\]"),
         (np.zeros((3, 0)), "is empty"),
         (pd.DataFrame({"a": []}), "is empty"),
-        (object(), "Python objects"),
         (np.array([1.0, 1e300]), r"1e\+300 at index \[1\], beyond torch.float32: use dtype=float64"),
         (np.array([2**64 - 1], dtype=np.uint64), "18446744073709551615.*beyond"),
     ],

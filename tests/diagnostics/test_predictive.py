@@ -44,6 +44,14 @@ def test_what_the_model_cannot_make_is_named(ppca):
     assert "largest larger than the model's (60" in found.sentence
 
 
+def test_what_every_replicate_has_and_the_data_have_not_is_infinitely_far(ppca):
+    x = X.clone()
+    x[:8] = 0.0
+    zeros = {"share of zeros": lambda x: (x == 0).float().mean(), "rows": lambda x: torch.tensor(len(x))}
+    table = predictive_check(ppca, x, zeros, num_samples=20, latents="new").table
+    assert list(table["z"]) == [math.inf, 0.0]
+
+
 def test_the_p_value_is_the_closed_form():
     # m | x ~ N(a, 1 / (n + 1)): the mean of n new data is N(a, 1 / (n + 1) + 1 / n)
     x = torch.randn(20, generator=torch.Generator().manual_seed(2)) + 1.0

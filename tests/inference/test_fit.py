@@ -347,7 +347,9 @@ def test_a_callback_can_stop_the_run():
 @pytest.mark.parametrize("surplus", [1, 2])
 def test_surplus_positional_arguments_are_refused_with_what_to_type(surplus):
     arguments = [IRIS, lambda x: None][:surplus]
-    with pytest.raises(pyrolvm.SettingError, match=r"fit\(model, \(x, y\), guide=guide\)"):
+    with pytest.raises(
+        pyrolvm.ProgramError, match=r"takes \(x: .*by name, as in fit\(model, x, y, guide=guide\)"
+    ):
         pyrolvm.fit(PPCA(4, 1), IRIS, *arguments)
 
 

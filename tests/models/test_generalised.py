@@ -190,6 +190,24 @@ def test_a_loss_without_curvature_has_no_information():
         calibrate_loss(model, X, num_steps=20, progress=False)
 
 
+def test_a_program_without_a_loss_has_no_weight_whatever_its_attributes_are_called():
+    class Regression(torch.nn.Linear):
+        def model(self, x):
+            with pyrolvm.data_plate(x):
+                pyro.sample(
+                    "y",
+                    dist.Normal(self(x)[:, 0] + pyro.sample("b", dist.Normal(0.0, 1.0)), 1.0),
+                    obs=x[:, 0],
+                )
+
+    with pytest.raises(ProgramError, match="no loss to weigh"):
+        calibrate_loss(
+            Regression(2, 1).model, torch.randn(9, 2), guide="AutoNormal", num_steps=3, progress=False
+        )
+    with pytest.raises(ProgramError, match="no loss to weigh"):
+        calibrate_loss(Regression(2, 1), torch.randn(9, 2), guide="AutoNormal", num_steps=3, progress=False)
+
+
 def test_the_weight_is_found_where_the_coverage_crosses_its_level():
     weight, tried = _bisect(lambda w: 1 / (1 + w / 27), 1.0, 0.9, 12)
     assert abs(weight - 3) < 0.01

@@ -8,7 +8,7 @@ import torch
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, RunFolderError
-from pyrolvm.runs import Source, open_run, still_rising
+from pyrolvm.runs import Source, open_run
 
 FIT = {"num_steps": 3, "progress": False, "engine": "eager"}
 
@@ -74,11 +74,3 @@ def test_a_fit_saved_from_python_reads_data_by_its_columns(tmp_path):
     read = saved.recipe.read(Source(str(tmp_path / "x.csv")))
     assert read.columns == ["a", "b"]
     assert np.allclose(read.values, frame.to_numpy())
-
-
-def test_a_rise_beyond_its_noise_is_seen():
-    import pandas as pd
-
-    noise = np.random.default_rng(0).normal(size=1000)
-    assert still_rising(pd.DataFrame({"elbo": noise})) is None
-    assert still_rising(pd.DataFrame({"elbo": noise + np.arange(1000) / 20})) == pytest.approx(5, abs=0.5)

@@ -129,6 +129,8 @@ class Problem:
             terms |= {k: v / weight for k, v in terms.items() if k == "kl" or k.startswith("kl_")}
             bound = terms["log_likelihood"] - terms["kl"]
         n = self.structure.num_data
+        if self.program.knows("columns"):
+            terms |= {name: n * value for name, value in self.program.contract.columns().items()}
         self.terms = (BOUND, *terms)
         own = None if result.own_loss is None else result.own_loss / n
         reported = torch.stack([bound, *terms.values()]).detach() / n

@@ -17,12 +17,13 @@ from torch import Tensor
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.inference.posterior import evidence, refine, saving
+from pyrolvm.inference.posterior.convergence import Convergence, unknown
 from pyrolvm.inference.posterior.corrected import corrected as corrected_draws
 from pyrolvm.inference.posterior.covariance import covariance
 from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
 from pyrolvm.inference.posterior.history import held_out_elbo
 from pyrolvm.inference.posterior.imputation import Imputation, impute
-from pyrolvm.inference.posterior.suiting import suited
+from pyrolvm.inference.posterior.suiting import carries, suited
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
 from pyrolvm.inference.program.enumerated import can_be_drawn, responsibilities
 from pyrolvm.inference.program.handlers import Means
@@ -49,8 +50,12 @@ class FittedModel:
         One sentence: which engine ran and why.
     stopped_because : str
         Why training ended.
+    convergence : Convergence
+        Whether the fit has converged: `.converged` (True, False or None), `.sentence` and `.numbers`.
     settings : dict
         The arguments of the run, JSON-able.
+    call : Batch or None
+        A call of the program. What a question leaves out of it and carries no rows is taken from here.
 
     Notes
     -----
@@ -68,6 +73,8 @@ class FittedModel:
     stopped_because: str = ""
     columns: list[str] | None = None
     arguments: dict[str, Any] | None = None
+    convergence: Convergence = field(default_factory=unknown)
+    call: Batch | None = None
 
     def __repr__(self) -> str:
         name = saving.model_record(self.model)["name"]
@@ -80,7 +87,7 @@ class FittedModel:
             lines[-1] += f", held out {self.held_out_elbo:.4f}"
         for role, sites in (("latents", self.structure.latents), ("data", self.structure.observed)):
             lines.append(f"  {role}: " + (", ".join(f"{s.name} ({s.family})" for s in sites) or "none"))
-        return "\n".join([*lines, f"  {self.engine}"])
+        return "\n".join([*lines, f"  {self.convergence.sentence}", f"  {self.engine}"])
 
     @property
     def model(self) -> Any:
@@ -120,7 +127,7 @@ class FittedModel:
                 "this program has no local latents in its guide, so there is nothing to encode"
             )
         parts = [self._codes(pair, names, seed, i) for i, pair in enumerate(self.pair(x).chunks())]
-        return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
+        return _one_or_all(_joined(parts))
 
     @torch.no_grad()
     def posterior(
@@ -193,7 +200,7 @@ class FittedModel:
         for i, pair in enumerate(self.pair(x).chunks()):
             with self._noise(seed, Purpose.MEANS, i):
                 parts.append(locations(pair, pair.model(None, Means(), given=pair.means())))
-        return _one_or_all({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
+        return _one_or_all(_joined(parts))
 
     @torch.no_grad()
     def sample(self, num_samples: int = 1, *, given: Any = None, mean: bool = False, seed: int = 0) -> Values:
@@ -212,7 +219,9 @@ class FittedModel:
             The mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
         """
         self._check_observes()
-        generator = Generator(self.program, self.structure, self.example, self.num_rows, self._num_arguments)
+        generator = Generator(
+            self.program, self.structure, self.example, self.num_rows, self._num_carrying, self.call
+        )
         with self._noise(seed, Purpose.GENERATE):
             return _one_or_all(generator(count("num_samples", num_samples), given, mean))
 
@@ -324,7 +333,7 @@ class FittedModel:
         ProgramError
             No continuous latents of each datum, or the guide draws those of all data at once.
         """
-        data = suited(self.program, x)
+        data = suited(self.program, x, self.call)
         self._check_columns(data)
         found = refine.climb(
             self, data, family, num_steps, learning_rate, num_samples, seed, engine, progress
@@ -371,7 +380,7 @@ class FittedModel:
 
     def batch(self, x: Any) -> Batch:
         """`x` as the program's arguments: on its device, of its dtype, refused if it does not fit."""
-        data = suited(self.program, x)
+        data = suited(self.program, x, self.call)
         self._check_number(data)
         data.check_rows() if self.structure.data_plate else None
         self._check_columns(data)
@@ -410,6 +419,13 @@ class FittedModel:
             return len(self.example.args) + len(self.example.kwargs)
         known = self.arguments or {}
         return len(known.get("positional", ())) + len(known.get("keyword", ()))
+
+    @property
+    def _num_carrying(self) -> int:
+        """Arguments that hold rows."""
+        if self.call is None:
+            return self._num_arguments
+        return sum(carries(self.call, key) for key in (*range(len(self.call.args)), *self.call.kwargs))
 
     def is_training_data(self, data: Batch) -> bool:
         """Whether `data` holds the rows that were fitted, in their order."""
@@ -480,6 +496,11 @@ class Refined(FittedModel):
         raise SettingError(
             "a refinement is not saved: save the fit, and refine the rows again after pyrolvm.load"
         )
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows of all parts; of programs that take their data whole there is one, which may have no rows."""
+    return parts[0] if len(parts) == 1 else {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
 
 
 def _one_or_all(values: dict[str, Tensor]) -> Values:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch, as_batch
 from pyrolvm.errors import DataError, ProgramError, SettingError
+from pyrolvm.inference.posterior.suiting import carries
 from pyrolvm.inference.program.handlers import location
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
@@ -30,7 +31,9 @@ class Generator:
     num_rows : int
         N, the rows it was fitted to.
     num_arguments : int
-        Arguments that it was fitted to.
+        Arguments that hold rows.
+    call : Batch or None
+        A call of the program, whose settings are used again.
     """
 
     program: Program
@@ -38,6 +41,7 @@ class Generator:
     example: Batch | None
     num_rows: int
     num_arguments: int
+    call: Batch | None = None
 
     def __call__(self, num_samples: int, given: Any, mean: bool) -> dict[str, Tensor]:
         """Observed site -> [num_samples, ...], each row at a draw of the global latents of its own."""
@@ -54,7 +58,7 @@ class Generator:
         """The pair that makes `num_samples` rows: on what is given, or on placeholders for the data."""
         rows = torch.arange(num_samples, device=self.program.device)
         if given is not None:
-            batch = conditioned(self.program, given, num_samples)
+            batch = conditioned(self.program, given, num_samples, self.call)
         elif self.structure.chunkable and self.num_arguments > 1:
             raise SettingError(
                 "the program has several arguments, and sample() does not know which values to condition on: pass "
@@ -90,12 +94,13 @@ def real_rows(example: Batch | None) -> Batch:
     return example
 
 
-def conditioned(program: Program, given: Any, num_samples: int) -> Batch:
-    """The arguments of a program whose data are to be made: what is given, and None for the rest.
+def conditioned(program: Program, given: Any, num_samples: int, call: Batch | None = None) -> Batch:
+    """The arguments of a program whose data are to be made: what is given, the settings of `call`, None for the rest.
 
     Values of one row stand for all. Raises `DataError` for other numbers of rows.
     """
-    names = list(inspect.signature(program.model).parameters)
+    taken = inspect.signature(program.model).parameters
+    names = list(taken)
     if isinstance(given, Mapping):
         unknown = sorted(set(given) - set(names))
         if unknown:
@@ -105,16 +110,29 @@ def conditioned(program: Program, given: Any, num_samples: int) -> Batch:
         values = as_batch(given, program.dtype, program.device).args
         batch = Batch((), dict(zip(names[len(names) - len(values) :], values, strict=True)))
     rows = torch.arange(num_samples, device=program.device)
-    wide = {}
+    wide = _settings(call, names)
     for name, value in batch.kwargs.items():
-        if value is not None and value.dim() and len(value) not in (1, num_samples):
+        if not isinstance(value, Tensor):
+            wide[name] = value
+            continue
+        if value.dim() and len(value) not in (1, num_samples):
             raise DataError(
                 f"given['{name}'] has {len(value)} rows: pass 1, or {num_samples}, the rows to make"
             )
-        alone = value is not None and (not value.dim() or len(value) == 1)
-        wide[name] = value.reshape(1, *value.shape[1:])[rows * 0] if alone and value is not None else value
-    args = tuple(wide.get(name) for name in names)
+        alone = not value.dim() or len(value) == 1
+        wide[name] = value.reshape(1, *value.shape[1:])[rows * 0] if alone else value
+    usual = {name: None if p.default is p.empty else p.default for name, p in taken.items()}
+    args = tuple(wide.get(name, usual[name]) for name in names)
     return Batch(args, {}, rows=rows, total=num_samples)
+
+
+def _settings(call: Batch | None, names: list[str]) -> dict[str, Any]:
+    """What a call passes beside rows of data, by the model's names."""
+    if call is None:
+        return {}
+    by_position = zip(names, call.args, strict=False)
+    found = {name: v for i, (name, v) in enumerate(by_position) if not carries(call, i)}
+    return found | {name: v for name, v in call.kwargs.items() if not carries(call, name)}
 
 
 def _generated(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, Tensor]:

@@ -204,7 +204,7 @@ def recondition(fitted: FittedModel, x: Any, conditions: Any) -> Tensor:
     if not y:
         raise ProgramError("this model takes no condition that could be varied: fit a ConditionalVAE")
     others = torch.as_tensor(conditions, device=z.device)
-    any_rows = fitted.batch(x).args[0][:1].expand(len(others), -1)  # type: ignore[index]
+    any_rows = fitted.batch(x).args[0][:1].expand(len(others), -1)
     checked: Any = fitted.batch((any_rows, others)).args[1]
     columns = [_decoded(fitted, z[:, None], [v.expand(len(z), *v.shape[1:])]) for v in checked.split(1)]
     return torch.cat(columns, 1)
@@ -221,7 +221,12 @@ def _codes(fitted: FittedModel, x: Any, least: int = 1) -> tuple[Tensor, list[Te
         raise DataError(f"this takes {least} rows or more, not {batch.num_rows}")
     found = fitted.encode(batch)
     z = found if isinstance(found, Tensor) else next(iter(found.values()))
-    return z, [v for v in batch.args[1:] if v is not None]
+    if not z.is_floating_point():
+        raise ProgramError(
+            "the latents of this model are codes, whole numbers with nothing between them: decode other codes by "
+            "fitted.model.decode(z)"
+        )
+    return z, [v for v in batch.args[1:] if isinstance(v, Tensor)]
 
 
 @torch.no_grad()

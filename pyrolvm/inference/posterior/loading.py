@@ -10,11 +10,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError, RunFolderError
 from pyrolvm.files import FORMAT, read_json, read_tensors
+from pyrolvm.inference.posterior.convergence import recorded
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
+from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.routes import row_guide
@@ -94,8 +96,10 @@ def _rebuilt(
     guide = row_guide(config.get("guide")) if guide is None else guide
     program = Program(model, guide, device=where, dtype=_dtype(config["dtype"], path))
     program.controls = {str(k): float(v) for k, v in config["controls"].items()}
-    given = as_batch(example, program.dtype, where) if example is not None else None
-    placeholder = given or _placeholder(config["arguments"], path).to(where)
+    zeros = _placeholder(config["arguments"], path)
+    zeros = None if zeros is None else zeros.to(where)
+    given = suited(program, example, zeros) if example is not None else None
+    placeholder = given or zeros
     _initialise(program, placeholder, saved, path)
     own = program.tensors()
     program.load({k: v for k, v in saved.items() if k in own or not k.startswith(OBJECTIVE)})
@@ -103,7 +107,8 @@ def _rebuilt(
     program.complete_guide([s.name for s in structure.sites if s.left_to_prior])
     if program.contract is not None:
         program.contract.fresh = False
-    alone = len(placeholder.args) + len(placeholder.kwargs) == 1  # then it stands for what is drawn anew
+    known = None if zeros is None or zeros.shared else zeros  # else every argument is asked for
+    alone = known is not None and len(list(known.parts())) < 2  # then it stands for what is drawn anew
     return FittedModel(
         program,
         structure,
@@ -113,16 +118,23 @@ def _rebuilt(
         num_rows=int(config["num_rows"]),
         engine=config["engine"],
         stopped_because=config["stopped_because"],
+        convergence=recorded(config.get("convergence")),
         columns=config["columns"],
         arguments=config["arguments"],
+        call=given or known,
     )
 
 
-def _initialise(program: Program, placeholder: Batch, saved: dict[str, Tensor], path: Path) -> None:
+def _initialise(program: Program, placeholder: Batch | None, saved: dict[str, Tensor], path: Path) -> None:
     """Make every parameter exist, by running the pair if construction did not."""
     program.collect()
     if {k for k in saved if not k.startswith(OBJECTIVE)} == program.tensors().keys():
         return
+    if placeholder is None:
+        raise RunFolderError(
+            f"an argument of the program of {path} is an object, which the folder does not keep: pass a call's "
+            f"arguments, pyrolvm.load('{path}', ..., example=(x, ...))"
+        )
     try:
         program.initialise(placeholder, seed=0, validate=False)
     except ProgramError as error:
@@ -132,13 +144,33 @@ def _initialise(program: Program, placeholder: Batch, saved: dict[str, Tensor], 
         ) from error
 
 
-def _placeholder(arguments: dict[str, Any], path: Path) -> Batch:
-    def zeros(record: dict[str, Any] | None) -> Tensor | None:
-        return None if record is None else torch.zeros(record["shape"], dtype=_dtype(record["dtype"], path))
+def _placeholder(arguments: dict[str, Any], path: Path) -> Batch | None:
+    """A call with zeros for the data; None if an argument is an object, which a file does not give back."""
+    shared = set[str]()
 
-    args = tuple(zeros(record) for record in arguments["positional"])
-    kwargs = {k: zeros(record) for k, record in arguments["keyword"].items()}
-    batch = Batch(args, kwargs)
+    def made(record: Any, name: str) -> Any:
+        if record is None:
+            return None
+        if "setting" in record:
+            raise LookupError
+        if "shape" in record:
+            shared.update({name} if record.get("shared") else ())
+            return torch.zeros(record["shape"], dtype=_dtype(record["dtype"], path))
+        if "value" in record:
+            return record["value"]
+        if "dict" in record:
+            return {k: made(v, f"{name}[{k!r}]") for k, v in record["dict"].items()}
+        kind = tuple if "tuple" in record else list
+        return kind(made(v, f"{name}[{i}]") for i, v in enumerate(record[kind.__name__]))
+
+    try:
+        args = tuple(made(record, f"args[{i}]") for i, record in enumerate(arguments["positional"]))
+        kwargs = {k: made(record, k) for k, record in arguments["keyword"].items()}
+    except LookupError as error:
+        if isinstance(error, KeyError | IndexError):
+            raise
+        return None
+    batch = Batch(args, kwargs, shared=frozenset(shared))
     return batch.of(max(int(arguments["total"]), len(batch.indices)))
 
 

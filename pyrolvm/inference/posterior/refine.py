@@ -143,7 +143,7 @@ def _starting_guide(fitted: Refinable, batch: Batch) -> Any:
         )
     if not structure.per_datum or fitted.is_training_data(batch):
         return fitted.program.guide
-    return getattr(fitted.program.contract, "guide", None)
+    return fitted.program.contract.guide if fitted.program.knows("guide") else None
 
 
 def _shared_guide(fitted: Refinable) -> Any:

@@ -20,9 +20,11 @@ import pyro
 import torch
 
 from pyrolvm._version import __version__
+from pyrolvm.data.arguments import described, is_plain, is_setting
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import RunFolderError
 from pyrolvm.files import FORMAT, Writer, json_writer, tensor_writer, write_together
+from pyrolvm.inference.posterior.convergence import Convergence
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.structure import Structure
 
@@ -40,6 +42,7 @@ class Savable(Protocol):
     num_rows: int
     engine: str
     stopped_because: str
+    convergence: Convergence
     columns: list[str] | None
     arguments: dict[str, Any] | None
 
@@ -70,7 +73,7 @@ def _config(fitted: Savable) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": model_record(fitted.program.source),
-        "guide": getattr(fitted.program.row_guide, "record", None),
+        "guide": fitted.program.guide_record,
         "settings": fitted.settings,
         "columns": fitted.columns,
         "num_rows": fitted.num_rows,
@@ -80,21 +83,31 @@ def _config(fitted: Savable) -> dict[str, Any]:
         "controls": fitted.program.controls,
         "engine": fitted.engine,
         "stopped_because": fitted.stopped_because,
+        "convergence": fitted.convergence.record(),
         "versions": versions(),
     }
 
 
 def describe(example: Batch) -> dict[str, Any]:
-    """The shapes and types of a program's arguments: what has to be known of the data to run it again."""
+    """The shapes and types of a program's data, and its settings: what has to be known to run it again."""
 
-    def of(value: Any) -> dict[str, Any] | None:
+    def of(value: Any, name: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            kept = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+            return kept | ({"shared": True} if name in example.shared else {})
         if value is None:
             return None
-        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if is_setting(value):
+            return {"value": value} if is_plain(value) else {"setting": described(value)}
+        if type(value) in (list, tuple, dict):
+            keys = value if isinstance(value, dict) else range(len(value))
+            inside = {str(key): of(value[key], f"{name}[{key!r}]") for key in keys}
+            return {type(value).__name__: inside if isinstance(value, dict) else list(inside.values())}
+        return {"setting": described(value)}  # a packed sequence: its lengths are data
 
     return {
-        "positional": [of(v) for v in example.args],
-        "keyword": {k: of(v) for k, v in example.kwargs.items()},
+        "positional": [of(v, f"args[{i}]") for i, v in enumerate(example.args)],
+        "keyword": {k: of(v, k) for k, v in example.kwargs.items()},
         "total": example.total_rows,
     }
 

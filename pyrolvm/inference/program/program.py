@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.program.routes import (
@@ -31,10 +32,16 @@ from pyrolvm.inference.program.routes import (
     resolve,
 )
 from pyrolvm.inference.program.running import default_dtype, explained, without_handlers
+from pyrolvm.inference.program.semi_amortised import SemiAmortised
 from pyrolvm.plates import Rows, data_rows
 
 START_ROWS = 4096
 """Rows whose entries are started at once."""
+
+
+def contract_of(owner: Any) -> Any:
+    """`owner` if it follows the suite's contract (`pyrolvm.models.base`), else None."""
+    return owner if callable(getattr(type(owner), "knows", None)) else None
 
 
 class Program:
@@ -93,7 +100,7 @@ class Program:
     @property
     def contract(self) -> Any:
         """The model itself if it follows the suite's contract (`pyrolvm.models.base`), else None."""
-        return self.owner if callable(getattr(type(self.owner), "knows", None)) else None
+        return contract_of(self.owner)
 
     def knows(self, name: str) -> bool:
         """Whether the model itself has an answer called `name`: a method of the contract that it overrides."""
@@ -103,6 +110,12 @@ class Program:
     def row_guide(self) -> PerDatum | None:
         """The guide, if it is one that was made for the program's latents per datum."""
         return self._functions[1] if isinstance(self._functions[1], PerDatum) else None
+
+    @property
+    def guide_record(self) -> dict[str, Any] | None:
+        """How a run folder names a guide that was made for the program; None of others."""
+        guide = self._functions[1]
+        return guide.record if isinstance(guide, PerDatum | SemiAmortised) else None
 
     @contextmanager
     def scope(
@@ -169,6 +182,14 @@ class Program:
                     if name in before and not torch.equal(tensor, before[name]):
                         tensor.copy_(before[name])
 
+    def stored(self) -> dict[str, Any]:
+        """What Pyro's functions keep of this program, to be put back by `restore`."""
+        return {kind: dict(entries) for kind, entries in self._store.items()}
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Put back what `stored` found: parameters that were made since are gone."""
+        self._store.update(stored)
+
     def initialise(self, batch: Batch, seed: int, *, validate: bool = True) -> None:
         """Run the pair once so that every parameter exists; lazy ones are drawn from `seed`."""
         with self.scope(batch, validate=validate), seeded(seed, self.device), warnings.catch_warnings():
@@ -177,7 +198,7 @@ class Program:
             with self.untouched(), pyro.poutine.trace(param_only=True) as seen:
                 with explained(batch, "guide"):
                     trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
-                with explained(batch, "model"):
+                with explained(batch, "model", lambda: shapes_apart(trace, self.model, batch)):
                     pyro.poutine.replay(self.model, trace=trace)(*batch.args, **batch.kwargs)
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()

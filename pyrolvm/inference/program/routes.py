@@ -11,25 +11,32 @@ from typing import Any
 import pyro
 import pyro.infer.autoguide
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, one_of
 from pyrolvm.inference.program.per_datum import PerDatum
+from pyrolvm.inference.program.semi_amortised import SemiAmortised
 from pyrolvm.inference.program.semi_implicit_guide import SemiImplicitGuide
 from pyrolvm.plates import DATA_PLATE, current_rows
 
 AUTOGUIDES = tuple(
     name
     for name, kind in vars(pyro.infer.autoguide).items()
-    if isinstance(kind, type) and issubclass(kind, AutoGuide) and name not in ("AutoGuide", "AutoContinuous")
+    if isinstance(kind, type)
+    and issubclass(kind, AutoGuide | GuideMessenger)
+    and name not in ("AutoGuide", "AutoContinuous", "AutoMessenger")
 )
 """The guides that go by their names."""
 
-ROW_GUIDES: dict[str, type[PerDatum]] = {"per_datum": PerDatum}
+ROW_GUIDES: dict[str, type[PerDatum | SemiAmortised]] = {
+    "per_datum": PerDatum,
+    "semi_amortised": SemiAmortised,
+}
 """Guides that are made for a program and take the place of its own for the latents of each datum, by name."""
 
 
-def row_guide(record: dict[str, Any] | None) -> PerDatum | None:
+def row_guide(record: dict[str, Any] | None) -> PerDatum | SemiAmortised | None:
     """The guide that a run folder names; None of a run with another kind of guide."""
     if record is None:
         return None
@@ -63,10 +70,12 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
         guide = named() if guide in ROW_GUIDES else named
     if isinstance(guide, type):
         guide = guide() if guide in ROW_GUIDES.values() else _built(guide, program)
-    if isinstance(guide, PerDatum):
+    if isinstance(guide, PerDatum | SemiAmortised):
         guide.bind(program, own)
     if isinstance(guide, AutoGuide) and guide.create_plates is None:
         guide.create_plates = _RowPlates(guide)
+    if isinstance(guide, GuideMessenger):
+        guide = _Interleaved(guide)
     if not callable(guide):
         raise ProgramError(f"guide must be callable, not {type(guide).__name__}")
     return program, guide
@@ -83,6 +92,17 @@ def _built(guide: type, program: Callable[..., Any]) -> Any:
             f"guide={guide.__name__}(model, {', '.join(f'{n}=...' for n in needs[1:])})"
         )
     return guide(program)
+
+
+class _Interleaved:
+    """A guide that runs inside the model (AutoNormalMessenger), as a plain one: what is observed is no draw."""
+
+    def __init__(self, guide: GuideMessenger) -> None:
+        self.__self__ = guide
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with pyro.poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"]):
+            return self.__self__(*args, **kwargs)
 
 
 class _RowPlates:

@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyrolvm.controls import Schedule
+from pyrolvm.data.arguments import as_call
 from pyrolvm.data.arrays import Batch
 from pyrolvm.data.precision import as_dtype
-from pyrolvm.errors import SettingError, one_of
+from pyrolvm.errors import ConvergenceWarning, DataError, SettingError, one_of, warn_user
 from pyrolvm.inference.engine import Engine, choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
+from pyrolvm.inference.posterior.convergence import Convergence, judge
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.inference.program.noise import noise_state
@@ -32,10 +34,10 @@ EXAMPLE_ROWS = 8
 @torch.enable_grad()
 def fit(
     model: Any,
-    data: Any,
-    *misplaced: Any,
+    data: Any = (),
+    *more: Any,
     guide: Any = None,
-    objective: ELBO | str | None = None,
+    objective: ELBO | Callable[..., Any] | str | None = None,
     optimizer: str | type[Optimizer] = "adam",
     learning_rate: Schedule = 1e-3,
     optimizer_options: dict[str, Any] | None = None,
@@ -61,6 +63,8 @@ def fit(
     progress: bool = True,
     engine: Literal["auto", "compiled", "eager"] = "auto",
     alternate: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    rows: str | int | Sequence[str | int] | None = None,
 ) -> FittedModel:
     """Train a model/guide pair by stochastic variational inference.
 
@@ -69,16 +73,18 @@ def fit(
     model : LatentVariableModel or callable
         A `LatentVariableModel`, or any Pyro callable (then `guide` is needed).
     data : tensor, array, DataFrame or Dataset
-        A tuple (positional) or dict (keyword) of them for a program of several arguments. Floating values are cast to
-        `dtype`; integers stay integers.
-    *misplaced : Any
-        Refused: everything after the data goes by name.
+        A tuple (positional) or dict (keyword) of them for a program of several arguments; nothing for a program of
+        none. Floating values are cast to `dtype`; integers stay integers.
+    *more : Any
+        Further arguments of the model, as it takes them: `fit(model, x, y, 3, guide=guide)`. What is no tensor, array
+        or table reaches it as it is, and a list or dict of tensors is one argument.
     guide : callable, AutoGuide instance, AutoGuide class or name of one, optional
         Of the model's arguments; e.g. `AutoNormal` or "AutoNormal"; "per_datum" for parameters of each row's own.
-    objective : pyro.infer.ELBO or str, optional
-        A Pyro ELBO object, or a name of `pyrolvm.inference.objectives.OBJECTIVES`. By default the model's own
-        `objective()`; else `Trace_ELBO()`, `TraceEnum_ELBO()` if the model enumerates, `TraceGraph_ELBO()` if it
-        samples discrete latents. `RenyiELBO` is the bound of each datum, the plate's scale outside the logarithm.
+    objective : pyro.infer.ELBO, callable or str, optional
+        A Pyro ELBO object, a function `loss(model, guide, *args)` as `SVI` takes it, or a name of
+        `pyrolvm.inference.objectives.OBJECTIVES`. By default the model's own `objective()`; else `Trace_ELBO()`,
+        `TraceEnum_ELBO()` if the model enumerates, `TraceGraph_ELBO()` if it samples discrete latents. `RenyiELBO` is
+        the bound of each datum, the plate's scale outside the logarithm.
     optimizer : str or class
         A name ("adam", "sgd", ...) or a torch.optim class; one optimiser over all parameters. The loss is in nats per
         datum.
@@ -136,6 +142,11 @@ def fit(
         Coordinate ascent on that many fixed draws of each latent, at least 4, instead of stochastic steps: odd steps
         take the guide to convergence, even ones improve the model, by L-BFGS on all data. Optimiser, learning rate
         and engine are then not used, and the bound never falls.
+    model_kwargs : dict, optional
+        Keyword arguments of model and guide.
+    rows : names or positions of arguments, optional
+        Those whose leading dimension is the rows of the data. By default all, if they are of one length; else those as
+        long as the model's plate around its observed sites.
 
     Returns
     -------
@@ -148,11 +159,6 @@ def fit(
     DivergenceError
         The bound or a parameter stopped being finite, or the model's own `check_fit` refuses the end.
     """
-    if misplaced:
-        raise SettingError(
-            "fit takes two arguments by position, the model and the data: several arrays are one tuple or dict, and "
-            "all else goes by name, as in fit(model, (x, y), guide=guide)"
-        )
     _check_settings(on_nan, kl_warmup, objective, seed, checkpoint_seconds)
     folder = Path(checkpoint) if checkpoint is not None else None
     begun = recorded_engine(folder) if resume else None
@@ -160,10 +166,11 @@ def fit(
     spec = OptimizerSpec(optimizer, learning_rate, optimizer_options or {}, schedule, clip_norm)
     setup = set_up(
         model,
-        data,
+        as_call(data, more, model_kwargs),
         guide,
         objective,
         spec,
+        carriers=rows,
         controls=controls,
         kl_warmup=kl_warmup,
         num_steps=num_steps,
@@ -213,10 +220,11 @@ def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
     if program.knows("check_fit"):  # it keeps the parameters of the last step
         with program.scope(mode="predict"):
             program.contract.check_fit(*batch.args[:1])
+    history = training.history.frame()
     return FittedModel(
         program,
         structure,
-        training.history.frame(),
+        history,
         settings=training.checkpoint.settings
         | {"num_steps": problem.num_steps, "kept_step": training.kept_step},
         example=_few(batch) if structure.chunkable and not structure.per_datum else batch,
@@ -224,7 +232,17 @@ def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
         engine=engine,
         stopped_because=training.stopped_because,
         columns=batch.columns,
+        convergence=warned(judge(history, structure)),
+        call=_few(batch),
     )
+
+
+def warned(verdict: Convergence) -> Convergence:
+    """The verdict; a fit that stopped too early warns."""
+    if verdict.converged is False:
+        said = verdict.sentence.removeprefix("not yet: ")
+        warn_user(f"the fit stopped before it had converged: {said}", ConvergenceWarning)
+    return verdict
 
 
 def _check_settings(
@@ -242,7 +260,10 @@ def _check_settings(
 
 
 def _few(batch: Batch) -> Batch:
-    return batch.take(torch.arange(min(EXAMPLE_ROWS, batch.num_rows)))
+    try:
+        return batch.take(torch.arange(min(EXAMPLE_ROWS, batch.num_rows)))
+    except DataError:  # lengths differ, and no rows are taken
+        return batch
 
 
 def _title(model: Any) -> str:

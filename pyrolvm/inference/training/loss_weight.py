@@ -34,6 +34,7 @@ from pyrolvm.data.arrays import Batch, as_batch
 from pyrolvm.errors import ProgramError, SettingError, count, one_of
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.program import contract_of
 from pyrolvm.inference.program.structure import LOSS, sample_sites
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.progress import progress_bar
@@ -114,7 +115,8 @@ def calibrate_loss(
         # as a function of the share, which takes no new compilation for a new number
         return fit(model, part, controls={WEIGHT: lambda share: weight}, **settings)
 
-    start = float(getattr(model, "weight", 1.0))
+    own = contract_of(model)
+    start = 1.0 if own is None else float(own.controls().get(WEIGHT, 1.0))
     if method == "information":
         return LossWeight(_by_information(fitted_to(data, start), data, start), method, pd.DataFrame())
     count("num_bootstrap", num_bootstrap, 2)

@@ -7,6 +7,7 @@ Peel 2000, "Finite mixture models", section 2.12).
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,10 @@ import torch
 from pyrolvm.data.arrays import as_batch
 from pyrolvm.data.plan import is_share
 from pyrolvm.data.precision import as_dtype
-from pyrolvm.errors import DivergenceError, count
+from pyrolvm.errors import ConvergenceWarning, DivergenceError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.training.evaluation import bound_of
-from pyrolvm.inference.training.fit import fit
+from pyrolvm.inference.training.fit import fit, warned
 
 LAST_SHARE = 0.1
 """The share of the steps that the final bound is averaged over, where nothing is held out."""
@@ -73,6 +74,7 @@ def fit_restarts(
         contest.enter(restart, build)
     if contest.best is None:
         raise DivergenceError(f"all {num_restarts} restarts diverged; the last one: {contest.outcome}")
+    warned(contest.best.convergence)
     return contest.best, contest.table()
 
 
@@ -112,7 +114,9 @@ class _Contest:
         options = self.options | {"guide": guide, "seed": seed}
         if options.get("checkpoint") is not None:
             options["checkpoint"] = Path(options["checkpoint"]) / f"restart-{restart}"
-        return fit(model, self.data, **options)
+        with warnings.catch_warnings():  # of the best alone
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return fit(model, self.data, **options)
 
     def _bound(self, fitted: FittedModel) -> float:
         if self.options.get("validation") is not None:

@@ -13,6 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import Schedule, value_of
+from pyrolvm.data.arguments import arguments_of
 from pyrolvm.data.arrays import Batch
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.plan import BatchPlan, is_share
@@ -23,6 +24,8 @@ from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem, schedules_of, unweighable
 from pyrolvm.inference.objectives import prepare
 from pyrolvm.inference.posterior.suiting import suited
+from pyrolvm.inference.program.carriers import Rows as Carriers
+from pyrolvm.inference.program.carriers import carried, check_call
 from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
@@ -59,6 +62,7 @@ def set_up(
     objective: Any,
     optimizer: OptimizerSpec,
     *,
+    carriers: Carriers = None,
     controls: Mapping[str, Schedule] | None,
     kl_warmup: float,
     num_steps: int | None,
@@ -73,6 +77,8 @@ def set_up(
     """Read the data, start the model, look at the program, and take one step on trial."""
     program = Program(model, guide, device=device, dtype=dtype)
     batch = suited(program, data)
+    check_call(program, batch)
+    batch = carried(program, batch, carriers, derived_seed(seed, Purpose.CHECK))
     _warn_of_precision(data, dtype)
     if batch_size is not None or validation is not None:
         batch.check_rows()
@@ -119,7 +125,7 @@ def start_from(program: Program, batch: Batch, seed: int) -> None:
     if model is None or not model.fresh or not program.knows("initialise_from") or not batch.args:
         return
     x = batch.args[0]
-    if x is None:
+    if not isinstance(x, torch.Tensor):
         return
     if len(x) > START_ROWS:  # evenly over the data: not all of a file that is larger than memory
         x = x[torch.linspace(0, len(x) - 1, START_ROWS).long()]
@@ -132,8 +138,8 @@ def start_from(program: Program, batch: Batch, seed: int) -> None:
 
 def _warn_of_precision(data: Any, dtype: torch.dtype) -> None:
     """Look at the data as they were passed: after a cast it is too late."""
-    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else (data,)
-    for part in parts:
+    call = arguments_of(data)
+    for part in (*call.args, *call.kwargs.values()):
         values = part.values if isinstance(part, Dataset | pd.DataFrame) else part
         columns = [str(c) for c in part.columns or ()] if isinstance(part, Dataset) else None
         numeric = isinstance(values, torch.Tensor) or (
@@ -149,7 +155,11 @@ def _split(batch: Batch, validation: Any, program: Program, seed: int) -> tuple[
         return batch, None
     if is_share(validation):
         return batch.split(float(validation), seed)
-    held = suited(program, validation)
+    held = suited(program, validation, batch)
+    if not held.num_rows and batch.num_rows:
+        raise DataError(
+            f"validation={validation!r} holds no rows: give a share such as 0.1, or held-out data"
+        )
     held.check_rows()
     return batch, held
 
