@@ -98,7 +98,7 @@ def table(results: dict[str, Any]) -> str:
     if gain:
         lines.append(
             f"`SVI.step` takes {gain[len(gain) // 2]:.0f} times as long as a compiled step in the median "
-            f"({gain[0]:.1f} to {gain[-1]:.0f}); an eager step {slower[len(slower) // 2]:.2f} times as long as `SVI.step`. "
+            f"({gain[0]:.1f} to {gain[-1]:.0f}); an eager step {slower[len(slower) // 2]:.2f} times that of `SVI`. "
         )
     lines.append(f"One thread of a machine with {os.cpu_count()} cores, torch {torch.__version__}.\n\n")
     body = "".join(

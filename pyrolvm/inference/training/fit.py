@@ -303,6 +303,7 @@ def _finished(
     if program.knows("check_fit"):  # it keeps the parameters of the last step
         with program.scope(mode="predict"):
             program.contract.check_fit(*batch.args[:1])
+    program.settle()
     return FittedModel(
         program,
         structure,

@@ -105,7 +105,8 @@ class Training:
         if saved is not None:
             self._check_controls(saved.step)
             self.state = saved
-            self.problem.program.load(saved.parameters)
+            program = self.problem.program
+            program.load(saved.parameters, later=saved.optimizer.keys() - program.parameters.keys())
             if self.until is not None and self.until.verdict is not None:
                 self.stopped_because = self.until.verdict.sentence
 
