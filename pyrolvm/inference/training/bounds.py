@@ -47,14 +47,14 @@ class Bounds:
     def __call__(self, state: TrainingState, parameters: dict[str, Tensor]) -> np.ndarray:
         """Noisy bounds [M] at `parameters`, nats per datum. `state` must not share memory with the program's."""
         if self.held_out is not None:
-            self.problem.program.load(parameters)
+            self.problem.program.load(self.whole(parameters))
             passes = HELD_OUT_PASSES if self.held_out.num_rows <= FEW_ROWS else 1
             return np.array([self.held_out(i) for i in range(passes)])
         self.problem.optimizer.still = True
         try:
             slots = {k: {n: v.clone() for n, v in s.items()} for k, s in state.optimizer.items()}
             step = max(state.step, self.first_step)
-            still = TrainingState(_copied(parameters), slots, step, _copied(self.random))
+            still = TrainingState(self.whole(parameters), slots, step, _copied(self.random))
             _, terms = self.engine.run(still, self.plan.rows(0, ESTIMATES))
         finally:
             self.problem.optimizer.still = False
@@ -63,11 +63,17 @@ class Bounds:
     def raced(self, rate: float, state: TrainingState) -> float:
         """The bound at the end of a few steps at this rate; -inf where it is lost."""
         self.problem.optimizer.learning_rate = rate
-        start = replace(state.clone(), step=self.first_step)  # with the controls as they will be in the end
+        state = state.clone()
+        # with the controls as they will be in the end
+        start = replace(state, parameters=self.whole(state.parameters), step=self.first_step)
         end, terms = self.engine.run(start, self.plan.rows(0, RACE_STEPS))
         finite = all(bool(torch.isfinite(v).all()) for v in end.parameters.values() if v.is_floating_point())
         score = float(terms[-RACE_STEPS // 4 :, 0].mean())
         return score if finite and math.isfinite(score) else -math.inf
+
+    def whole(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A copy, with what a branch of the program has made since."""
+        return _copied(self.problem.program.tensors() | parameters)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

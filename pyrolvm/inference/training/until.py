@@ -150,7 +150,8 @@ class Until:
         if self.fixed or self.rate <= self.first_rate * LEAST_SHARE:
             return None
         self._next_stage(self.rate * 0.1)
-        return TrainingState(_copied(self.best_parameters or state.parameters), {}, state.step, state.random)
+        best = self.bounds.whole(self.best_parameters or state.parameters)
+        return TrainingState(best, {}, state.step, state.random)
 
     def ended(self, step: int) -> Convergence:
         """The verdict on a run that ended at `step`."""
@@ -177,7 +178,7 @@ class Until:
         numbers |= {"elbo" if self.bounds.held_out is None else "held_out_elbo": _mean(self.best)}
         numbers = {k: float(v) for k, v in numbers.items() if math.isfinite(v)}
         state = TrainingState(
-            _copied(self.best_parameters), {} if lost else state.optimizer, state.step, state.random
+            self.bounds.whole(self.best_parameters), {} if lost else state.optimizer, state.step, state.random
         )
         if not self.shared:
             self.verdict = self._of_networks(numbers, lost)
