@@ -103,6 +103,7 @@ class Until:
             scores = [self.bounds.raced(rate, state) for rate in RATES]
             self.rate = RATES[int(np.argmax(scores))]
             self.first_rate = self.rate
+            state.parameters = self.bounds.whole(state.parameters)
         if self.bounds.held_out is not None:
             self.due = 1
         if not self.first_step:
