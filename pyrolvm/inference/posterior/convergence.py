@@ -66,6 +66,11 @@ class Convergence:
         """Converged, not yet, or cannot tell."""
         return {True: "converged", False: "not yet", None: "cannot tell"}[self.converged]
 
+    @property
+    def reason(self) -> str:
+        """Why a run that ends by this verdict ends."""
+        return "converged" if self.converged else "no lower learning rate is tried"
+
     def record(self) -> dict[str, Any]:
         """As JSON keeps it."""
         return asdict(self)

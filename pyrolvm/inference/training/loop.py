@@ -108,7 +108,7 @@ class Training:
             program = self.problem.program
             program.load(saved.parameters, later=saved.optimizer.keys() - program.parameters.keys())
             if self.until is not None and self.until.verdict is not None:
-                self.stopped_because = self.until.verdict.sentence
+                self.stopped_because = self.until.verdict.reason
 
     def _check_controls(self, step: int) -> None:
         """The steps that are done must have had the schedules of this run; functions themselves cannot be compared."""

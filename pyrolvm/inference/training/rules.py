@@ -92,7 +92,7 @@ class NoMoreRise:
             return state, None
         words = f"converged: ten steps of coordinate ascent gained {rise:.2g} nats per datum"
         self.verdict = Convergence(True, words, {"gain": rise, "tolerance": tolerance})
-        return state, words
+        return state, self.verdict.reason
 
     def retreat(self, state: TrainingState) -> None:
         """As `Rule.retreat`: there is nothing to lower."""

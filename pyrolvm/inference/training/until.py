@@ -193,7 +193,7 @@ class Until:
             )
             self.verdict = Convergence(None, f"cannot tell: {words}", numbers)
         if self.verdict is not None:
-            return state, self.verdict.sentence.split(";")[0]
+            return state, self.verdict.reason
         self.gains.append(gain)
         self._next_stage(self.rate * FALL[self.shared])
         return state, None
@@ -235,17 +235,12 @@ class Until:
         return Convergence(True, f"converged: {words}, less than the {least:.2g} that would matter", numbers)
 
     def _of_stages(self, gain: float, error: float, numbers: dict[str, float]) -> Convergence:
-        more = (
-            f", the R-hat of the iterates is {numbers['r_hat']:.2f}"
-            if self.shared and "r_hat" in numbers
-            else ""
+        words = (
+            f"at the learning rate {self.rate:.1g} the bound changed by {gain:.2g} ± {error:.1g} {self._unit}"
         )
-        return Convergence(
-            True,
-            f"converged: lowering the learning rate to {self.rate:.1g} gained {gain:.2g} ± {error:.1g} {self._unit}"
-            f"{more}",
-            numbers,
-        )
+        if "r_hat" in numbers:
+            words += f", and the iterates are stationary (R-hat {numbers['r_hat']:.2f})"
+        return Convergence(True, f"converged: {words}", numbers)
 
     def _of_fixed_rate(self, numbers: dict[str, float]) -> Convergence:
         seen = "at the learning rate given the bound rises no more"
