@@ -128,6 +128,11 @@ class Program:
         """The guide as it was passed, if it is one of Pyro's AutoGuides."""
         return self._functions[1] if isinstance(self._functions[1], AutoGuide) else None
 
+    @property
+    def reached(self) -> tuple[nn.Module, ...]:
+        """The modules of the pair, and those that its functions register."""
+        return (*self.modules.values(), *self._reached.values())
+
     def transform_of(self, name: str) -> Any:
         """From the unconstrained tensor of a parameter to its value; None where they are the same."""
         constraint = self._store["constraints"].get(name)

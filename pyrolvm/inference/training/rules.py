@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pyrolvm.data.plan import BatchPlan
 from pyrolvm.inference.engine import TrainingState
 from pyrolvm.inference.posterior.convergence import Convergence, what_matters
 from pyrolvm.inference.posterior.history import History
+from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.structure import Structure
+
+LAYERS = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, _ConvNd)
 
 LOOK_EVERY = 100
 """Steps between two iterates that are kept."""
@@ -32,6 +36,13 @@ def most_steps(structure: Structure, plan: BatchPlan) -> int:
 def is_shared(structure: Structure) -> bool:
     """Whether what is fitted is of latents or parameters that all data share, rather than of networks."""
     return bool(structure.global_latents) or not structure.local_latents
+
+
+def has_networks(program: Program) -> bool:
+    """Whether layers are trained: what mixes its inputs by a matrix of weights."""
+    trained = {id(p) for p in program.parameters.values()}
+    layers = [m for module in program.reached for m in module.modules() if isinstance(m, LAYERS)]
+    return any(id(p) in trained for layer in layers for p in layer.parameters(recurse=False))
 
 
 class Rule(Protocol):

@@ -32,11 +32,11 @@ from pyrolvm.inference.engine import Problem, TrainingState
 from pyrolvm.inference.posterior.convergence import Convergence, recorded, what_matters
 from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.training.bounds import Bounds
-from pyrolvm.inference.training.rules import LOOK_EVERY, SHARE_OF_MATTER, is_shared
+from pyrolvm.inference.training.rules import LOOK_EVERY, SHARE_OF_MATTER, has_networks, is_shared
 from pyrolvm.inference.training.stationarity import split_r_hat
 
-RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
-"""Those of the race."""
+RATES, OF_NETWORKS = (0.1, 0.03, 0.01, 0.003, 0.001), (0.003, 0.001, 0.0003)
+"""Those of the race. At higher ones networks learn faster at first and lose units, and whole latents, for good."""
 FIRST_LOOKS, GROWTH = 10, 2
 """Looks of a stage until the bound is first estimated, and by how much the stage grows to the next estimate."""
 FALL = {True: 0.5, False: 0.3}
@@ -100,8 +100,9 @@ class Until:
         """Choose the first rate and estimate the bound at the start; the state to go on from."""
         state = state.clone()
         if not self.fixed:
-            scores = [self.bounds.raced(rate, state) for rate in RATES]
-            self.rate = RATES[int(np.argmax(scores))]
+            rates = OF_NETWORKS if has_networks(self.problem.program) else RATES
+            scores = [self.bounds.raced(rate, state) for rate in rates]
+            self.rate = rates[int(np.argmax(scores))]
             self.first_rate = self.rate
             state.parameters = self.bounds.whole(state.parameters)
         if self.bounds.held_out is not None:
