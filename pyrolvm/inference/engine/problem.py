@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrolvm.controls import Schedule, controlled, value_of
 from pyrolvm.data.arrays import Batch
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import Objective
 from pyrolvm.inference.program.pair import Pair
@@ -136,8 +136,13 @@ class Problem:
         reported = torch.stack([bound, *terms.values()]).detach() / n
         return Loss(result.surrogate / n, own, reported, remainder.detach() / n)
 
-    def gradients(self, rows: Tensor, values: Sequence[Any] = ()) -> tuple[list[Tensor | None], Tensor]:
+    def gradients(
+        self, rows: Tensor, values: Sequence[Any] = (), grow: bool = False
+    ) -> tuple[list[Tensor | None], Tensor]:
         """The gradient of each parameter (None where it has none), and the terms. Arguments as of `loss`.
+
+        Parameters that this run makes, those of a branch not taken before, are trained from now on if `grow` (their
+        gradients come last); else they are refused.
 
         Of `tables` it is that of their entries, [batch, ...]. Gradients are computed here only: a reduction over
         processes belongs here.
@@ -145,6 +150,12 @@ class Problem:
         parameters = self.program.parameters
         taken = {n: parameters[n].detach().index_select(0, rows).requires_grad_() for n in self.tables}
         loss = self.loss(rows, values, taken)
+        if new := self.program.unmet():
+            if not grow:
+                raise ProgramError(
+                    f"the parameter '{new[0]}' appears in some steps only: call pyro.param for it in every run"
+                )
+            self.program.gather()
         leaves = list((parameters | taken).values())
         found: list[Tensor | None] = list(
             torch.autograd.grad(loss.surrogate, leaves, allow_unused=True, retain_graph=loss.own is not None)

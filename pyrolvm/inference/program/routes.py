@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,13 +112,13 @@ class _RowPlates:
     """
 
     def __init__(self, guide: AutoGuide) -> None:
-        self.guide = weakref.ref(guide)
+        self.guide = guide
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[pyro.plate]:
-        guide, rows = self.guide(), current_rows()
-        if guide is None or rows is None:
+        rows = current_rows()
+        if rows is None:
             return []
-        frames = [f for f in guide._prototype_frames.values() if f.full_size == rows.total]
+        frames = [f for f in self.guide._prototype_frames.values() if f.full_size == rows.total]
         frames.sort(key=lambda f: (f.name != DATA_PLATE, f.dim))
         return [pyro.plate(f.name, rows.total, subsample=rows.indices, dim=f.dim) for f in frames[:1]]
 

@@ -221,6 +221,7 @@ def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
         with program.scope(mode="predict"):
             program.contract.check_fit(*batch.args[:1])
     history = training.history.frame()
+    program.settle()
     return FittedModel(
         program,
         structure,

@@ -100,7 +100,8 @@ class Training:
         if saved is not None:
             self._check_controls(saved.step)
             self.state = saved
-            self.problem.program.load(saved.parameters)
+            program = self.problem.program
+            program.load(saved.parameters, later=saved.optimizer.keys() - program.parameters.keys())
 
     def _check_controls(self, step: int) -> None:
         """The steps that are done must have had the schedules of this run; functions themselves cannot be compared."""
