@@ -23,6 +23,7 @@ from pyrolvm import (
     BayesianFactorAnalysis,
     BayesianGaussianMixture,
     BernoulliVAE,
+    ConcreteVAE,
     ConditionalVAE,
     DataError,
     DiffusionVAE,
@@ -33,6 +34,7 @@ from pyrolvm import (
     PowerVAE,
     ProbabilisticVQVAE,
     SettingError,
+    StructuredPrediction,
 )
 from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.objectives import estimate, prepare
@@ -100,6 +102,15 @@ CASES = {
         BINARY.repeat(1, 4),
     ),
     "BernoulliVAE": (lambda: BernoulliVAE(4, 3), BINARY),
+    "ConcreteVAE": (lambda: ConcreteVAE(4, 3), BINARY),
+    "ConcreteVAE, categories": (
+        lambda: ConcreteVAE(4, 3, 3, 2, temperature=(1.0, 0.6), likelihood="gaussian"),
+        IRIS,
+    ),
+    "StructuredPrediction": (
+        lambda: StructuredPrediction(6, latent_dim=5),
+        torch.cat([BINARY, BINARY[:, :2]], 1),
+    ),
     "InfoVAE": (lambda: InfoVAE(4, 2, likelihood="gaussian", hidden=(16,)), IRIS),
     "InfoVAE, median": (lambda: InfoVAE(4, 2, 0.2, 5.0, "imq", "median", "v", hidden=(16,)), BINARY),
     "HierarchicalVAE": (lambda: HierarchicalVAE(4, (3, 2), "gaussian", hidden=(16,)), IRIS),
@@ -412,11 +423,11 @@ class Points(pyro.poutine.messenger.Messenger):
     def _pyro_sample(self, msg):
         if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
             fn = msg["fn"]
-            vector = (
-                fn.support.is_discrete and fn.support.event_dim > 1
-            )  # one-hot: its mean is no value of it
-            point = location(fn).round() if fn.support.is_discrete else location(fn)
-            point = fn.mode if vector else point
+            point = location(fn)
+            if fn.support.is_discrete and point.dim() == 3:  # one-hot
+                point = torch.nn.functional.one_hot(point.argmax(-1), point.shape[-1]).to(point)
+            elif fn.support.is_discrete:
+                point = point.round()
             msg["infer"].pop("enumerate", None)
             msg["fn"] = dist.Delta(point, event_dim=len(fn.event_shape))
 

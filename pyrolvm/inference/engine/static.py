@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-TORCH = str(Path(torch.__file__ or "").parent)
+TORCH, ENGINE = str(Path(torch.__file__ or "").parent), str(Path(__file__).parent)
 
 
 class TensorScalars(TorchFunctionMode):
@@ -104,8 +104,8 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
 
 
 def _called_by(function: Callable[..., Any]) -> bool:
-    """Whether the nearest caller outside of torch and this file is `function`."""
+    """Whether the nearest caller outside of torch and the engine is `function`."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((TORCH, ENGINE)):
         frame = frame.f_back
     return frame.f_code is function.__code__
