@@ -101,8 +101,9 @@ class FittedModel:
 
     @property
     def elbo(self) -> float:
-        """The bound averaged over the last hundred steps, nats per datum; of a point estimate, log p(x, z) at it."""
-        return float(self.history["elbo"].tail(100).mean())
+        """The bound, nats per datum: at these parameters, or over the last hundred steps; of a point, log p(x, z)."""
+        kept = self.convergence.numbers.get("elbo")  # of a run whose parameters are an average over its steps
+        return float(self.history["elbo"].tail(100).mean()) if kept is None else kept
 
     @property
     def held_out_elbo(self) -> float:
@@ -110,7 +111,8 @@ class FittedModel:
 
         Where `patience` chose the parameters by it, it is a little too high: the rows that chose cannot also judge.
         """
-        return held_out_elbo(self.history, self.settings.get("kept_step"))
+        kept = self.convergence.numbers.get("held_out_elbo")
+        return held_out_elbo(self.history, self.settings.get("kept_step")) if kept is None else kept
 
     # ------------------------------------------------------------------ questions
 
