@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test test-slow lint docs bench corpus clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m pyrolvm.demo
@@ -25,6 +25,9 @@ docs: $(VENV)/installed-docs
 
 bench: $(VENV)/installed-benchmarks
 	$(BIN)/python -m benchmarks
+
+corpus: $(VENV)/installed-tests
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m corpus
 
 clean:
 	rm -rf $(VENV) build dist site demo-run *.egg-info

@@ -1,4 +1,4 @@
-"""What the reproductions share: arguments, MNIST in bits of our own, Glorot's start, rows that are kept, and the table."""
+"""What the reproductions share: arguments, MNIST in bits of our own, Glorot's start, rows kept, and the table."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def arguments(doc: str | None, name: str, scale: float) -> argparse.ArgumentParser:
     """The arguments of every reproduction; `scale` is the share of the paper's schedule that runs by default."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--scale", type=float, default=scale, help=f"share of the paper's schedule, from its start ({scale})"
     )
@@ -66,8 +64,15 @@ def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[], dict[s
         if found["settings"] == json.loads(json.dumps(settings)):
             return found["row"]
     row = compute()
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"settings": settings, "row": row}, indent=2) + "\n")
     return row
+
+
+def gathered(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows that these folders keep, whichever run they are of: a table may be made by several commands."""
+    files = [folder / "row.json" for folder in folders]
+    return [json.loads(file.read_text())["row"] for file in files if file.exists()]
 
 
 def write_table(
@@ -92,4 +97,4 @@ def write_table(
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -21,8 +21,9 @@ GAP_ROWS = 200
 REFERENCE_ROWS = 5
 
 GLOBAL_EVALUATIONS = 4e7
-"""As many evaluations of a datum's density as `diagnose` spends on k-hat of global latents, some twenty seconds;
-a fortieth of it for programs whose draws are taken one by one."""
+"""As many evaluations of a datum's density as `diagnose` spends on k-hat of global latents, some twenty seconds."""
+GLOBAL_RUNS = 5e3
+"""As many runs of a program whose draws are taken one by one, whatever its number of data: some twenty seconds too."""
 
 
 class Asked(NamedTuple):
@@ -57,8 +58,9 @@ def _global(asked: Asked, found: Mapping[str, Any]) -> GlobalTail:
     """k-hat of the global latents, unless integrating out those of each datum would take minutes."""
     fitted, names = asked.fitted, judged_together(asked.fitted.structure)
     inner = 100 if fitted.structure.local_latents and not fitted.structure.joint_guide else 1
-    evaluations = asked.num_samples * asked.data.num_rows * inner
-    if names and evaluations > GLOBAL_EVALUATIONS / (1 if fitted.vectorized else 40):
+    runs = asked.num_samples * inner
+    evaluations = runs * asked.data.num_rows
+    if names and (evaluations > GLOBAL_EVALUATIONS or not (fitted.vectorized or runs <= GLOBAL_RUNS)):
         reason = f"it takes {evaluations:.1e} evaluations of the model: call global_khat(fitted, x)"
         return GlobalTail(None, names, reason, asked.num_samples)
     return global_khat(fitted, asked.data.batch, asked.num_samples, **asked.options)

@@ -41,6 +41,8 @@ STATISTICS: dict[str, Statistic] = {
     "sd of the rows' means": lambda x: x.double().reshape(len(x), -1).mean(1).std(),
 }
 """What is looked at by default: tensor [rows, ...] -> number."""
+OF_ONE_NUMBER: dict[str, Statistic] = {"value": lambda x: x.double().sum()}
+"""What is looked at of a site that is a single number, which has no deviation."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,6 +150,8 @@ class _Observed:
         self.name, self.statistics = name, statistics
         node: Any = model.nodes[name]
         self.value = tidy(pair.structure, node, node["value"])[0]
+        if self.value.numel() == 1 and statistics is STATISTICS:
+            self.statistics = OF_ONE_NUMBER
         self.kept = observed_mask(pair, node)
 
     def of(self, value: Tensor) -> dict[str, float]:

@@ -14,10 +14,14 @@ from pyrolvm.models.power_vae import PowerVAE as PowerVAE
 from pyrolvm.models.conditional_vae import ConditionalVAE as ConditionalVAE
 from pyrolvm.models.autoencoder import Autoencoder as Autoencoder
 from pyrolvm.models.bernoulli_vae import BernoulliVAE as BernoulliVAE
+from pyrolvm.models.concrete_vae import ConcreteVAE as ConcreteVAE
+from pyrolvm.models.structured_prediction import StructuredPrediction as StructuredPrediction
 from pyrolvm.models.diffusion import DiffusionVAE as DiffusionVAE
 from pyrolvm.models.info_vae import InfoVAE as InfoVAE
 from pyrolvm.models.hierarchical_vae import HierarchicalVAE as HierarchicalVAE
 from pyrolvm.models.nonlinear_lvm import NonlinearLVM as NonlinearLVM
+from pyrolvm.models.vq_vae import VQVAE as VQVAE
+from pyrolvm.models.probabilistic_vq_vae import ProbabilisticVQVAE as ProbabilisticVQVAE
 # isort: on
 
 REGISTRY: dict[str, type[LatentVariableModel]] = {

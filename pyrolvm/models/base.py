@@ -46,6 +46,7 @@ class LatentVariableModel(nn.Module):
     `controls`           schedules that it brings to training                   `fit`
     `objective`          the objective that it is usually trained by            `fit`, unless told another
     `decode`             the mean of p(x | z)                                   reconstructions, traversals
+    `columns`            numbers of training, beside those of the objective     the history
     ===================  =====================================================  ==================================
 
     Attributes
@@ -215,6 +216,10 @@ class LatentVariableModel(nn.Module):
             In the units of the data; None where the model has no decoder.
         """
         return None
+
+    def columns(self) -> dict[str, Tensor]:
+        """Numbers [] that a step leaves behind, by name, {} by default: further columns of the history."""
+        return {}
 
     # ------------------------------------------------------------------ help for models
 

@@ -18,7 +18,7 @@ W. Grathwohl et al., "Backpropagation through the void", ICLR 2018, appendix, fo
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Mapping
 
 import pyro
 import pyro.distributions as dist
@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from pyrolvm.errors import DataError, count
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
-from pyrolvm.models.likelihoods import check_binary
+from pyrolvm.models.likelihoods import Likelihood, make_likelihood
+from pyrolvm.models.make import start_decoder
 from pyrolvm.models.networks import MLP
-
-MOST_BITS = 14
-"""The most latent bits that `log_marginal` sums out."""
+from pyrolvm.models.units import Bits, make_units
 
 
 class BernoulliVAE(LatentVariableModel):
@@ -67,17 +66,23 @@ class BernoulliVAE(LatentVariableModel):
         hidden: int = 200,
     ) -> None:
         super().__init__()
-        self.data_dim, self.latent_dim = count("data_dim", data_dim), count("latent_dim", latent_dim)
+        units = make_units(latent_dim, 2)
+        likelihood = make_likelihood("bernoulli", count("data_dim", data_dim))
+        self._build(units, likelihood, num_layers, nonlinear, hidden)
+
+    def _build(
+        self, units: Bits, likelihood: Likelihood, num_layers: int, nonlinear: bool, hidden: int
+    ) -> None:
+        self.data_dim, self.latent_dim = likelihood.data_dim, units.size
+        self.units, self.likelihood = units, likelihood
         self.num_layers, self.nonlinear = count("num_layers", num_layers), bool(nonlinear)
         layers = (count("hidden", hidden),) * 2 if nonlinear else ()
-        sizes = [self.data_dim] + [self.latent_dim] * self.num_layers  # from the data up
-
-        def net(before: int, after: int) -> MLP:
-            return MLP(before, after, layers, "tanh")
-
-        self.prior_logits = nn.Parameter(torch.zeros(self.latent_dim))
-        self.encoders = nn.ModuleList(net(a, b) for a, b in itertools.pairwise(sizes))
-        self.decoders = nn.ModuleList(net(b, a) for a, b in itertools.pairwise(sizes))
+        between = [(units.num_inputs, units.num_logits)] * (self.num_layers - 1)
+        up = [(self.data_dim, units.num_logits), *between]
+        down = [(units.num_inputs, self.data_dim * likelihood.parts), *between]
+        self.prior_logits = nn.Parameter(torch.zeros(units.num_logits))
+        self.encoders = nn.ModuleList(MLP(*sizes, layers, "tanh") for sizes in up)
+        self.decoders = nn.ModuleList(MLP(*sizes, layers, "tanh") for sizes in down)
         self.register_buffer("data_mean", torch.full((self.data_dim,), 0.5))
 
     @property
@@ -88,11 +93,11 @@ class BernoulliVAE(LatentVariableModel):
     def model(self, x: Tensor | None = None) -> Tensor:
         """p(x, z); `x`: [batch, data_dim] or None to generate. Returns x."""
         with self.data_plate(x):
-            logits = self.prior_logits  # [latent_dim]
+            logits = self.prior_logits  # [num_logits]
             for name, decoder in zip(reversed(self.sites), reversed(self.decoders), strict=True):
-                z = pyro.sample(name, dist.Bernoulli(logits=logits).to_event(1))  # [batch, latent_dim]
-                logits = decoder(2 * z - 1)
-            return pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+                z = pyro.sample(name, self.units.distribution(logits))  # [batch, latent_dim] of bits
+                logits = decoder(self.units.inputs(z))
+            return pyro.sample("x", self.likelihood(logits), obs=x)
 
     def guide(self, x: Tensor | None = None) -> Tensor:
         """q(z | x); `x`: [batch, data_dim]. Returns the top layer [batch, latent_dim]."""
@@ -101,42 +106,41 @@ class BernoulliVAE(LatentVariableModel):
         below = 2 * (x - self.data_mean)  # [batch, data_dim]
         with self.data_plate(x):
             for name, encoder in zip(self.sites, self.encoders, strict=True):
-                z = pyro.sample(
-                    name, dist.Bernoulli(logits=encoder(below)).to_event(1)
-                )  # [batch, latent_dim]
-                below = 2 * z - 1
+                z = pyro.sample(name, self.units.distribution(encoder(below)))  # [batch, latent_dim]
+                below = self.units.inputs(z)
         return z
 
     def objective(self) -> str:
         """Two mirrored draws: of the unbiased estimators the best bound for its cost (see the docs page)."""
         return "disarm"
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Probabilities [..., data_dim] for bits, or their probabilities, z [..., latent_dim] of the first layer."""
-        return self.decoders[0](2 * z - 1).sigmoid()
+    def likelihood_dist(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z_1) for z_1 [..., latent_dim], event [data_dim]; its `.mean` is the reconstruction."""
+        return self.likelihood(self.decoders[0](self.units.inputs(z)))
+
+    def decode(self, z: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """The mean [..., data_dim] of p(x | z_1), for z_1 or its probabilities, or a dict of the layers by name."""
+        return self.likelihood_dist(z["z1"] if isinstance(z, Mapping) else z).mean
 
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:
-        """Centre by the mean of x [rows, data_dim]; without latents the decoder gives that mean."""
-        mean = x.mean(0)
-        last: nn.Linear = self.decoders[0].layers[-1]  # type: ignore[assignment, index]
-        self.data_mean.copy_(mean)
-        last.bias.copy_(mean.clamp(1e-3, 1 - 1e-3).logit())
+        """Centre by the mean of x [rows, data_dim]; without latents the decoder gives the columns' own distribution."""
+        self.data_mean.copy_(x.mean(0))
+        start = self.likelihood.start(x)
+        if start is not None:
+            start_decoder(self.decoders[0], start)
         self.fresh = False
 
     def log_marginal(self, x: Tensor) -> Tensor | None:
-        """log p(x) [batch] in nats for x [batch, data_dim], all bits summed out; None if there are too many."""
-        if self.num_layers > 1 or self.latent_dim > MOST_BITS:
+        """log p(x) [batch] in nats for x [batch, data_dim], all latents summed out; None if there are too many."""
+        if not self.units.summable(self.num_layers):
             return None
-        bits = torch.cartesian_prod(*[x.new_tensor([0.0, 1.0])] * self.latent_dim).reshape(
-            -1, self.latent_dim
-        )
-        prior = dist.Bernoulli(logits=self.prior_logits).to_event(1).log_prob(bits)  # [2^latent_dim]
-        seen = dist.Bernoulli(logits=self.decoders[0](2 * bits - 1)).to_event(1)
-        return torch.stack([(prior + seen.log_prob(row)).logsumexp(0) for row in x])
+        log_p = self.units.marginal(self.prior_logits, reversed(self.decoders[1:]))  # [values] of z_1
+        seen = self.likelihood_dist(self.units.every(x))
+        return torch.stack([(log_p + seen.log_prob(row)).logsumexp(0) for row in x])
 
     def check_data(self, x: Tensor) -> Tensor:
-        """`x` as floats; raises `DataError` unless [rows, data_dim] of zeros and ones."""
+        """`x` as floats; raises `DataError` unless [rows, data_dim], finite and in the likelihood's support."""
         check_columns(x, self.data_dim, type(self).__name__)
         check_finite(x)
-        check_binary(x)
+        self.likelihood.check(x)
         return self.as_floats(x)

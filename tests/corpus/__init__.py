@@ -9,8 +9,8 @@ One file holds programs of a kind. A program is a function that builds it anew, 
         def guide(x): ...
         return Pair(model, guide, (x,))
 
-`corpus.asked` fits it beside `pyro.infer.SVI` and asks every question; `tests/corpus/test_corpus.py` runs the fast part of
-it, and `make corpus` writes the table.
+`corpus.asked` fits it beside `pyro.infer.SVI` and asks every question; `test_corpus.py` runs the fast part, and
+`make corpus` writes the table.
 """
 
 from corpus.form import CORPUS, Case, Pair, program

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import tempfile
 import time
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from corpus.form import QUESTIONS, Case, Pair
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoGuide
 
 import pyrolvm
+from corpus.form import QUESTIONS, Case, Pair
+from pyrolvm.data.arguments import as_call
 from pyrolvm.errors import PyrolvmError
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.seeds import Purpose, derived_seed
@@ -27,22 +26,25 @@ STEPS, RATE, SEED = 4, 0.01, 0
 REPEATS = 40
 """Estimates of the bound at the start, where the numbers drawn differ."""
 ROUNDING = 2e-4
+DRAWS = 25
 CPU = torch.device("cpu")
 
 
 def data_of(pair: Pair) -> Any:
-    """The arguments of a step as `fit` and the questions take them."""
-    if pair.kwargs:
-        return dict(inspect.signature(pair.model).bind(*pair.args, **pair.kwargs).arguments)
-    return pair.args[0] if len(pair.args) == 1 else pair.args
+    """The arguments of a step as the questions take them."""
+    return as_call(pair.args, (), pair.kwargs)
 
 
 def fitted(pair: Pair, num_steps: int = STEPS, rate: float = RATE, **options: Any) -> Any:
-    """The pair under `fit`."""
+    """The pair under `fit`, its arguments as those of `SVI.step`."""
     options = {"engine": "eager", "initialise": False, "progress": False, "seed": SEED} | options
+    collected = len(pair.args) == 1 and isinstance(
+        pair.args[0], dict | tuple
+    )  # alone, these stand for arguments
     return pyrolvm.fit(
         pair.model,
-        data_of(pair),
+        *((pair.args,) if collected else pair.args),
+        model_kwargs=pair.kwargs or None,
         guide=pair.guide,
         objective=pair.objective(),
         num_steps=num_steps,
@@ -87,7 +89,9 @@ def under_svi(pair: Pair, num_steps: int = STEPS, rate: float = RATE) -> UnderSV
 
 
 def disagreement(case: Case) -> str:
-    """Empty if `fit` and `SVI` have the same bounds; else what differs."""
+    """Empty if `fit` and `SVI` have the same bounds, or `fit` refuses as expected; else what differs."""
+    if case.refused:
+        return refusal(case)
     if case.noise:
         ours, theirs = totals(fitted(case.build())), under_svi(case.build()).bounds
         same = np.allclose(ours, theirs, rtol=ROUNDING, atol=ROUNDING)
@@ -103,6 +107,15 @@ def disagreement(case: Case) -> str:
     )
 
 
+def refusal(case: Case) -> str:
+    """Empty if `fit` refuses the program in the words expected."""
+    try:
+        fitted(case.build())
+    except PyrolvmError as error:
+        return "" if case.refused in str(error) else f"refused otherwise: {error}"
+    return f"it runs, though it should be refused for '{case.refused}'"
+
+
 def totals(fit: Any) -> np.ndarray:
     """The bounds of a fit in nats for all data."""
     return fit.history["elbo"].to_numpy() * fit.num_data
@@ -111,19 +124,21 @@ def totals(fit: Any) -> np.ndarray:
 # ------------------------------------------------------------------ compiled
 
 
-def parted(case: Case) -> tuple[str, Any]:
-    """(what is wrong with the compiled engine, the compiled fit or None): equal bounds, or the reason expected."""
+def parted(case: Case) -> tuple[str, float]:
+    """(what is wrong with the compiled engine, its seconds beside steps): equal bounds, or the reason expected."""
     eager = fitted(case.build())
+    begun = time.perf_counter()
     try:
         compiled = fitted(case.build(), engine="compiled")
     except PyrolvmError as error:
         words = case.compiled if isinstance(case.compiled, str) else None
         expected = words is not None and words in str(error)
-        return ("" if expected else f"does not compile: {error}"), None
+        return ("" if expected else f"does not compile: {error}"), 0.0
+    seconds = time.perf_counter() - begun - compiled.history["seconds"].iloc[-1]
     if case.compiled is not True:
-        return f"compiles, though it should be refused for '{case.compiled}'", compiled
+        return f"compiles, though it should be refused for '{case.compiled}'", seconds
     same = np.allclose(totals(compiled), totals(eager), rtol=ROUNDING, atol=ROUNDING)
-    return ("" if same else f"compiled {totals(compiled)}, eager {totals(eager)}"), compiled
+    return ("" if same else f"compiled {totals(compiled)}, eager {totals(eager)}"), seconds
 
 
 # ------------------------------------------------------------------ questions
@@ -190,8 +205,9 @@ def _all_finite(values: Any, rows: int | None = None) -> Any:
 
 def _export(fit: Any, pair: Pair) -> Any:
     found = pyrolvm.to_inference_data(fit, data_of(pair), num_samples=6, progress=False)
-    assert {"posterior", "prior"} <= set(found.groups()), found.groups()
-    for name, draws in found["posterior"].data_vars.items():
+    latents = {"posterior", "prior"} if fit.structure.latents else set()
+    assert latents <= set(found.groups()), found.groups()
+    for name, draws in found["posterior"].data_vars.items() if latents else ():
         assert np.isfinite(np.asarray(draws, dtype=float)).all(), name
     return found
 
@@ -220,7 +236,7 @@ ANSWERS: dict[str, Callable[[Any, Pair], Any]] = {
     "log_evidence": lambda fit, pair: _all_finite(
         fit.log_evidence(data_of(pair), num_samples=50, progress=False)
     ),
-    "diagnose": lambda fit, pair: pyrolvm.diagnose(fit, data_of(pair), 50, progress=False),
+    "diagnose": lambda fit, pair: pyrolvm.diagnose(fit, data_of(pair), DRAWS, progress=False),
     "export": _export,
     "save and load": _saved,
 }
@@ -229,6 +245,8 @@ assert tuple(ANSWERS) == QUESTIONS
 
 def faults(case: Case, questions: tuple[str, ...] = QUESTIONS) -> list[str]:
     """Every question that is not answered as expected."""
+    if case.refused:
+        return []
     pair = case.build()
     fit = fitted(pair)
     found = []
@@ -252,8 +270,3 @@ class Rebuilt:
     def rebuilt(self) -> Pair:
         """The same program as another process would build it."""
         return self.build()
-
-
-def is_auto(pair: Pair) -> bool:
-    """Whether the guide is one of Pyro's automatic ones."""
-    return isinstance(pair.guide, AutoGuide | str)

@@ -24,6 +24,8 @@ QUESTIONS = (
     "save and load",
 )
 """What is asked of a fit, see `corpus.asked`."""
+NO_LATENTS_OF_ROWS = {"encode": "no local latents"}
+"""What a program declines whose latents all data share."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Case:
     missing : mapping
         Measure of `diagnose` -> words of the reason why it is not computed, apart from those that `diagnose` names for
         want of latents of each datum.
+    refused : str
+        Words of the sentence by which `fit` refuses the program; empty for those that run.
     noise : bool
         Whether `fit` and `SVI` draw the same numbers from the same seed, so that their bounds agree to rounding. Else
         they are compared within their error.
@@ -82,6 +86,7 @@ class Case:
     compiled: bool | str = True
     declines: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
+    refused: str = ""
     noise: bool = True
     quick: bool = True
     quick_compiled: bool = False

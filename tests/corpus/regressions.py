@@ -5,12 +5,11 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
-from corpus.form import Pair, program
 from pyro.infer.autoguide import AutoDiagonalNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
-NO_LATENTS_OF_ROWS = {"encode": "no local latents"}
+from corpus.form import NO_LATENTS_OF_ROWS, Pair, program
 
 
 def table(rows: int = 30, columns: int = 3) -> torch.Tensor:
@@ -18,7 +17,7 @@ def table(rows: int = 30, columns: int = 3) -> torch.Tensor:
     return torch.randn(rows, columns)
 
 
-@program(declines=NO_LATENTS_OF_ROWS, quick_compiled=True)
+@program(declines=NO_LATENTS_OF_ROWS)
 def linear_regression() -> Pair:
     """Bayesian linear regression as a PyroModule with PyroSample weights, by AutoDiagonalNormal."""
     x = table()

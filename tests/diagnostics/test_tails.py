@@ -224,3 +224,30 @@ def test_points_have_no_khat():
 def test_too_few_draws_are_refused():
     with pytest.raises(SettingError, match="at least 25"):
         local_khat(local(1.0, 5), torch.zeros(5), 10)
+
+
+def test_shared_latents_in_a_plate_of_the_data_plates_dimension_all_count():
+    """Levels of two groups with their exact posterior as the guide: all weights are the same."""
+    group, y = torch.arange(12) % 2, torch.randn(12, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([y[group == g].sum() for g in range(2)]) / 7
+
+    def model(group, y):
+        with pyro.plate("groups", 2):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(level[..., group], 1.0), obs=y)
+
+    def guide(group, y):
+        offset = pyro.param("offset", torch.tensor(0.0))
+        with pyro.plate("groups", 2):
+            pyro.sample("level", dist.Normal(each + offset, 7**-0.5))
+
+    options = {
+        "num_steps": 1,
+        "learning_rate": 1e-12,
+        "progress": False,
+        "engine": "eager",
+        "dtype": "float64",
+    }
+    fitted = pyrolvm.fit(model, (group, y), guide=guide, **options)
+    assert pyrolvm.diagnostics.global_khat(fitted, (group, y), 100, progress=False).k_hat == -math.inf

@@ -9,8 +9,8 @@ import torch
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, SettingError, data_plate
-from pyrolvm.inference.posterior.evidence import bidirectional, evidence_table, iwae_bounds
 from pyrolvm.inference.engine.recorded import Recorded
+from pyrolvm.inference.posterior.evidence import bidirectional, evidence_table, iwae_bounds
 from pyrolvm.inference.program import pair
 
 QUIET = {"progress": False, "engine": "eager"}

@@ -10,8 +10,8 @@ import torch
 from programs import LocalNormal
 
 import pyrolvm
-from pyrolvm.inference.posterior.evidence import evidence_table, khat_threshold, pareto_khat
 from pyrolvm.inference.log_joint.psis import generalized_pareto_shape, khat_of_largest, tail_length
+from pyrolvm.inference.posterior.evidence import evidence_table, khat_threshold, pareto_khat
 from pyrolvm.inference.posterior.evidence.streams import LargestWeights
 
 with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """All that the engines use of torch's private and prototype parts (torch 2.11 to 2.13).
 
     record      run a function and record its tensor operations              (make_fx)
+    unrecorded  operations within a record that it leaves out                (make_fx; `reads` watches it)
     functional  the same graph with side effects on its inputs only, at its end (functionalize)
     cpp_source  a graph as C++ source                                        (inductor, cpp_wrapper)
     compiler_command, header                                                 (inductor's C++ builder)
@@ -19,7 +20,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +123,13 @@ def record(
         if removed and not node.users:
             graph.graph.erase_node(node)
     return graph, _lift_constants(graph, inputs)
+
+
+def unrecorded() -> AbstractContextManager[None]:
+    """Operations inside are run and not recorded: their results are constants of the graph."""
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    return disable_proxy_modes_tracing()  # type: ignore[no-any-return]
 
 
 def _lift_constants(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

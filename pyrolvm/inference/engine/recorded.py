@@ -76,9 +76,7 @@ def _replay(function: Function, inputs: Outputs) -> Function | None:
 
 
 @torch.no_grad()
-def settled(
-    graph: fx.GraphModule, num_inputs: int, constants: Outputs, *, fresh: bool = False
-) -> Outputs:
+def settled(graph: fx.GraphModule, num_inputs: int, constants: Outputs, *, fresh: bool = False) -> Outputs:
     """Compute once what does not depend on the inputs; returns the constants of the rest of the graph.
 
     With `fresh` also what is made of nothing (`arange`, `zeros`): only of graphs that write to nothing in place.

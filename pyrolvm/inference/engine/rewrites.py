@@ -52,7 +52,8 @@ def exponential_by_inversion() -> bool:
 
 def _bernoulli(weights: Tensor, *, generator: Any = None) -> Any:
     """As `_multinomial`, for weights [...] of 1."""
-    if generator is not None or not _is_plain(weights):
+    # of one weight for many entries the draws are laid out as those of many weights
+    if generator is not None or not _is_plain(torch.empty_like(weights)):
         return NotImplemented
     noise = torch.rand(weights.shape, dtype=weights.dtype, device=weights.device)
     return (noise < weights).to(weights.dtype)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-TORCH = str(Path(torch.__file__ or "").parent)
+TORCH, ENGINE = str(Path(torch.__file__ or "").parent), str(Path(__file__).parent)
 
 
 class TensorScalars(TorchFunctionMode):
@@ -80,19 +80,32 @@ def _masked_dot(weight: Tensor, cost: Tensor) -> Tensor:
 
 
 class _NoShortcuts(TorchFunctionMode):
-    """`Dice.compute_expectation` branches on whether some weight is 0; `_masked_dot` needs no branch."""
+    """`Dice.compute_expectation` branches on whether some weight is 0; `_masked_dot` needs no branch.
+
+    `one_hot` looks whether its values fit; a comparison with every class does not.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is Tensor.__bool__ and _called_by(pyro.infer.util.Dice.compute_expectation):
             return True
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """As torch's; without a number of classes torch's own, which reads the largest value."""
+    if num_classes < 0:
+        return torch.ops.aten.one_hot(tensor, num_classes)
+    every = torch.arange(num_classes, device=tensor.device)
+    return (tensor.unsqueeze(-1) == every).to(torch.int64)
+
+
 def _called_by(function: Callable[..., Any]) -> bool:
-    """Whether the nearest caller outside of torch and this file is `function`."""
+    """Whether the nearest caller outside of torch and the engine is `function`."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((TORCH, ENGINE)):
         frame = frame.f_back
     return frame.f_code is function.__code__

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from pyrolvm.inference.engine import graphs
 from pyrolvm.inference.engine.entries import collected, is_per_row, places_of
 from pyrolvm.inference.engine.problem import Problem
+from pyrolvm.inference.engine.reads import ROWS, Reads
 from pyrolvm.inference.engine.static import TensorScalars, static_pyro
 from pyrolvm.inference.engine.untraceable import check_writes, explained, kept
 from pyrolvm.inference.program.noise import kept_generators
@@ -177,6 +178,10 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
     written: list[str] = []
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
+        with Reads(_changing(problem, state, flat, len(controls)), lambda: site.name):
+            return step(*flat)
+
+    def step(*flat: Tensor) -> tuple[Tensor, ...]:
         at = dict(zip(state, flat, strict=False))
         rows, rate, *others = flat[len(flat) - len(controls) - 1 :]
         gradients, terms = problem.gradients(rows, others)
@@ -184,7 +189,7 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         written[:] = new
         return (*new.values(), terms)
 
-    with program.scope(), kept_generators(device), kept(program), explained(), static_pyro():
+    with program.scope(), kept_generators(device), kept(program), explained() as site, static_pyro():
         graph, constants = graphs.record(run, inputs)
     check_writes(graph, list(state), len(inputs))
     names = tuple(state)
@@ -201,6 +206,17 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         len(problem.terms),
         frozenset(i for i, key in enumerate(names) if _is_by_row(problem, key, state)),
     )
+
+
+def _changing(
+    problem: Problem, state: dict[str, Tensor], flat: Sequence[Tensor], num_controls: int
+) -> dict[str, list[Tensor]]:
+    """What is another value in the next step, in words."""
+    found = {f"'{key.partition('/')[2]}'": [value] for key, value in zip(state, flat, strict=False)}
+    found["a control"] = list(flat[len(flat) - num_controls :])
+    if problem.minibatch:
+        found[ROWS] = [flat[len(flat) - num_controls - 1]]
+    return found
 
 
 def _is_by_row(problem: Problem, key: str, state: dict[str, Tensor]) -> bool:

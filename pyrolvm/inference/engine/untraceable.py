@@ -15,6 +15,7 @@ from torch import fx
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.engine.reads import ChangingReadError
 from pyrolvm.inference.program.program import Program
 
 _PACKAGES = [Path(module.__file__ or "").parent for module in (torch, pyro)]
@@ -64,7 +65,7 @@ def check_writes(graph: fx.GraphModule, names: list[str], num_inputs: int) -> No
             )
 
 
-class _LastSite(Messenger):
+class LastSite(Messenger):
     """Remembers the sample site that was reached last."""
 
     name: str | None = None
@@ -74,16 +75,18 @@ class _LastSite(Messenger):
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explained() -> Iterator[LastSite]:
     """Raise `UntraceableError`, with the line or site, for what fails within the block."""
-    site = _LastSite()
+    site = LastSite()
     try:
         with site:
-            yield
+            yield site
     except UntraceableError:
         raise
     except Exception as error:
         where = _user_line(error) or (f"at the site '{site.name}'" if site.name else "in the optimiser")
+        if isinstance(error, ChangingReadError):
+            raise UntraceableError(str(error).format(where=where)) from error
         if _depends_on_data(error):
             raise UntraceableError(
                 f"Python reads or branches on the value of a tensor {where}: "
@@ -104,7 +107,7 @@ def _user_line(error: Exception) -> str | None:
         own = Path(frame.filename)
         if frame.filename.startswith(_LIBRARIES) or str(own.parent) == _STANDARD:
             continue
-        if frame.filename.startswith("<") or (own.suffix != ".py" and not frame.line):
+        if frame.filename.startswith("<eval_with_key") or not frame.line:  # a notebook's cells have lines
             continue
         return f"in {own.name}, line {frame.lineno}: `{frame.line}`"
     return None

@@ -4,9 +4,9 @@ All latents z of a program, stacked site by site in unconstrained coordinates z 
 
     log_joint(u) = log p(x, T(u)) + log |T'(u)|,        u: [dim]
 
-Discrete latents that the model enumerates are summed out. The program runs as it is written, whatever its type: numbers of
-a lower precision are widened as they are met. Its operations at one u are recorded and replayed, over many u by `vmap`; a
-program that cannot be recorded is run again for every u.
+Discrete latents that the model enumerates are summed out. The program runs as it is written, whatever its type:
+numbers of a lower precision are widened as they are met. Its operations at one u are recorded and replayed, over many
+u by `vmap`; a program that cannot be recorded is run again for every u.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,26 +194,41 @@ class LogJoint:
                 again = self._total(self._trace(place))
                 again = again + sum(t.sum() for t in place.log_abs_det.values()) * self.jacobian
         if not torch.allclose(first, again.double(), equal_nan=True):
-            raise ProgramError("the model's density at one value of its latents is random (dropout, a draw that is no site)")
+            raise ProgramError(
+                "the model's density at one value of its latents is random (dropout, a draw that is no site)"
+            )
 
     def _record(self) -> None:
         """Replace runs of the program by a record of one, if it agrees with the program at other points."""
         generator = torch.Generator().manual_seed(0)
         points = torch.randn(CHECKED_AT, self.dim, generator=generator, dtype=torch.float64)
-        with suppress(Exception), warnings.catch_warnings(), torch.no_grad():  # whatever cannot be recorded is run
-            warnings.simplefilter("ignore")
-            pure = torch.func.functionalize(lambda u: self.at(u), remove="mutations")
-            graph, constants = graphs.record(pure, (points[0],))
-            constants = settled(graph, 1, tuple(t.detach() for t in constants), fresh=True)
-            constants = _numbered(graph, constants)
+        with torch.no_grad():
             wanted = torch.stack([self.at(u) for u in points])
-            for run in (torch.func.vmap, _one_by_one):
-                self._graph = run(lambda u: graph(u, *constants))
-                with suppress(Exception):
-                    found = self._batch(points)
-                    if not graphs.written_inputs(graph) and _same(found, wanted):
+        # with writes in place removed, which a few functions (the logarithm of Pyro's enumeration) do not allow
+        for pure in (True, False):
+            for batched in (torch.func.vmap, _one_by_one):
+                with suppress(Exception):  # what cannot be recorded is run
+                    self._graph = batched(self._recording(points[0], pure))
+                    if torch.allclose(self._batch(points), wanted, 1e-9, 1e-9, equal_nan=True):
                         return
         self._graph = None
+
+    @torch.no_grad()
+    def _recording(self, u: Tensor, pure: bool) -> Callable[[Tensor], Tensor]:
+        """The operations of one run at u [dim], as a function of it."""
+
+        def run(u: Tensor) -> Tensor:
+            return self.at(u)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function = torch.func.functionalize(run, remove="mutations") if pure else run
+            graph, constants = graphs.record(function, (u,))
+        constants = settled(graph, 1, tuple(t.detach() for t in constants), fresh=pure)
+        constants = _numbered(graph, constants)
+        if graphs.written_inputs(graph):
+            raise ProgramError("the record writes to what it reads")
+        return partial(_with, graph, constants)
 
     @property
     def recorded(self) -> bool:
@@ -237,13 +253,13 @@ def _coordinates(trace: Trace, summed: set[str]) -> Iterator[Coordinates]:
         yield found
 
 
+def _with(graph: fx.GraphModule, constants: tuple[Tensor, ...], u: Tensor) -> Tensor:
+    return graph(u, *constants)
+
+
 def _one_by_one(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function of u [dim] as one of u [rows, dim]: where `vmap` has no rule for an operation."""
     return lambda u: torch.stack([function(row) for row in u])
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(found, wanted, 1e-9, 1e-9, equal_nan=True)
 
 
 def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -260,6 +276,7 @@ def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Ten
                     last = graph.graph.placeholder(f"places_{len(known)}")
                 known[last] = places
                 numbers[mask].append(last)
+    node: Any
     for node in graph.graph.nodes:
         if node.op == "call_function" and str(node.target).startswith("aten.index"):
             indices = node.args[1]
@@ -271,10 +288,10 @@ def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Ten
     return tuple(known.values())
 
 
-def _fill(node: fx.Node, known: dict[fx.Node, Tensor]) -> None:
+def _fill(node: Any, known: dict[fx.Node, Tensor]) -> None:
     """`x[mask] = number` of a mask that depends on u, as torch.where."""
     values, (mask,), number, *accumulate = node.args
-    if known[number].dim() == 0 and mask.meta["val"].dtype == torch.bool and not any(accumulate):
+    if known[number].dim() == 0 and mask.meta[graphs.LAYOUT].dtype == torch.bool and not any(accumulate):
         node.target = torch.ops.aten.where.self
         node.args = (mask, number, values)
 

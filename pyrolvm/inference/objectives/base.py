@@ -205,16 +205,3 @@ def kl_term(model_trace: Trace, guide_trace: Trace) -> Any:
         if site["name"] in model_trace.nodes:
             total = total - model_trace.nodes[site["name"]]["log_prob_sum"]
     return detach_provenance(total)
-
-
-class ForeignObjective(TraceObjective):
-    """An ELBO of which nothing is known but its loss."""
-
-    def estimate(self, pair: Pair, controls: Mapping[str, Any]) -> Estimate:
-        """The loss is both the surrogate and minus the bound."""
-        program, batch = pair.program, pair.batch
-        loss = self.elbo.differentiable_loss(  # type: ignore[attr-defined]
-            program.model, program.guide, *batch.args, **batch.kwargs
-        )
-        unknown = torch.full_like(loss.detach(), float("nan"))
-        return Estimate(-loss.detach(), loss, {"log_likelihood": unknown, "kl": unknown})

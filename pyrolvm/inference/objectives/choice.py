@@ -6,13 +6,31 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    ELBO,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    Trace_MMD,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+    TraceTMC_ELBO,
+)
 
 from pyrolvm.errors import SettingError, one_of
-from pyrolvm.inference.objectives.base import Estimate, ForeignObjective, Objective
+from pyrolvm.inference.objectives.base import Estimate, Objective
 from pyrolvm.inference.objectives.concrete import Concrete
 from pyrolvm.inference.objectives.disarm import DisARM
 from pyrolvm.inference.objectives.enumeration import Enumeration
+from pyrolvm.inference.objectives.foreign import (
+    Differentiable,
+    LossFunction,
+    Recorded,
+    TailAdaptive,
+    WakeSleep,
+)
 from pyrolvm.inference.objectives.free_bits import FreeBits
 from pyrolvm.inference.objectives.info import InfoELBO
 from pyrolvm.inference.objectives.lax import LAX
@@ -54,25 +72,51 @@ KNOWN: dict[type[ELBO], Callable[[Any], Objective]] = {
     TraceGraph_ELBO: DownstreamCosts,
     TraceEnum_ELBO: Enumeration,
     RenyiELBO: PyroRenyi,
+    ReweightedWakeSleep: WakeSleep,
+    TraceTMC_ELBO: Differentiable,
+    Trace_MMD: Differentiable,
+    TraceTailAdaptive_ELBO: TailAdaptive,
     Trace_ELBO: TraceBound,
 }
-"""Pyro's objectives and our reading of them; a subclass of one is read as it, the first that fits."""
+"""Pyro's objectives and our reading of them, the first that fits: the Jit forms are read as their plain ones."""
+ESTIMATES = (
+    "loss_and_grads",
+    "differentiable_loss",
+    "_differentiable_loss_particle",
+    "_get_trace",
+    "_get_traces",
+)
+"""The methods by which a class of a user's own changes what an objective of Pyro's estimates."""
 
 
 def as_objective(elbo: Any) -> Objective:
-    """An `Objective` as it is, one of Pyro's ELBO objects read as one. Raises `SettingError` for anything else."""
+    """An `Objective` as it is; Pyro's objects, and what else `SVI` takes as loss, read as one.
+
+    Raises `SettingError` for anything else.
+    """
     if isinstance(elbo, type):
         raise SettingError(f"objective is the class {elbo.__name__}: pass {elbo.__name__}()")
     if isinstance(elbo, Objective):
         return elbo
     for known, reading in KNOWN.items():
-        if isinstance(elbo, known):
+        if isinstance(elbo, known) and not _is_changed(type(elbo)):
             return reading(elbo)
-    if not hasattr(elbo, "differentiable_loss"):
-        raise SettingError(
-            f"objective must be a Pyro ELBO object such as pyro.infer.Trace_ELBO(), not {elbo!r}"
-        )
-    return ForeignObjective(elbo)
+    if isinstance(elbo, ELBO) and hasattr(elbo, "loss_and_grads"):
+        return Recorded(elbo)
+    if hasattr(elbo, "differentiable_loss"):
+        return Differentiable(elbo)
+    if callable(elbo):
+        return LossFunction(elbo)
+    raise SettingError(
+        f"objective must be a Pyro ELBO object such as pyro.infer.Trace_ELBO(), or a function loss(model, guide, *args), "
+        f"not {elbo!r}"
+    )
+
+
+def _is_changed(kind: type) -> bool:
+    """Whether a class outside of Pyro estimates otherwise than what it is derived from."""
+    own = (c for c in kind.__mro__ if not c.__module__.startswith("pyro."))
+    return any(name in vars(c) for c in own for name in ESTIMATES)
 
 
 def named(objective: Any) -> Any:
@@ -92,7 +136,7 @@ def prepare(objective: ELBO | str | tuple | None, structure: Structure) -> Objec
     if isinstance(objective, type):
         return as_objective(objective)  # raises
     summed_out = [s.name for s in structure.enumerated if not s.in_guide]
-    sums = isinstance(objective, TraceEnum_ELBO) or getattr(objective, "sums_out", False)
+    sums = isinstance(objective, TraceEnum_ELBO | TraceTMC_ELBO) or getattr(objective, "sums_out", False)
     if summed_out and not sums:
         raise SettingError(
             f"the model asks for '{summed_out[0]}' to be summed out, which {type(objective).__name__} does not do "

@@ -14,6 +14,9 @@ exact; the change of variables is the same in p_0 and q, so that it cancels. It 
 of no other: what is reported as the bound is the ELBO of a draw of the discrete program (the relaxed one is the term
 `relaxed`), and held-out bounds and evidences are of the discrete program too.
 
+With K = `num_particles` draws the bound is that of Maddison et al., E[ log (1/K) sum_k w_k ] with the weights of
+relaxed draws; the one that is reported has those of K discrete draws.
+
 `straight_through`: the program sees the discrete value, with the gradient of the relaxed one, and the discrete
 probabilities in its bound (Bengio et al. 2013; Jang et al. 2017).
 
@@ -35,15 +38,18 @@ from torch.distributions import Bernoulli, OneHotCategorical
 from torch.nn.functional import one_hot, softplus
 
 from pyrolvm.controls import Schedule, value_of
-from pyrolvm.errors import SettingError, positive
+from pyrolvm.errors import SettingError, count, positive
 from pyrolvm.inference.objectives.base import Estimate
 from pyrolvm.inference.objectives.discrete import (
     Chosen,
     DiscreteObjective,
     Settled,
+    Several,
     assembled,
     bit_density,
     drawn,
+    is_point,
+    multi_sample,
     plainly,
     uniform,
     unwrapped,
@@ -51,7 +57,7 @@ from pyrolvm.inference.objectives.discrete import (
 from pyrolvm.inference.objectives.smooth import Smoothness
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import base
-from pyrolvm.inference.program.weights import log_densities
+from pyrolvm.inference.program.weights import LogDensities, log_densities
 
 
 class Concrete(DiscreteObjective):
@@ -61,9 +67,11 @@ class Concrete(DiscreteObjective):
     ----------
     temperature : float or function of the share of the run
         Of the guide's sites: the control `temperature`.
-    prior_temperature : float
-        Of the model's.
+    prior_temperature : float, optional
+        Of the model's; None is that of the guide, at which densities cancel where the guide is the prior.
     straight_through : bool
+    num_particles : int
+        K, the draws of each datum.
 
     Raises
     ------
@@ -72,39 +80,61 @@ class Concrete(DiscreteObjective):
     """
 
     def __init__(
-        self, temperature: Schedule = 2 / 3, prior_temperature: float = 0.5, straight_through: bool = False
+        self,
+        temperature: Schedule = 2 / 3,
+        prior_temperature: float | None = 0.5,
+        straight_through: bool = False,
+        num_particles: int = 1,
     ) -> None:
         super().__init__()
         for share in (1e-6, 0.5, 1.0):
             positive("temperature", value_of("temperature", temperature, share))
         self.temperature = temperature
-        self.prior_temperature = positive("prior_temperature", prior_temperature)
+        self.prior_temperature = (
+            None if prior_temperature is None else positive("prior_temperature", prior_temperature)
+        )
         self.straight_through = bool(straight_through)
-        self.smooth = Smoothness()
+        self.num_particles: int = count("num_particles", num_particles)
+        self.smooth, self.several = Smoothness(), Several(self.num_particles)
 
     def controls(self) -> dict[str, Schedule]:
         """The temperature."""
         return {"temperature": self.temperature}
 
+    def estimate(self, pair: Pair, controls: Any) -> Estimate:
+        """The bound of discrete draws, and its surrogate where a gradient is asked for."""
+        if torch.is_grad_enabled() or self.num_particles == 1:
+            return super().estimate(pair, controls)
+        runs = [drawn(pair, draws) for draws in self.several.runs(pair)]
+        bound = self.several.bound([r.densities.log_weight for r in runs])
+        return multi_sample(runs, bound, bound)
+
     def estimated(self, pair: Pair, controls: Any) -> Estimate:
-        """The ELBO of a discrete draw as the bound; the surrogate is of the relaxed one."""
+        """The bound of discrete draws; the surrogate is of relaxed ones."""
         temperature = controls["temperature"]
         if not isinstance(temperature, Tensor):
             positive("temperature", temperature)
         self.smooth.check(pair, "Concrete", reading_kinds)
+        draws = [None] if self.num_particles == 1 else self.several.runs(pair)
         with torch.no_grad():
-            run = drawn(pair)
-        relaxed = self._relaxed(pair, temperature)
-        total = (relaxed.scale * relaxed.log_weight).sum()
-        return assembled(pair, [run], relaxed.log_weight, relaxed=total)
+            runs = [drawn(pair, number) for number in draws]
+        relaxed = [self._relaxed(pair, temperature, number) for number in draws]
+        gain = self.several.bound([found.log_weight for found in relaxed])  # [cells]
+        total = (relaxed[0].scale * gain).sum()
+        if self.num_particles == 1:
+            return assembled(pair, runs, gain, relaxed=total)
+        bound = self.several.bound([r.densities.log_weight for r in runs])
+        return multi_sample(runs, bound, gain, relaxed=total)
 
-    def _relaxed(self, pair: Pair, temperature: Any) -> Any:
-        """Densities of one relaxed draw."""
+    def _relaxed(self, pair: Pair, temperature: Any, draws: int | None) -> LogDensities:
+        """Densities of relaxed draws."""
         drawn_at: dict[str, Relaxed] = {}
+        points: list[str] = []
 
         def in_guide(site: Any) -> Chosen | None:
             kind = kind_of(site)
             if kind is None:
+                points.extend([site["name"]] * is_point(site))
                 return None
             one = drawn_at[site["name"]] = kind.draw(_logits(site, kind), temperature)
             return one.passed(straight_through=self.straight_through), self._density(
@@ -117,16 +147,17 @@ class Concrete(DiscreteObjective):
                 return None
             kind = kind_of(site)
             assert kind is not None
-            density = self._density(one, kind, _logits(site, kind), self.prior_temperature)
+            prior = temperature if self.prior_temperature is None else self.prior_temperature
+            density = self._density(one, kind, _logits(site, kind), prior)
             return one.passed(straight_through=self.straight_through), density
 
         with plainly():
-            guide = pair.guide(None, Settled(in_guide))
-        if not drawn_at:
+            guide = pair.guide(draws, Settled(in_guide))
+        if not drawn_at and not points:
             raise SettingError(
                 "Concrete relaxes discrete latents, and the guide draws none: use Trace_ELBO()"
             )
-        model = pair.model(None, Settled(in_model), lambda f: poutine.replay(f, trace=guide))
+        model = pair.model(draws, Settled(in_model), lambda f: poutine.replay(f, trace=guide))
         return log_densities(model, guide)
 
     def _density(self, one: Relaxed, kind: Kind, logits: Tensor, temperature: Any) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyrolvm.errors import count
 from pyrolvm.inference.objectives.base import Estimate, Objective
-from pyrolvm.inference.objectives.discrete import Run, drawn, score
+from pyrolvm.inference.objectives.discrete import Several, drawn, multi_sample, score
 from pyrolvm.inference.program.pair import Pair
 
 
@@ -35,28 +35,16 @@ class VIMCO(Objective):
     def __init__(self, num_particles: int = 5) -> None:
         super().__init__()
         self.num_particles: int = count("num_particles", num_particles, 2)
-        self._together: dict[Any, bool] = {}
+        self.several = Several(self.num_particles)
 
     def estimate(self, pair: Pair, controls: Any) -> Estimate:
         """L_K, and its surrogate."""
-        together = self._at_once(pair)
-        runs = (
-            [drawn(pair, self.num_particles)]
-            if together
-            else [drawn(pair) for _ in range(self.num_particles)]
-        )
-        log_weight = torch.cat([r.densities.log_weight for r in runs])  # [K, cells]
-        bound = log_weight.logsumexp(0) - math.log(self.num_particles)  # [cells]
-        signal = bound.detach() - left_out(log_weight.detach())  # [K, cells]
+        runs = [drawn(pair, draws) for draws in self.several.runs(pair)]
+        log_weights = [r.densities.log_weight for r in runs]  # [K, cells] together
+        bound = self.several.bound(log_weights)  # [cells]
+        signal = bound.detach() - left_out(torch.cat(log_weights).detach())  # [K, cells]
         gain = bound + (signal * torch.cat([score(r, "VIMCO") for r in runs])).sum(0)
-        return _summed(runs, bound, gain)
-
-    def _at_once(self, pair: Pair) -> bool:
-        """Whether the K draws may stand under a plate of their own; tried out once for a program."""
-        key = (pair.program.model, pair.program.guide)
-        if key not in self._together:
-            self._together[key] = Pair(pair.program, pair.structure, pair.batch, "predict").vectorized
-        return self._together[key]
+        return multi_sample(runs, bound, gain)
 
 
 def left_out(log_weight: Tensor) -> Tensor:
@@ -66,12 +54,3 @@ def left_out(log_weight: Tensor) -> Tensor:
     own = torch.eye(K, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)  # [K, K, 1]
     replaced = torch.where(own, others.unsqueeze(1), log_weight)  # row k: log w with entry k replaced
     return replaced.logsumexp(1) - math.log(K)
-
-
-def _summed(runs: list[Run], bound: Tensor, gain: Tensor) -> Estimate:
-    scale = runs[0].densities.scale
-    log_likelihood = torch.cat([r.densities.log_likelihood for r in runs]).mean(0)
-    kl = torch.cat([r.densities.log_guide - r.densities.log_prior for r in runs]).mean(0)
-    total = [(scale * term).sum() for term in (bound, gain, log_likelihood, kl)]
-    terms = {"log_likelihood": total[2].detach(), "kl": total[3].detach()}
-    return Estimate(total[0].detach(), -total[1], terms)

@@ -221,6 +221,11 @@ def _codes(fitted: FittedModel, x: Any, least: int = 1) -> tuple[Tensor, list[Te
         raise DataError(f"this takes {least} rows or more, not {batch.num_rows}")
     found = fitted.encode(batch)
     z = found if isinstance(found, Tensor) else next(iter(found.values()))
+    if not z.is_floating_point():
+        raise ProgramError(
+            "the latents of this model are codes, whole numbers with nothing between them: decode other codes by "
+            "fitted.model.decode(z)"
+        )
     return z, [v for v in batch.args[1:] if isinstance(v, Tensor)]
 
 

@@ -54,7 +54,8 @@ def save_run(fitted: Savable, path: Path, extra: dict[str, Any] | None = None) -
     """
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file: name a folder to save the run in")
-    tensors = {f"program/{k}": v for k, v in fitted.program.tensors().items()}
+    with fitted.program.scope():  # its values, though its modules may have been trained again
+        tensors = {f"program/{k}": v.detach().clone() for k, v in fitted.program.tensors().items()}
     files: dict[Path, Writer] = {
         path / PARAMETERS: tensor_writer(tensors),
         path / HISTORY: lambda p: fitted.history.to_csv(p, index=False),
@@ -73,7 +74,7 @@ def _config(fitted: Savable) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": model_record(fitted.program.source),
-        "guide": getattr(fitted.program.row_guide, "record", None),
+        "guide": fitted.program.guide_record,
         "settings": fitted.settings,
         "columns": fitted.columns,
         "num_rows": fitted.num_rows,

@@ -11,7 +11,8 @@ import torch
 from pyro.poutine.trace_struct import Trace
 
 from pyrolvm.data.arrays import Batch
-from pyrolvm.errors import ProgramError
+from pyrolvm.errors import ProgramError, did_you_mean
+from pyrolvm.inference.program.hints import reason_of
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.reading import read_structure, trial_traces
 from pyrolvm.inference.program.structure import (
@@ -40,8 +41,9 @@ def inspect_program(program: Program, batch: Batch) -> Structure:
     structure = read_structure(program, batch, model, guide, rows)
     program.complete_guide(left)
     _check_mixed(structure)
-    _check_shapes(model, guide, structure.sites)
+    _check_plates(model, guide)
     _check_events(model, guide)
+    _check_shapes(model, guide, structure.sites)
     _check_masks(model, guide)
     _check_values(model, structure)
     _check_scale(structure, batch)
@@ -60,10 +62,11 @@ def _check_match(model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:
     for site in sample_sites(guide_trace):
         name = site["name"]
         if name not in latents and not site["infer"].get("is_auxiliary"):
+            near = did_you_mean(name, latents)
             raise ProgramError(
                 f"the guide samples '{name}', which is no latent site of the model (its latents: "
-                f"{', '.join(latents) or 'none'}): give both the same name; if '{name}' is an auxiliary draw that "
-                f"the latents are computed from, mark it infer={{'is_auxiliary': True}}"
+                f"{', '.join(latents) or 'none'}): {near}give both the same name; if '{name}' is an auxiliary draw "
+                f"that the latents are computed from, mark it infer={{'is_auxiliary': True}}"
             )
     plate = find_data_plate(model_trace, len(batch.indices))
     for name in latents:
@@ -116,10 +119,48 @@ def _check_shapes(model_trace: Trace, guide_trace: Trace, sites: tuple[Site, ...
         try:
             trace.compute_log_prob()
             for site in sample_sites(trace):
+                _check_batch(site, role)
                 pyro.util.check_site_shape(site, math.inf)  # type: ignore[arg-type]
+        except ProgramError as error:
+            raise ProgramError(f"{error}\n{site_table(sites)}") from None
         except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().replace("\n", "\n  ")
+            reason = reason_of(error).replace("\n", "\n  ")
             raise ProgramError(f"the {role}'s shapes do not fit:\n  {reason}\n{site_table(sites)}") from error
+
+
+def _check_batch(site: Any, role: str) -> None:
+    """Every dimension of a batch must be one of the site's plates."""
+    plates = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
+    shape = tuple(site["fn"].batch_shape)
+    free = [d for d in range(-len(shape), 0) if shape[d] > 1 and d not in plates]
+    misplaced = [f for f in plates.values() for d in free if f.dim < d and f.size == shape[d]]
+    if misplaced:
+        plate, where = misplaced[0], next(d for d in free if shape[d] == misplaced[0].size)
+        raise ProgramError(
+            f"the plate '{plate.name}' is at dimension {plate.dim}, but the rows of '{site['name']}' are at dimension "
+            f"{where} in the {role}: write dim={where} at the plate, in model and guide"
+        )
+    if free:
+        names = " and ".join(f"'{plates[d].name}'" for d in sorted(plates)) or "no plate"
+        raise ProgramError(
+            f"'{site['name']}' has the batch shape {list(shape)} in the {role}, but stands in {names}: if the "
+            f"{' x '.join(str(shape[d]) for d in free)} are rows, put it inside their plate "
+            f"(`with pyrolvm.data_plate(x):`); if they belong to one value, write .to_event({len(free)}) at "
+            f"'{site['name']}'"
+        )
+
+
+def _check_plates(model: Trace, guide: Trace) -> None:
+    """A plate is of as many rows in the guide as in the model: else the two would be scaled apart."""
+    sizes = {f.name: f.full_size for s in sample_sites(model) for f in s["cond_indep_stack"] if f.vectorized}
+    for site in sample_sites(guide):
+        for frame in (f for f in site["cond_indep_stack"] if f.vectorized):
+            other = sizes.get(frame.name, frame.full_size)
+            if other != frame.full_size:
+                raise ProgramError(
+                    f"the plate '{frame.name}' is of {other} rows in the model and of {frame.full_size} in the guide: "
+                    "make it of the same size in both"
+                )
 
 
 def _check_events(model: Trace, guide: Trace) -> None:
@@ -142,8 +183,15 @@ def _check_masks(model: Trace, guide: Trace) -> None:
             raise ProgramError(
                 f"'{site['name']}' is masked otherwise in the guide than in the model, so that its log q would count "
                 "where its log p does not: put the same `with pyro.poutine.mask(mask=...):` around it in both"
-                + (" (of an obs_mask, its negation)" if site["name"].endswith("_unobserved") else "")
+                + (_of_obs_mask(site["name"]) if site["name"].endswith("_unobserved") else "")
             )
+
+
+def _of_obs_mask(name: str) -> str:
+    return (
+        " (of an obs_mask, its negation); with an AutoGuide, which has no mask, write `with "
+        f"pyro.poutine.mask(mask=...):` around '{name.removesuffix('_unobserved')}' in place of obs_mask="
+    )
 
 
 def _same_mask(one: Any, other: Any) -> bool:

@@ -75,8 +75,8 @@ def _posterior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> D
 
 def read_draws(pair: Pair, model: Trace, guide: Trace) -> Draws:
     """The draws that a pair of traces shows."""
-    shared = pair.held(guide)
-    densities = log_densities(model, guide, skip=shared)
+    shared, beside = pair.held(guide), pair.structure.beside_data
+    densities = log_densities(model, guide, skip={*shared, *beside})
     zeros = torch.zeros_like(densities.log_prior[:, 0])
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, guide)},
@@ -85,7 +85,7 @@ def read_draws(pair: Pair, model: Trace, guide: Trace) -> Draws:
         log_prior=densities.log_prior,
         log_likelihood=densities.log_likelihood,
         log_guide=densities.log_guide,
-        global_log_prior=total_of(model, shared, zeros),
+        global_log_prior=total_of(model, {*shared, *beside}, zeros),
         global_log_guide=total_of(guide, shared, zeros),
         shared=[shared],
     )
@@ -97,7 +97,9 @@ def _prior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, model)},
         predictive={s["name"]: tidy(pair.structure, s, s["fn"].sample()) for s in _data(pair, model)},
-        log_likelihood=log_densities(model, Trace(), skip=shared).log_likelihood,
+        log_likelihood=log_densities(
+            model, Trace(), skip={*shared, *pair.structure.beside_data}
+        ).log_likelihood,
         shared=[shared],
     )
 

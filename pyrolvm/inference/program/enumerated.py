@@ -29,9 +29,14 @@ TOGETHER = "observed"
 
 
 def enumerated_sites(structure: Structure) -> list[str]:
-    """The latents that are summed out. Raises `ProgramError` if one is not in the data plate and no other."""
+    """The latents that are summed out. Raises `ProgramError` if one is not in the data plate alone."""
     sites = structure.enumerated
     for site in sites:
+        if site.markov:
+            raise ProgramError(
+                f"'{site.name}' and others are states of a Markov chain (pyro.markov), whose probabilities are no sum "
+                "over the states of each datum at once: pyro.infer.infer_discrete draws or decodes them"
+            )
         if structure.data_plate is None or site.plates != (structure.data_plate.name,):
             raise ProgramError(
                 f"draws of '{site.name}', which is summed out, are taken datum by datum, but its plates are "

@@ -7,7 +7,7 @@ which sites are local, and what a density per datum is, is written here and nowh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -25,7 +25,8 @@ from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.handlers import Fixed, Means, Undone
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.structure import Structure, in_plate, sample_sites
+from pyrolvm.inference.program.running import every_row
+from pyrolvm.inference.program.structure import Structure, in_plate, sample_sites, with_sizes
 from pyrolvm.inference.program.weights import PARTICLES, LogDensities, log_densities
 
 Values = Mapping[str, Tensor]
@@ -100,8 +101,8 @@ class Pair:
             function = handler(function)
         predicting = self.mode == "predict"
         scope = self.program.scope(self.batch, self.mode) if predicting else nullcontext()
-        with scope:
-            trace = poutine.trace(function).get_trace(*self.batch.args, **self.batch.kwargs)
+        with scope, every_row() if predicting and self.structure.whole else nullcontext():
+            trace = with_sizes(poutine.trace(function).get_trace(*self.batch.args, **self.batch.kwargs))
             if predicting:
                 for site in sample_sites(trace):
                     _weigh_bits(site)
@@ -130,13 +131,13 @@ class Pair:
         return self.held(self.guide(None, Means())) if self.structure.global_latents else {}
 
     def spread(self, site: Any, value: Tensor, event_dims: int = 0) -> Tensor:
-        """`value` [batch of the site, event...] as [draws, rows, rest]; one row outside the data plate."""
+        """`value` [batch of the site, event...] as [draws, rows, rest]; outside the data plate [draws, 1, rest]."""
         nesting, plate = self.structure.max_plate_nesting, self.structure.data_plate
         frames = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
         sizes = [frames.get(d, 1) for d in range(-nesting - 1, 0)]
         tail = tuple(value.shape[value.dim() - event_dims :])
         value = value.expand(torch.broadcast_shapes(value.shape, (*sizes, *tail)))
-        if plate is None:
+        if plate is None or not in_plate(site, plate):  # another plate may have its dimension
             return value.reshape(value.shape[0], 1, -1)
         value = value.movedim(nesting + 1 + plate.dim, 1)
         return value.reshape(value.shape[0], value.shape[1], -1)
@@ -163,7 +164,8 @@ class Pair:
     def densities(self, model: Trace, guide: Trace, held: Values | None = None) -> LogDensities:
         """log p(z), log p(x | z) and log q(z), each [draws, rows]; `held` sites enter none of them."""
         plate = self.structure.data_plate
-        found = log_densities(model, guide, skip=held or (), keep=[plate.name] if plate else [])
+        skip = {*(held or ()), *self.structure.beside_data}
+        found = log_densities(model, guide, skip=skip, keep=[plate.name] if plate else [])
         if found.log_likelihood.shape[1] != self.num_rows:
             names = ", ".join(s.name for s in self.structure.global_latents)
             raise ProgramError(
@@ -284,7 +286,7 @@ def inverse_needed(site: str) -> Iterator[None]:
         ) from error
 
 
-def total_of(trace: Trace, names: Values, zeros: Tensor) -> Tensor:
+def total_of(trace: Trace, names: Collection[str], zeros: Tensor) -> Tensor:
     """The log-densities of the named sites of a trace, summed onto `zeros` [draws]: nats, unscaled."""
     sites = [s for s in sample_sites(trace) if s["name"] in names]
     terms = [scale_and_mask(s["unscaled_log_prob"], mask=s["mask"]) for s in sites]

@@ -32,7 +32,6 @@ from pyrolvm.errors import ProgramError, one_of
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
     Plate,
-    base,
     find_data_plate,
     in_plate,
     sample_sites,
@@ -336,9 +335,11 @@ class PerDatum(nn.Module):
 
 def kind_of_gaussian(fn: Any) -> str | None:
     """The family that a distribution is of; None if it is no Gaussian."""
+    while hasattr(fn, "base_dist") and not isinstance(fn, dist.TransformedDistribution):
+        fn = fn.base_dist
     if isinstance(fn, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
         return "full"
-    return "mean_field" if isinstance(base(fn), dist.Normal) else None
+    return "mean_field" if isinstance(fn, dist.Normal) else None
 
 
 def _is_left(site: Any) -> bool:

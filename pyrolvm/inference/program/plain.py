@@ -15,7 +15,7 @@ from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.program.noise import kept_generators
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.reading import read_structure
-from pyrolvm.inference.program.structure import Structure
+from pyrolvm.inference.program.structure import Structure, with_sizes
 
 
 class Functions:
@@ -49,7 +49,9 @@ class PlainPair(Pair):
         """Read from one run that leaves handlers, gradients and generators out of it."""
         with pyro.poutine.block(), torch.no_grad(), kept_generators(self.device):
             arguments = self.batch.args, self.batch.kwargs
-            guide = pyro.poutine.trace(self.program.guide).get_trace(*arguments[0], **arguments[1])
+            guide = with_sizes(
+                pyro.poutine.trace(self.program.guide).get_trace(*arguments[0], **arguments[1])
+            )
             replayed = pyro.poutine.replay(self.program.model, trace=guide)
-            model = pyro.poutine.trace(replayed).get_trace(*arguments[0], **arguments[1])
+            model = with_sizes(pyro.poutine.trace(replayed).get_trace(*arguments[0], **arguments[1]))
         return read_structure(self.program, self.batch, model, guide)

@@ -15,9 +15,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
+from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.running import explained
+from pyrolvm.inference.program.running import every_row, explained
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
     LOSS,
@@ -25,10 +26,12 @@ from pyrolvm.inference.program.structure import (
     Site,
     Structure,
     base,
+    draws_subsample,
     find_data_plate,
     in_plate,
     is_bound,
     sample_sites,
+    with_sizes,
 )
 from pyrolvm.plates import Rows
 
@@ -37,14 +40,14 @@ def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, Rows]:
     """(model trace, guide trace, rows with the plates and tables that were used) of one run with all validation on."""
     with program.untouched(), program.scope(batch, validate=True) as rows, torch.no_grad():
         with explained(batch, "guide"):
-            guide_trace = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
+            guide_trace = with_sizes(pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs))
         with suppress(
             Exception
         ):  # what is wrong is said later; a flow without inverse knows its last draw only
             guide_trace.compute_log_prob()
         replayed = pyro.poutine.replay(program.model, trace=guide_trace)
-        with explained(batch, "model"):
-            model_trace = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
+        with explained(batch, "model", lambda: shapes_apart(guide_trace, program.model, batch)):
+            model_trace = with_sizes(pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs))
     assert rows is not None
     return model_trace, guide_trace, rows
 
@@ -55,7 +58,8 @@ def read_structure(
     """The structure that a pair of traces shows, and the plates and tables that the program used under `rows`."""
     made = rows.made if rows else ()
     tables = tuple(n for n, p in program.parameters.items() if rows and id(p) in rows.tables)
-    plate = find_data_plate(model, len(batch.indices))
+    subsamples = draws_subsample(model) and _runs_whole(program, batch)
+    plate = find_data_plate(model, len(batch.indices), drawn=subsamples)
     drawn = {s["name"]: s for s in sample_sites(guide)}
     sources = _sources(program, batch, guide)
     whole = len(batch.indices) == batch.total_rows
@@ -69,7 +73,24 @@ def read_structure(
         mixed=_mixed(guide, sources),
         tempered=_is_tempered(model),
         row_tables=tables,
+        whole=subsamples,
     )
+
+
+def _runs_whole(program: Program, batch: Batch) -> bool:
+    """Whether the program runs where its plates hold all of their rows: it indexes the data by those that it drew."""
+    with (
+        program.untouched(),
+        program.scope(batch, "predict", validate=True),
+        every_row(),
+        torch.no_grad(),
+        suppress(Exception),  # whatever a program raises that was given a minibatch of its own
+    ):
+        guide = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
+        replayed = pyro.poutine.replay(program.model, trace=guide)
+        pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs).compute_log_prob()
+        return True
+    return False
 
 
 def _site(
@@ -97,6 +118,7 @@ def _site(
         point=name in drawn and isinstance(base(drawn[name]["fn"]), Delta) and not sources.get(name),
         left_to_prior=bool(site["infer"].get(LEFT_TO_PRIOR)) and name not in drawn,
         bound=is_bound(fn),
+        markov="_markov_scope" in site["infer"],
     )
 
 
@@ -112,7 +134,9 @@ def _kind(site: dict[str, Any], plate: Plate | None, batch: Batch) -> str:
         return "latent"
     if isinstance(base(site["fn"]), Unit):
         return "factor"
-    if site["infer"].get("_deterministic"):
+    if site["infer"].get("_deterministic") or isinstance(
+        base(site["fn"]), Delta
+    ):  # a Delta: from a reparameterisation
         return "deterministic"
     outside = plate is not None and not in_plate(site, plate)
     return "given" if outside and not _is_argument(site["value"], batch) else "data"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-
-_MISMATCH = re.compile(r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)")
+from pyrolvm.inference.program.hints import hint_of, reason_of
 
 
 @contextmanager
@@ -42,24 +42,46 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+_EVERY_ROW: ContextVar[bool] = ContextVar("pyrolvm_every_row", default=False)
+
+
 @contextmanager
-def explained(batch: Batch, role: str) -> Iterator[None]:
-    """Say which half of the pair failed, on what; the original error stays as the cause."""
+def every_row() -> Iterator[None]:
+    """Let plates that draw a subsample of their rows hold all of them within the block."""
+    plates: Any = SubsampleMessenger
+    drawn = plates._subsample
+
+    def subsample(
+        name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any
+    ) -> Any:
+        if _EVERY_ROW.get() and subsample is None and size is not None:
+            subsample_size = None
+        return drawn(name, size, subsample_size, subsample, *rest)
+
+    token = _EVERY_ROW.set(True)  # other threads that run Pyro meanwhile draw as they would
+    plates._subsample = staticmethod(subsample)
+    try:
+        yield
+    finally:
+        plates._subsample = staticmethod(drawn)
+        _EVERY_ROW.reset(token)
+
+
+@contextmanager
+def explained(batch: Batch, role: str, instead: Callable[[], str] | None = None) -> Iterator[None]:
+    """Say which half of the pair failed, on what, and what to type; the original error stays as the cause.
+
+    `instead` looks for another reason, which is told rather than what the error says.
+    """
     try:
         yield
     except (ProgramError, KeyboardInterrupt):
         raise
     except Exception as error:
-        hint = ""
-        if "Multiple sample sites named" in str(error):
-            hint = "\nIf that is a plate: make it once, plate = pyrolvm.data_plate(x), and write `with plate:` twice."
-        if found := _MISMATCH.search(str(error)):
-            plate, site, dim, size, other = found.groups()
-            hint = (
-                f"\nThe batch of '{site}' has {other} entries where the plate '{plate}' has {size} rows (dimension "
-                f"{dim}): if the {other} belong to one datum, write .to_event(1) at '{site}'"
-            )
-        raise ProgramError(f"the {role} failed on data of {_describe(batch)}: {error}{hint}") from error
+        hint = hint_of(error, batch) or (instead() if instead is not None else "")
+        raise ProgramError(
+            f"the {role} failed on data of {_describe(batch)}: {reason_of(error)}{hint}"
+        ) from error
 
 
 def _describe(batch: Batch) -> str:

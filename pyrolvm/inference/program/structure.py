@@ -48,6 +48,8 @@ class Site:
         Whether the guide leaves the site to the prior on purpose.
     bound : bool
         Whether what stands for its log-density is an estimate of a bound.
+    markov : bool
+        Whether it is a step of `pyro.markov`.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Site:
     point: bool = False
     left_to_prior: bool = False
     bound: bool = False
+    markov: bool = False
 
     @property
     def observed(self) -> bool:
@@ -93,6 +96,8 @@ class Structure:
     tempered : bool
         Whether data are weighted by more or less than one each (a power of the likelihood, row weights), or enter by a
         loss.
+    whole : bool
+        Whether plates draw a subsample of their rows in training: questions are asked of all rows.
     """
 
     sites: tuple[Site, ...]
@@ -104,6 +109,7 @@ class Structure:
     mixed: tuple[str, ...] = ()
     tempered: bool = False
     row_tables: tuple[str, ...] = ()
+    whole: bool = False
 
     @property
     def num_data(self) -> int:
@@ -141,6 +147,14 @@ class Structure:
         return tuple(s for s in self.latents if not s.local)
 
     @property
+    def beside_data(self) -> tuple[str, ...]:
+        """Sites outside the data plate that are neither latents nor data: a part of the shared latents' density."""
+        if self.data_plate is None:
+            return ()
+        kinds = ("given", "factor", "deterministic")
+        return tuple(s.name for s in self.sites if not s.local and s.kind in kinds)
+
+    @property
     def points(self) -> tuple[str, ...]:
         """Latents of each datum that the guide holds at points: it is an estimate, without a density."""
         return tuple(s.name for s in self.local_latents if s.point)
@@ -175,6 +189,24 @@ def sample_sites(trace: Trace) -> Iterator[Any]:
             yield site
 
 
+def with_sizes(trace: Trace) -> Trace:
+    """The trace, in which plates that were made without a size have that of their sites."""
+    nodes: dict[str, Any] = trace.nodes
+    sites = [s for s in nodes.values() if any(f.size == -1 for f in s.get("cond_indep_stack", ()))]
+    found: dict[str, int] = {}
+    for site in (s for s in sites if s["type"] == "sample"):
+        shape = site["fn"].batch_shape
+        for frame in site["cond_indep_stack"]:
+            size = shape[frame.dim] if frame.vectorized and len(shape) >= -frame.dim else 1
+            found[frame.name] = max(found.get(frame.name, 1), size)
+    for site in sites:
+        site["cond_indep_stack"] = tuple(
+            f._replace(size=found.get(f.name, 1), full_size=found.get(f.name, 1)) if f.size == -1 else f
+            for f in site["cond_indep_stack"]
+        )
+    return trace
+
+
 def given_first(model: Trace, guide: Trace, name: str) -> bool:
     """Whether the guide draws the latents that stand before `name` in the model before it draws `name`.
 
@@ -198,14 +230,21 @@ def base(fn: Any) -> Any:
     return fn
 
 
-def find_data_plate(model_trace: Trace, batch_rows: int) -> Plate | None:
-    """The outermost plate of an observed site that runs over the rows of the data."""
+def find_data_plate(model_trace: Trace, batch_rows: int, *, drawn: bool = False) -> Plate | None:
+    """The outermost plate of an observed site over the rows of the data, or over some that it draws if `drawn`."""
     frames = {f for s in sample_sites(model_trace) if s["is_observed"] for f in s["cond_indep_stack"]}
-    over_rows = [f for f in frames if f.vectorized and f.size == batch_rows]
+    over_rows = [f for f in frames if f.vectorized and batch_rows == (f.full_size if drawn else f.size)]
     if not over_rows:
         return None
     frame = min(over_rows, key=lambda f: f.dim)
     return Plate(frame.name, frame.dim, frame.size, frame.full_size)
+
+
+def draws_subsample(trace: Trace) -> bool:
+    """Whether a plate holds fewer rows than it is of, which it draws by itself."""
+    nodes: dict[str, Any] = trace.nodes
+    drawn = [s["fn"] for s in nodes.values() if isinstance(s.get("fn"), _Subsample)]
+    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn)
 
 
 def is_bound(fn: Any) -> bool:

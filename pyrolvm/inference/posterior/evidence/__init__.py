@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from pyrolvm.errors import SettingError, one_of
+from pyrolvm.inference.log_joint.psis import khat_threshold, pareto_khat
 from pyrolvm.inference.posterior.evidence.ais import SCHEDULES, Annealing, ais_evidence
 from pyrolvm.inference.posterior.evidence.bdmc import bidirectional
 from pyrolvm.inference.posterior.evidence.exact import exact_evidence
 from pyrolvm.inference.posterior.evidence.importance import check_samples, importance_evidence, iwae_bounds
-from pyrolvm.inference.log_joint.psis import khat_threshold, pareto_khat
 from pyrolvm.inference.posterior.evidence.streams import StreamingLogMeanExp
 from pyrolvm.inference.program.pair import Pair
 

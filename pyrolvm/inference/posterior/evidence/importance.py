@@ -20,9 +20,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError, count
+from pyrolvm.inference.log_joint.psis import tail_length
 from pyrolvm.inference.posterior.evidence.chunks import evidence_chunks
 from pyrolvm.inference.posterior.evidence.enumeration import summed_out
-from pyrolvm.inference.log_joint.psis import tail_length
 from pyrolvm.inference.posterior.evidence.streams import LargestWeights, StreamingBound, StreamingLogMeanExp
 from pyrolvm.inference.program.draws import refuse_enumeration
 from pyrolvm.inference.program.noise import seeded

@@ -17,8 +17,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import SettingError
-from pyrolvm.inference.posterior.evidence.hmc import slope_of
 from pyrolvm.inference.engine.recorded import Recorded
+from pyrolvm.inference.posterior.evidence.hmc import slope_of
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.inference.program.unconstrained import Unconstrained, bijection

@@ -1,0 +1,92 @@
+"""What to type where a program fails: the commonest mistakes, told by what Pyro and torch say of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pyro
+from pyro.poutine.trace_struct import Trace
+
+from pyrolvm.data.arrays import Batch
+from pyrolvm.inference.program.structure import sample_sites
+
+
+def _plate(found: re.Match[str], _: Batch) -> str:
+    plate, site, dim, size, other = found.groups()
+    return (
+        f"the batch of '{site}' has {other} entries where the plate '{plate}' has {size} rows (dimension {dim}): if "
+        f"the {other} belong to one datum, write .to_event(1) at '{site}'"
+    )
+
+
+def _dtypes(found: re.Match[str], _: Batch) -> str:
+    kinds = {"float": "float32", "double": "float64"}
+    one, other = (kinds.get(kind.lower(), "integers") for kind in found.groups())
+    if "integers" in (one, other):
+        return "the data are integers where a network takes floats: write x.float() in the program"
+    return (
+        f"one of them is {one} and the other {other}: write network.float() before the fit, or pass dtype='float64' to "
+        "fit and write network.double()"
+    )
+
+
+def _device(_: re.Match[str], batch: Batch) -> str:
+    where = next((t.device for _, t in batch.tensors()), "cpu")
+    return (
+        f"a network or a tensor of the program lies on another device than the data, which are on '{where}': write "
+        f"network.to('{where}') before the fit, or pass device= to fit"
+    )
+
+
+def _events(found: re.Match[str], _: Batch) -> str:
+    wanted, there = map(int, found.groups())
+    return f"a .to_event({wanted}) stands at a distribution of {there} dimensions: write .to_event({there}) or less"
+
+
+def _named_twice(found: re.Match[str], _: Batch) -> str:
+    return (
+        f"give one of the two sites '{found.group(1)}' another name; if that is a plate, make it once, "
+        "plate = pyrolvm.data_plate(x), and write `with plate:` twice"
+    )
+
+
+HINTS: tuple[tuple[str, Callable[[re.Match[str], Batch], str]], ...] = (
+    (r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", _plate),
+    (r"same dtype, but got:? (\w+) and (\w+)", _dtypes),
+    (r"is not on the expected device|to be on the same device", _device),
+    (r"reinterpreted_batch_ndims <= len\(base_distribution.batch_shape\), actual (\d+) vs (\d+)", _events),
+    (r"Multiple sample sites named '(\S+)'", _named_twice),
+)
+"""What an error says, and what to type."""
+
+
+def hint_of(error: Exception, batch: Batch) -> str:
+    """What to type, on a line of its own; empty for an error that is not known."""
+    for pattern, hint in HINTS:
+        if found := re.search(pattern, str(error)):
+            return "\n" + hint(found, batch)
+    return ""
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without Pyro's table of shapes and without values by the page."""
+    return re.split(r"\n\s*Trace Shapes:|, but found invalid values:", str(error))[0].strip()
+
+
+def shapes_apart(guide: Trace, model: Callable[..., Any], batch: Batch) -> str:
+    """A latent whose values have another shape in the guide than in the model alone, if there is one."""
+    with pyro.poutine.trace() as alone, suppress(Exception):  # it may fail later, or run by luck
+        model(*batch.args, **batch.kwargs)
+    nodes: dict[str, Any] = alone.trace.nodes
+    for site in sample_sites(guide):
+        other = nodes.get(site["name"])
+        if other is not None and other["value"].shape != site["value"].shape:
+            shapes = [list(s["value"].shape) for s in (other, site)]
+            return (
+                f"\n'{site['name']}' is {shapes[0]} in the model and {shapes[1]} in the guide: give its distribution "
+                "the same shape in both"
+            )
+    return ""

@@ -1,0 +1,131 @@
+"""`make corpus`: every program beside SVI, compiled, and asked all questions; the table of it.
+
+    python -m corpus [WORDS ...] [--missing]
+
+Results are kept program by program in benchmarks/results/corpus.json: an interrupted run goes on with --missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corpus import asked
+from corpus.form import QUESTIONS, Case, load_all
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+TIMED = 300
+"""Steps that are timed."""
+HEADER = (
+    "| program | bound as SVI | compiled | questions declined | SVI | eager | compiled | compiling |\n"
+    "|---|---|---|---|---:|---:|---:|---:|\n"
+)
+
+
+def measured(case: Case) -> dict[str, Any]:
+    """What the table has of one program."""
+    found: dict[str, Any] = {"kind": case.kind, "about": case.about, "faults": []}
+    if case.refused:
+        found |= {"refused": case.refused, "faults": [f for f in [asked.refusal(case)] if f]}
+        return found
+    wrong = asked.disagreement(case)
+    found["bound"] = ("to rounding" if case.noise else "within its error") if not wrong else "no"
+    found["faults"] += [f for f in [wrong, *asked.faults(case)] if f]
+    found["svi"] = asked.under_svi(case.build(), TIMED // 3).seconds
+    found["eager"] = _steps(asked.fitted(case.build(), TIMED // 3))
+    found |= _compiled(case)
+    found["faults"] += [found["not_compiled"]] if "not_compiled" in found and case.compiled is True else []
+    found["declined"] = [q for q in QUESTIONS if q in case.declines]
+    return found
+
+
+def _compiled(case: Case) -> dict[str, Any]:
+    """The seconds of compiling are those of a whole fit of few steps, with no compiled code on the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PYROLVM_CACHE"] = folder
+        wrong, compiling = asked.parted(case)
+        if wrong or case.compiled is not True:
+            return {"not_compiled": wrong.removeprefix("does not compile: ") or case.compiled}
+        fit = asked.fitted(case.build(), TIMED, engine="compiled")
+    return {"compiled": _steps(fit), "compiling": compiling}
+
+
+def _steps(fit: Any) -> float:
+    """Seconds of one step, of the second half of the run."""
+    seconds = fit.history["seconds"].to_numpy()
+    half = len(seconds) // 2
+    return float((seconds[-1] - seconds[half - 1]) / (len(seconds) - half))
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    """One line of the table."""
+    title = f"**{name}**: {found['about'].rstrip('.')}"
+    if "refused" in found:
+        return f"| {title} | refused: {found['refused']} | | | | | | |\n"
+    compiled = "yes" if "compiled" in found else f"no: {_short(found.get('not_compiled', ''))}"
+    declined = ", ".join(found["declined"]) or "none"
+    times = [found.get(k) for k in ("svi", "eager", "compiled")]
+    cells = ["" if t is None else f"{1e3 * t:.3g} ms" for t in times]
+    cells.append(f"{found['compiling']:.1f} s" if "compiling" in found else "")
+    return f"| {title} | {found['bound']} | {compiled} | {declined} | {' | '.join(cells)} |\n"
+
+
+def _short(reason: str) -> str:
+    return reason.split("\n")[0].replace("|", "\\|")[:160]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The whole as Markdown."""
+    ran = [r for r in results.values() if "refused" not in r]
+    compiled = [r for r in ran if "compiled" in r]
+    gain = sorted(r["svi"] / r["compiled"] for r in compiled)
+    slower = sorted(r["eager"] / r["svi"] for r in ran)
+    lines = [
+        f"{len(results)} programs; {len(ran)} run under `fit` unmodified, {len(compiled)} of them compiled; "
+        f"{sum(not r['faults'] for r in results.values())} are as expected in every respect. ",
+    ]
+    if gain:
+        lines.append(
+            f"`SVI.step` takes {gain[len(gain) // 2]:.0f} times as long as a compiled step in the median "
+            f"({gain[0]:.1f} to {gain[-1]:.0f}); an eager step {slower[len(slower) // 2]:.2f} times that of `SVI`. "
+        )
+    lines.append(f"One thread of a machine with {os.cpu_count()} cores, torch {torch.__version__}.\n\n")
+    body = "".join(
+        row(name, found) for name, found in sorted(results.items(), key=lambda i: (i[1]["kind"], i[0]))
+    )
+    faults = [f"- {name}: {f}\n" for name, found in results.items() for f in found["faults"]]
+    return "".join(lines) + HEADER + body + ("\nNot as expected:\n\n" + "".join(faults) if faults else "")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m corpus", description=__doc__)
+    parser.add_argument("words", nargs="*", help="parts of names; all programs by default")
+    parser.add_argument("--missing", action="store_true", help="only programs that have no results yet")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    cases, path = load_all(), RESULTS / "corpus.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results = {name: found for name, found in results.items() if name in cases}
+    for name, case in cases.items():
+        wanted = not options.words or any(word in name for word in options.words)
+        if not wanted or (options.missing and name in results):
+            continue
+        begun = time.perf_counter()
+        results[name] = measured(case)
+        print(f"{name}: {time.perf_counter() - begun:.0f} s {results[name]['faults'] or ''}", flush=True)
+        path.write_text(json.dumps(results, indent=1))
+        (RESULTS / "corpus.md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

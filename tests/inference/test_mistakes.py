@@ -1,0 +1,134 @@
+"""The commonest mistakes in a program: each is refused in words that name the site and what to type."""
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyrolvm
+from pyrolvm import ProgramError
+
+X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+QUIET = {"num_steps": 1, "progress": False, "engine": "eager"}
+
+
+def model(x, event=1, x_event=1, dim=None, rows=None, latent_rows=None):
+    w = pyro.param("w", torch.ones(2, 3))
+    with pyro.plate("data", rows or len(x), dim=dim):
+        z = pyro.sample("z", dist.Normal(torch.zeros(latent_rows or len(x), 2), 1.0).to_event(event))
+        pyro.sample("x", dist.Normal(z @ w, 1.0).to_event(x_event), obs=x)
+
+
+def guide(x, event=1, size=2, name="z", dim=None, network=None):
+    a = pyro.param("a", lambda: torch.ones(3, size))
+    with pyro.plate("data", len(x), dim=dim):
+        pyro.sample(name, dist.Normal(x @ a if network is None else network(x), 1.0).to_event(event))
+
+
+def latent_outside(x):
+    w = pyro.param("w", torch.ones(2, 3))
+    z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z @ w, 1.0).to_event(1), obs=x)
+
+
+def registered(network):
+    def with_network(x):
+        pyro.module("encoder", network)
+        guide(x, network=network)
+
+    return with_network
+
+
+forgotten = nn.Linear(3, 2)
+
+
+def with_forgotten(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(forgotten(x), 1.0).to_event(1))
+
+
+def twice(x):
+    model(x)
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def binary(x):
+    w = pyro.param("w", torch.ones(2, 3))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+        pyro.sample("x", dist.Bernoulli(logits=z @ w).to_event(1), obs=x)
+
+
+MISTAKES = {
+    "to_event forgotten at a latent": (partial(model, event=0), guide, X, "write .to_event(1) at 'z'"),
+    "to_event forgotten at the data": (partial(model, x_event=0), guide, X, "write .to_event(1) at 'x'"),
+    "to_event forgotten in the guide": (model, partial(guide, event=0), X, "write .to_event(1) at 'z'"),
+    "to_event forgotten, square data": (partial(model, x_event=0), guide, X[:3], "write .to_event(1) at 'x'"),
+    "to_event surplus at the data": (
+        partial(model, x_event=2),
+        guide,
+        X,
+        "take one dimension off its .to_event",
+    ),
+    "to_event surplus in the guide": (
+        model,
+        partial(guide, event=2),
+        X,
+        "'z' has event shape (2,) in the model and (20, 2) in the guide",
+    ),
+    "to_event beyond the shape": (partial(model, x_event=3), guide, X, "write .to_event(2) or less"),
+    "plate at another dimension": (
+        partial(model, dim=-2),
+        partial(guide, dim=-2),
+        X,
+        "the rows of 'z' are at dimension -1 in the model: write dim=-1",
+    ),
+    "plate of another size": (
+        partial(model, rows=10),
+        guide,
+        X,
+        "of 10 rows in the model and of 20 in the guide",
+    ),
+    "latent outside the plate": (latent_outside, guide, X, "put it inside their plate"),
+    "guide site of another shape": (
+        model,
+        partial(guide, size=3),
+        X,
+        "'z' is [20, 2] in the model and [20, 3] in the guide",
+    ),
+    "name with another letter": (model, partial(guide, name="zz"), X, "did you mean 'z'?"),
+    "site forgotten": (model, lambda x: pyro.param("a", torch.ones(())), X, "sample 'z' in the guide"),
+    "pyro.module forgotten": (model, with_forgotten, X, "write pyro.module('forgotten', forgotten)"),
+    "network of float64": (
+        model,
+        registered(nn.Linear(3, 2).double()),
+        X,
+        "write network.float() before the fit",
+    ),
+    "data of integers": (model, registered(nn.Linear(3, 2)), X.long(), "write x.float() in the program"),
+    "network elsewhere": (model, registered(nn.Linear(3, 2, device="meta")), X, "write network.to('cpu')"),
+    "two sites of one name": (twice, guide, X, "give one of the two sites 'z' another name"),
+    "data outside the support": (binary, guide, X, "to be within the support (Boolean())"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_common_mistake_is_told_with_what_to_type(name):
+    wrong_model, wrong_guide, x, words = MISTAKES[name]
+    with pytest.raises(ProgramError) as error:
+        pyrolvm.fit(wrong_model, x, guide=wrong_guide, **QUIET)
+    assert words in str(error.value)
+    assert "Trace Shapes" not in str(error.value)
+    assert "tensor([" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_data_of_float64_run_in_a_net_of_float32():
+    network = nn.Linear(3, 2)
+    fitted = pyrolvm.fit(model, X.double(), guide=registered(network), **QUIET)
+    assert fitted.posterior(X.double(), 2)["z"].dtype is torch.float32
