@@ -124,19 +124,21 @@ def totals(fit: Any) -> np.ndarray:
 # ------------------------------------------------------------------ compiled
 
 
-def parted(case: Case) -> tuple[str, Any]:
-    """(what is wrong with the compiled engine, the compiled fit or None): equal bounds, or the reason expected."""
+def parted(case: Case) -> tuple[str, float]:
+    """(what is wrong with the compiled engine, its seconds beside steps): equal bounds, or the reason expected."""
     eager = fitted(case.build())
+    begun = time.perf_counter()
     try:
         compiled = fitted(case.build(), engine="compiled")
     except PyrolvmError as error:
         words = case.compiled if isinstance(case.compiled, str) else None
         expected = words is not None and words in str(error)
-        return ("" if expected else f"does not compile: {error}"), None
+        return ("" if expected else f"does not compile: {error}"), 0.0
+    seconds = time.perf_counter() - begun - compiled.history["seconds"].iloc[-1]
     if case.compiled is not True:
-        return f"compiles, though it should be refused for '{case.compiled}'", compiled
+        return f"compiles, though it should be refused for '{case.compiled}'", seconds
     same = np.allclose(totals(compiled), totals(eager), rtol=ROUNDING, atol=ROUNDING)
-    return ("" if same else f"compiled {totals(compiled)}, eager {totals(eager)}"), compiled
+    return ("" if same else f"compiled {totals(compiled)}, eager {totals(eager)}"), seconds
 
 
 # ------------------------------------------------------------------ questions
