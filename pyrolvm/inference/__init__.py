@@ -3,6 +3,7 @@
 from pyrolvm.inference.objectives import FreeBits, ImportanceWeighted, InfoELBO, Objective, RenyiELBO
 from pyrolvm.inference.posterior.convergence import Convergence
 from pyrolvm.inference.posterior.fitted import FittedModel, Refined
+from pyrolvm.inference.posterior.pathfinder import pathfinder
 from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.program.semi_amortised import SemiAmortised
 from pyrolvm.inference.training.callbacks import JSONLines, TensorBoard
@@ -10,6 +11,7 @@ from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.loop import Callback, Report
 from pyrolvm.inference.training.loss_weight import LossWeight, calibrate_loss
 from pyrolvm.inference.training.restarts import fit_restarts
+from pyrolvm.inference.training.sweep import sweep
 
 __all__ = [
     "Callback",
@@ -30,4 +32,6 @@ __all__ = [
     "calibrate_loss",
     "fit",
     "fit_restarts",
+    "pathfinder",
+    "sweep",
 ]

@@ -202,24 +202,33 @@ class LogJoint:
         """Replace runs of the program by a record of one, if it agrees with the program at other points."""
         generator = torch.Generator().manual_seed(0)
         points = torch.randn(CHECKED_AT, self.dim, generator=generator, dtype=torch.float64)
-        with (
-            suppress(Exception),
-            warnings.catch_warnings(),
-            torch.no_grad(),
-        ):  # whatever cannot be recorded is run
-            warnings.simplefilter("ignore")
-            pure = torch.func.functionalize(lambda u: self.at(u), remove="mutations")
-            graph, constants = graphs.record(pure, (points[0],))
-            constants = settled(graph, 1, tuple(t.detach() for t in constants), fresh=True)
-            constants = _numbered(graph, constants)
+        with torch.no_grad():
             wanted = torch.stack([self.at(u) for u in points])
-            for run in (torch.func.vmap, _one_by_one):
-                self._graph = run(partial(_with, graph, constants))
-                with suppress(Exception):
-                    found = self._batch(points)
-                    if not graphs.written_inputs(graph) and _same(found, wanted):
+        # with writes in place removed, which a few functions (the logarithm of Pyro's enumeration) do not allow
+        for pure in (True, False):
+            for batched in (torch.func.vmap, _one_by_one):
+                with suppress(Exception):  # what cannot be recorded is run
+                    self._graph = batched(self._recording(points[0], pure))
+                    if torch.allclose(self._batch(points), wanted, 1e-9, 1e-9, equal_nan=True):
                         return
         self._graph = None
+
+    @torch.no_grad()
+    def _recording(self, u: Tensor, pure: bool) -> Callable[[Tensor], Tensor]:
+        """The operations of one run at u [dim], as a function of it."""
+
+        def run(u: Tensor) -> Tensor:
+            return self.at(u)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function = torch.func.functionalize(run, remove="mutations") if pure else run
+            graph, constants = graphs.record(function, (u,))
+        constants = settled(graph, 1, tuple(t.detach() for t in constants), fresh=pure)
+        constants = _numbered(graph, constants)
+        if graphs.written_inputs(graph):
+            raise ProgramError("the record writes to what it reads")
+        return partial(_with, graph, constants)
 
     @property
     def recorded(self) -> bool:
@@ -251,10 +260,6 @@ def _with(graph: fx.GraphModule, constants: tuple[Tensor, ...], u: Tensor) -> Te
 def _one_by_one(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function of u [dim] as one of u [rows, dim]: where `vmap` has no rule for an operation."""
     return lambda u: torch.stack([function(row) for row in u])
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(found, wanted, 1e-9, 1e-9, equal_nan=True)
 
 
 def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

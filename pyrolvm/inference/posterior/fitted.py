@@ -18,6 +18,8 @@ from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.inference.posterior import evidence, refine, saving
 from pyrolvm.inference.posterior.convergence import Convergence, unknown
+from pyrolvm.inference.posterior.corrected import corrected as corrected_draws
+from pyrolvm.inference.posterior.covariance import covariance
 from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
 from pyrolvm.inference.posterior.history import held_out_elbo
 from pyrolvm.inference.posterior.imputation import Imputation, impute
@@ -99,8 +101,9 @@ class FittedModel:
 
     @property
     def elbo(self) -> float:
-        """The bound averaged over the last hundred steps, nats per datum; of a point estimate, log p(x, z) at it."""
-        return float(self.history["elbo"].tail(100).mean())
+        """The bound, nats per datum: at these parameters, or over the last hundred steps; of a point, log p(x, z)."""
+        kept = self.convergence.numbers.get("elbo")  # of a run whose parameters are an average over its steps
+        return float(self.history["elbo"].tail(100).mean()) if kept is None else kept
 
     @property
     def held_out_elbo(self) -> float:
@@ -108,7 +111,8 @@ class FittedModel:
 
         Where `patience` chose the parameters by it, it is a little too high: the rows that chose cannot also judge.
         """
-        return held_out_elbo(self.history, self.settings.get("kept_step"))
+        kept = self.convergence.numbers.get("held_out_elbo")
+        return held_out_elbo(self.history, self.settings.get("kept_step")) if kept is None else kept
 
     # ------------------------------------------------------------------ questions
 
@@ -128,9 +132,47 @@ class FittedModel:
         return _one_or_all(_joined(parts))
 
     @torch.no_grad()
-    def posterior(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
-        """Draws of q(z | x): latent site -> [num_samples, rows, ...] (local) or [num_samples, ...] (global)."""
+    def posterior(
+        self, x: Any, num_samples: int = 100, *, corrected: bool = False, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Draws of q(z | x): latent site -> [num_samples, rows, ...] (local) or [num_samples, ...] (global).
+
+        With `corrected`, draws are put right: taken again from at least 4,000 by their Pareto-smoothed importance
+        weights, the answer's `khat` and `effective_share` saying how far to rely on them. Where latents are shared by
+        all data, `x` is then the whole training data.
+
+        Raises
+        ------
+        SettingError
+            `corrected`, of a guide without a density.
+        """
+        if corrected:
+            return corrected_draws(self.pair(x), count("num_samples", num_samples), seed)
         return self.draws(x, num_samples, seed=seed).values
+
+    @torch.inference_mode(False)
+    def covariance(
+        self, x: Any, sites: list[str] | None = None, *, method: str = "linear_response", seed: int = 0
+    ) -> pd.DataFrame:
+        """Covariances of all entries of the latents under the posterior, in their own space.
+
+        Parameters
+        ----------
+        x : data as `fit` takes them
+            The data that were fitted, whole.
+        sites : list of str, optional
+            Of these latents only.
+        method : {"linear_response", "guide"}
+            The guide's own, or those that a mean field leaves out: how far its optimum moves if the log joint is tilted
+            (Giordano, Broderick and Jordan 2018). Kept only if the bound is higher with them.
+
+        Raises
+        ------
+        SettingError
+            The guide is no normal AutoGuide; for linear response, no mean field, not at its optimum, or its response
+            lowers the bound.
+        """
+        return covariance(self.pair(x), sites, method, seed)
 
     @torch.no_grad()
     def predict(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Posteriors with known answers, and what each way of fitting makes of them."""
