@@ -17,7 +17,7 @@ from pyro.infer import (
 
 from corpus.form import Pair, program
 
-ENUMERATED = {"k-hat per datum": "'k' is enumerated"}
+ENUMERATED = {"k-hat per datum": "'k' is enumerated", "collapse": "'k' is enumerated"}
 
 
 def rows() -> torch.Tensor:

@@ -96,7 +96,7 @@ def a_branch_on_a_parameter() -> Pair:
     return Pair(model, mu_guide, (x,))
 
 
-@program(missing={"k-hat per datum": "'k' is enumerated"})
+@program(missing={"k-hat per datum": "'k' is enumerated", "collapse": "'k' is enumerated"})
 def enumerated_counts() -> Pair:
     """A binomial latent that is summed out, its total a tensor."""
     x = torch.randn(12) + 1.0
