@@ -147,8 +147,9 @@ def test_held_out_rows_end_a_run_that_learns_by_heart():
     vae = pyrolvm.VAE(20, 8, "gaussian", hidden=(32,))
     fitted = pyrolvm.fit(vae, x, validation=0.33, **QUIET)
     assert fitted.convergence.converged is True
-    assert fitted.history["validation_elbo"].dropna().max() < fitted.held_out_elbo + 1
-    assert fitted.history["validation_elbo"].dropna().iloc[-1] < fitted.held_out_elbo - 1
+    seen = fitted.history["validation_elbo"].dropna()
+    assert seen.max() < fitted.held_out_elbo + 0.5
+    assert seen.iloc[-1] < fitted.held_out_elbo  # the parameters kept are not the last ones
 
 
 def test_a_rate_at_which_the_bound_is_lost_is_given_up():
