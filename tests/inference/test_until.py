@@ -186,10 +186,11 @@ def test_a_guide_per_row_ends():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppca", "vae"])
-def test_digits_with_defaults_alone_end_near_a_run_of_ten_times_the_length(name):
-    digits, _ = pyrolvm.data.load_dataset("digits").binarise()
-    if name == "ppca":
-        digits = pyrolvm.data.load_dataset("digits")
+def test_digits_with_defaults_alone_end_near_a_run_of_ten_times_the_length_or_say_so(name):
+    """PPCA within 1 % of it. A VAE learns its training rows by heart for a long time: short of that it is no silent end."""
+    digits = pyrolvm.data.load_dataset("digits")
+    if name == "vae":
+        digits, _ = digits.binarise()
 
     def build():
         torch.manual_seed(0)
@@ -200,5 +201,8 @@ def test_digits_with_defaults_alone_end_near_a_run_of_ten_times_the_length(name)
     here, there = (
         f.log_evidence(digits, "iwae", 64, num_particles=1).mean().item() for f in (fitted, longer)
     )
-    assert fitted.convergence.converged is True
-    assert here > there - 0.01 * abs(there)
+    near = here > there - 0.01 * abs(there)
+    assert near or fitted.convergence.converged is False
+    if name == "ppca":
+        assert near
+        assert fitted.convergence.converged is True
