@@ -84,11 +84,11 @@ def record(
     return graph, _lift_constants(graph, inputs)
 
 
-def unrecorded() -> AbstractContextManager[None]:
+def unrecorded() -> AbstractContextManager[Any]:
     """Operations inside are run and not recorded: their results are constants of the graph."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-    return disable_proxy_modes_tracing()  # type: ignore[no-any-return]
+    return disable_proxy_modes_tracing()
 
 
 def _lift_constants(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
