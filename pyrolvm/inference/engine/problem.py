@@ -41,7 +41,7 @@ class Problem:
     schedules : dict
         Control -> number, or function of the share of the run done. Has the KL weight only if it is not constantly 1.
     num_steps : int
-        The length of the run.
+        The length of the run; of one without, the steps after which schedules stay at their ends.
     terms : tuple of str
         The columns that `loss` reports, the bound first; complete once `loss` has run.
     """
@@ -72,7 +72,7 @@ class Problem:
     def controls(self, first_step: int, num_steps: int) -> Tensor:
         """The scheduled controls of each step: [num_steps, len(scheduled)], float64, on the host."""
         columns = [self.optimizer.learning_rates(first_step, num_steps, self.num_steps)]
-        shares = [(first_step + k + 1) / self.num_steps for k in range(num_steps)]
+        shares = [min(1.0, (first_step + k + 1) / self.num_steps) for k in range(num_steps)]
         for name in self.scheduled[1:]:
             columns.append([value_of(name, self.schedules[name], share) for share in shares])
         return torch.tensor(columns, dtype=torch.float64).T.contiguous()

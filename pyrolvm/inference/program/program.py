@@ -16,16 +16,18 @@ from weakref import WeakSet
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
+from torch.distributions import transform_to
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.beginnings import begun, present, put_in
 from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
-from pyrolvm.inference.program.beginnings import begun, present, put_in
 from pyrolvm.inference.program.routes import (
     explain_unregistered,
     leaves,
@@ -59,6 +61,8 @@ class Program:
         Of the model's arguments; None if `model` brings its own.
     device, dtype
         Where its tensors lie, and the floating type they have.
+    start : callable, optional
+        Pyro's `init_loc_fn`, where the guide is an AutoGuide that is made here.
 
     Attributes
     ----------
@@ -81,11 +85,12 @@ class Program:
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        start: Callable[..., Tensor] | None = None,
     ) -> None:
         self.source = model
         self.device = device or torch.device("cpu")
         self.dtype = dtype or torch.float32
-        self.model, self.guide = resolve(model, guide)
+        self.model, self.guide = resolve(model, guide, start)
         self.owner = getattr(self.model, "__self__", model)
         self.modules = modules_of(model, self.model, self.guide)
         self._functions = (self.model, self.guide)
@@ -117,6 +122,21 @@ class Program:
     def row_guide(self) -> PerDatum | None:
         """The guide, if it is one that was made for the program's latents per datum."""
         return self._functions[1] if isinstance(self._functions[1], PerDatum) else None
+
+    @property
+    def auto_guide(self) -> AutoGuide | None:
+        """The guide as it was passed, if it is one of Pyro's AutoGuides."""
+        return self._functions[1] if isinstance(self._functions[1], AutoGuide) else None
+
+    @property
+    def reached(self) -> tuple[nn.Module, ...]:
+        """The modules of the pair, and those that its functions register."""
+        return (*self.modules.values(), *self._reached.values())
+
+    def transform_of(self, name: str) -> Any:
+        """From the unconstrained tensor of a parameter to its value; None where they are the same."""
+        constraint = self._store["constraints"].get(name)
+        return None if constraint is None else transform_to(constraint)
 
     @property
     def guide_record(self) -> dict[str, Any] | None:

@@ -57,7 +57,8 @@ def fit_restarts(
     table : DataFrame
         One row per restart, best first: `restart`, `seed`, `bound` in nats per datum (nan if it diverged), `steps`,
         `seconds`, `outcome`. With `validation` the bound is that of the held-out data, under the same noise for all
-        restarts; otherwise the mean over the last tenth of the steps.
+        restarts; otherwise that of the parameters of a run until converged, or the mean over the last tenth of
+        the steps.
 
     Raises
     ------
@@ -118,6 +119,8 @@ class _Attempt:
     def _bound(self, fitted: FittedModel) -> float:
         if self.options.get("validation") is not None:
             return self._held_out_bound(fitted)
+        if "elbo" in fitted.convergence.numbers:  # of a run until converged: at its parameters
+            return fitted.elbo
         elbo = fitted.history["elbo"]
         return float(elbo.tail(max(1, round(LAST_SHARE * len(elbo)))).mean())
 
