@@ -101,7 +101,8 @@ def table(results: dict[str, Any]) -> str:
             f"`SVI.step` takes {gain[len(gain) // 2]:.0f} times as long as a compiled step in the median "
             f"({gain[0]:.1f} to {gain[-1]:.0f}); an eager step {slower[len(slower) // 2]:.2f} times that of `SVI`. "
         )
-    lines.append(f"One thread of a machine with {os.cpu_count()} cores, torch {torch.__version__}.\n\n")
+    load = f"{os.cpu_count()} cores under a load of {os.getloadavg()[0]:.0f}"
+    lines.append(f"One thread of a machine with {load}, torch {torch.__version__}.\n\n")
     body = "".join(
         row(name, found) for name, found in sorted(results.items(), key=lambda i: (i[1]["kind"], i[0]))
     )
