@@ -1,4 +1,4 @@
-"""MkDocs hooks: the menu of the systems, and equations as MathML, so that a page needs neither script nor network."""
+"""MkDocs hooks: the menu of the systems, files within pages, and equations as MathML, without script or network."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from latex2mathml.converter import convert
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 
+FILE = re.compile(r"^\{\{ (\S+) \}\}$", re.M)
+
 # log p: a thin space, unless a bracket follows
 FUNCTION = re.compile(r'(<mi>(?:log|exp|det|min)</mi>)(?!<mo stretchy="false">&#x00028;)')
 
@@ -25,6 +27,12 @@ def on_config(config: Any) -> Any:
                 pages = sorted(Path(config.docs_dir, target).glob("*.md"))
                 entry[title] = [target + page.name for page in pages]
     return config
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """The page with each line `{{ path }}` replaced by that file of the repository."""
+    root = Path(__file__).parents[1]
+    return FILE.sub(lambda found: (root / found[1]).read_text("utf-8"), markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pyrolvm.inference import fit as fit
     from pyrolvm.inference import fit_restarts as fit_restarts
     from pyrolvm.inference import pathfinder as pathfinder
+    from pyrolvm.inference import sweep as sweep
     from pyrolvm.inference.program.semi_implicit_guide import SemiImplicitGuide as SemiImplicitGuide
     from pyrolvm.models import *  # noqa: F403
     from pyrolvm.models import loss as loss
@@ -59,6 +60,7 @@ _HOMES = {
     "diagnose": "diagnostics",
     "fit": "inference",
     "fit_restarts": "inference",
+    "sweep": "inference",
     "loss": "models",
     "pathfinder": "inference",
     "row_entries": "plates",

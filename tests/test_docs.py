@@ -99,3 +99,9 @@ def names_in(path):
     """What the file's `__all__` lists as it is written."""
     listed = re.search(r"__all__ = \[(.*?)\]", path.read_text("utf-8"), re.S) if path.exists() else None
     return re.findall(r'"(\w+)"', listed[1]) if listed else []
+
+
+def test_a_page_shows_a_file_of_the_repository():
+    page = hooks().on_page_markdown((DOCS / "any-program.md").read_text("utf-8"))
+    assert (ROOT / "benchmarks" / "results" / "corpus.md").read_text("utf-8") in page
+    assert "{{" not in page

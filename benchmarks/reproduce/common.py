@@ -64,8 +64,15 @@ def kept(folder: Path, settings: Mapping[str, Any], compute: Callable[[], dict[s
         if found["settings"] == json.loads(json.dumps(settings)):
             return found["row"]
     row = compute()
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"settings": settings, "row": row}, indent=2) + "\n")
     return row
+
+
+def gathered(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows that these folders keep, whichever run they are of: a table may be made by several commands."""
+    files = [folder / "row.json" for folder in folders]
+    return [json.loads(file.read_text())["row"] for file in files if file.exists()]
 
 
 def write_table(
@@ -90,4 +97,4 @@ def write_table(
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else "-" if value is None else str(value)

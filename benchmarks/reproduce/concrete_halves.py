@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import pyrolvm
-from benchmarks.reproduce.common import arguments, binary_mnist, glorot, kept, write_table
+from benchmarks.reproduce.common import arguments, binary_mnist, gathered, glorot, kept, write_table
 from pyrolvm import StructuredPrediction
 from pyrolvm.inference.objectives import NVIL, VIMCO, Concrete, Objective
 
@@ -43,12 +44,17 @@ def objective(name: str, m: int) -> Objective:
     return NVIL() if m == 1 else VIMCO(m)
 
 
+def folder_of(key: tuple[int, int, str], options: argparse.Namespace) -> Path:
+    """Where a row keeps its checkpoint and its numbers."""
+    return options.checkpoints / "-".join(map(str, key))
+
+
 def run(
     key: tuple[int, int, str], train: Tensor, test: Tensor, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Train (or go on) and evaluate one row of the table."""
     layers, m, name = key
-    folder = options.checkpoints / f"{layers}-{m}-{name}"
+    folder = folder_of(key, options)
     steps = round(options.scale * STEPS)
     torch.manual_seed(options.seed)
     model = glorot(StructuredPrediction(784, num_layers=layers, num_particles=m))
@@ -96,9 +102,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     options = parser.parse_args()
     train, test = (binary_mnist(split, seed=options.seed) for split in ("train", "test"))
-    rows = []
     for key in [(n, m, o) for n in options.layers for m in options.m for o in options.objectives]:
-        rows.append(run(key, train[:50_000], test, options))
+        run(key, train[:50_000], test, options)
         notes = [
             f"`python -m benchmarks.reproduce.concrete_halves --scale {options.scale} --test-rows {options.test_rows} "
             f"--learning-rate {options.learning_rate} --seed {options.seed}`",
@@ -106,6 +111,7 @@ def main() -> None:
             f"first {options.test_rows} images, with the standard error over images. The binarisation is ours, by the "
             "seed.",
         ]
+        rows = gathered([folder_of((*key, name), options) for key in PAPER for name in NAMES])
         write_table(options.out, "Concrete: halves of MNIST", notes, rows)
 
 

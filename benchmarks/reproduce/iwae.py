@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import pyrolvm
-from benchmarks.reproduce.common import arguments, binary_mnist, glorot, kept, write_table
+from benchmarks.reproduce.common import arguments, binary_mnist, gathered, glorot, kept, write_table
 from pyrolvm import VAE, FittedModel, HierarchicalVAE
 from pyrolvm.diagnostics import collapse_report
 from pyrolvm.inference.objectives import ImportanceWeighted
@@ -71,13 +72,18 @@ def decayed(optimizer: Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, rate)
 
 
+def folder_of(key: tuple[int, str, int], options: argparse.Namespace) -> Path:
+    """Where a row keeps its checkpoint and its numbers."""
+    return options.checkpoints / "-".join(map(str, key))
+
+
 def run(
     key: tuple[int, str, int], train: Tensor, test: Tensor, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Train (or go on) and evaluate one row of the table."""
     layers, objective, k = key
     steps = round(options.scale * PASSES * IMAGES / BATCH)
-    folder = options.checkpoints / f"{layers}-{objective}-{k}"
+    folder = folder_of(key, options)
     torch.manual_seed(options.seed)
     hidden = {"hidden": ((200, 200), (100, 100))} if layers == 2 else {"hidden": (200, 200)}
     build = HierarchicalVAE if layers == 2 else VAE
@@ -145,9 +151,8 @@ def main() -> None:
     train = binary_mnist("train", options.binarisations, seed=options.seed)
     test = binary_mnist("test", seed=options.seed)
     wanted = [(n, o, k) for n in options.layers for o in options.objectives for k in options.k]
-    rows = []
     for key in [key for key in wanted if key in DYNAMIC]:  # with one draw both objectives are the ELBO
-        rows.append(run(key, train, test, options))
+        run(key, train, test, options)
         notes = [
             f"`python -m benchmarks.reproduce.iwae --scale {options.scale} --binarisations {options.binarisations} "
             f"--test-rows {options.test_rows} --draws {options.draws} --seed {options.seed}`",
@@ -155,6 +160,7 @@ def main() -> None:
             "standard error over images (the images are the same in all rows). The binarisation is ours, drawn by the "
             f"seed; the training images stand in the data {options.binarisations} times, each time with other bits.",
         ]
+        rows = gathered([folder_of(one, options) for one in DYNAMIC])
         write_table(options.out, "IWAE, table 1", notes, rows)
 
 

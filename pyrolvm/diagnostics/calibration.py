@@ -33,6 +33,7 @@ from pyrolvm.diagnostics.simulated import Arrays, simulations
 from pyrolvm.diagnostics.uniformity import ecdf_band, p_values
 from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.training.many import run_all
 from pyrolvm.progress import watched
 
 SIMULATIONS, REFITS = 1000, 100
@@ -161,7 +162,7 @@ def calibrate(
     num_simulations: int | None = None,
     num_samples: int = 200,
     refit: Callable[[Any], FittedModel] | None = None,
-    map: Callable[..., Iterable[Any]] = map,
+    map: Callable[..., Iterable[Any]] | None = None,
     sites: list[str] | None = None,
     rebuild: Callable[[Any, dict[str, torch.Tensor]], Any] | None = None,
     alpha: float = 0.05,
@@ -180,9 +181,9 @@ def calibrate(
         Data whose rows (and covariates) the simulations are shaped by; the fit's own example by default.
     num_samples : int
         Draws of the guide per simulation; ranks run from 0 to it.
-    map : callable
-        How refits are run; `ProcessPoolExecutor(...).map` runs them in parallel if `refit` can be pickled.
-        Threads cannot: Pyro's parameter store is one per process.
+    map : callable, optional
+        How refits are run, as the built-in `map` takes its arguments; by default through joblib:
+        `with joblib.parallel_config(n_jobs=4): calibrate(...)` spreads them over processes.
     sites : list of str, optional
         Latents to rank; all (of the kind) by default.
     rebuild : callable, optional
@@ -214,7 +215,8 @@ def calibrate(
         every = list(simulated)
         # noise of its own for each: common noise would make the ranks depend on each other
         seeds = [_seed(seed, 2, i) for i in range(len(every))]
-        results = map(partial(_posterior, refit, names, num_samples), [s.data for s in every], seeds)
+        ranked, sets = partial(_posterior, refit, names, num_samples), [s.data for s in every]
+        results = map(ranked, sets, seeds) if map else run_all(ranked, list(zip(sets, seeds, strict=True)))
         found = list(watched(results, "calibration", len(every), enabled=progress, unit="fits"))
         truth = {n: np.stack([s.truth[n] for s in every]) for n in names}
         draws = {n: np.stack([f[n] for f in found], axis=1) for n in names}

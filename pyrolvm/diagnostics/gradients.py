@@ -144,7 +144,7 @@ def _problem(model: Any, x: Any, guide: Any, dtype: torch.dtype | None, seed: in
     device, spec = torch.device("cpu"), OptimizerSpec()
     setup = set_up(
         model, x, guide, None, spec, controls=None, kl_warmup=0.0, num_steps=1, num_epochs=None, batch_size=None,
-        validation=None, device=device, dtype=dtype or torch.float32, seed=seed, start=False,
+        validation=None, device=device, dtype=dtype or torch.float32, seed=seed, init="own",
     )  # fmt: skip
     return setup.problem
 

@@ -25,6 +25,7 @@ from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import refuse_bound, sample_sites
+from pyrolvm.inference.training.many import num_workers, run_all
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
 
 QUANTILES = (0.05, 0.95)
@@ -107,7 +108,7 @@ def compare_with_nuts(
     x : data as `fit` takes them
         A few rows where all latents are of each datum; the training data whole where some are shared by all.
     num_samples, warmup_steps : int
-        Of each of `num_chains` chains, run one after the other; ten draws at least.
+        Of each of `num_chains` chains, run through joblib (`joblib.parallel_config`); ten draws at least.
     num_guide_samples : int
         Draws of the guide.
 
@@ -152,20 +153,31 @@ def _chains(
 ) -> tuple[dict[str, Tensor], int]:
     """site -> [chains, draws, ...], and the number of divergent transitions; lengths: draws, warm-up, chains."""
     num_samples, warmup_steps, num_chains = lengths
-    found, divergent = [], 0
     with noise(pair, seed, Measure.REFERENCE, 0):
         model = _unscaled(pair)
-    for chain in range(num_chains):
-        scope = pair.program.scope(pair.batch, pair.mode)
-        with scope, noise(pair, seed, Measure.REFERENCE, 2 + chain), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            kernel = NUTS(model, max_plate_nesting=pair.structure.max_plate_nesting)
-            options: Any = {"disable_progbar": True, "hook_fn": lambda *_: bar.advance()}
-            mcmc = MCMC(kernel, num_samples, warmup_steps, **options)
-            mcmc.run(*pair.batch.args, **pair.batch.kwargs)
-            found.append({n: v.detach() for n, v in mcmc.get_samples().items()})
-            divergent += sum(len(v) for v in mcmc.diagnostics().get("divergences", {}).values())
+    here = num_workers() == 1  # a bar does not reach another process
+    hook = (lambda *_: bar.advance()) if here else None
+    calls = [(pair, model, num_samples, warmup_steps, seed, chain, hook) for chain in range(num_chains)]
+    found, divergent = [], 0
+    for draws, number in run_all(_chain, calls):
+        bar.advance(0 if here else num_samples + warmup_steps)
+        found.append(draws)
+        divergent += number
     return {n: torch.stack([f[n] for f in found]) for n in names}, divergent
+
+
+def _chain(
+    pair: Pair, model: Any, num_samples: int, warmup_steps: int, seed: int, chain: int, hook: Any
+) -> tuple[dict[str, Tensor], int]:
+    """site -> [draws, ...] of one chain, and its divergent transitions."""
+    scope = pair.program.scope(pair.batch, pair.mode)
+    with scope, noise(pair, seed, Measure.REFERENCE, 2 + chain), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kernel = NUTS(model, max_plate_nesting=pair.structure.max_plate_nesting)
+        mcmc = MCMC(kernel, num_samples, warmup_steps, disable_progbar=True, hook_fn=hook)
+        mcmc.run(*pair.batch.args, **pair.batch.kwargs)
+        divergent = sum(len(v) for v in mcmc.diagnostics().get("divergences", {}).values())
+        return {n: v.detach() for n, v in mcmc.get_samples().items()}, divergent
 
 
 def _unscaled(pair: Pair) -> Any:

@@ -11,6 +11,7 @@ from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.loop import Callback, Report
 from pyrolvm.inference.training.loss_weight import LossWeight, calibrate_loss
 from pyrolvm.inference.training.restarts import fit_restarts
+from pyrolvm.inference.training.sweep import sweep
 
 __all__ = [
     "Callback",
@@ -32,4 +33,5 @@ __all__ = [
     "fit",
     "fit_restarts",
     "pathfinder",
+    "sweep",
 ]

@@ -61,7 +61,7 @@ class ConcreteVAE(BernoulliVAE):
         paper's for the nearest n: 2/3 for 2, 1 for 4, 2/3 for 8 states. `fit(controls={"temperature": ...})`
         takes any schedule.
     prior_temperature : float, optional
-        Of the prior's densities. None is the paper's: 1/2, 2/3, 2/5.
+        Of the prior's densities. None is the guide's, or the paper's beside the guide's of the paper: 1/2, 2/3, 2/5.
     straight_through : bool
         Train with discrete values and the gradient of relaxed ones.
     likelihood, noise_scale

@@ -138,17 +138,19 @@ TEMPERATURES = {2: (2 / 3, 1 / 2), 4: (1.0, 2 / 3), 8: (2 / 3, 2 / 5)}
 Temperature = float | Sequence[float] | None
 
 
-def temperatures(num_states: int, guide: Temperature, prior: float | None) -> tuple[Any, float]:
-    """The schedule of the guide's temperature and the prior's; the published ones, of the nearest n, where None.
+def temperatures(num_states: int, guide: Temperature, prior: float | None) -> tuple[Any, float | None]:
+    """The schedule of the guide's temperature, and the prior's; None of it is the guide's at each step.
 
-    Two numbers are the first and the last temperature of a run that falls by one factor at each step. Raises
-    `SettingError` unless all are positive.
+    Where the guide's is not told they are the published ones of the nearest n. Two numbers are the first and the last
+    of a run, with one factor from step to step. Raises `SettingError` unless all are positive.
     """
-    nearest = min(TEMPERATURES, key=lambda n: abs(math.log2(n) - math.log2(num_states)))
-    published = TEMPERATURES[nearest]
-    prior = positive("prior_temperature", published[1] if prior is None else prior)
-    if guide is None or not isinstance(guide, Sequence):
-        return positive("temperature", published[0] if guide is None else guide), prior
+    if guide is None:
+        nearest = min(TEMPERATURES, key=lambda n: abs(math.log2(n) - math.log2(num_states)))
+        guide, published = TEMPERATURES[nearest]
+        prior = published if prior is None else prior
+    prior = None if prior is None else positive("prior_temperature", prior)
+    if not isinstance(guide, Sequence):
+        return positive("temperature", guide), prior
     if len(guide) != 2 or isinstance(guide, str):
         raise SettingError(
             f"temperature={guide!r} must be a number, or the first and the last of a run: (1.0, 0.5)"

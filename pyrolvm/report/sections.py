@@ -9,6 +9,7 @@ import pandas as pd
 
 from pyrolvm import plots
 from pyrolvm.data.columns import listed
+from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import versions
 from pyrolvm.models import REGISTRY
 from pyrolvm.report.findings import Findings
@@ -57,7 +58,7 @@ def _summary(found: Findings) -> list[Part]:
         ("rows", _rows(found)),
         (
             f"{found.fitted.structure.bound_name}, {found.unit}",
-            f"{number(fitted.elbo)} (mean of the last {LAST} steps)",
+            f"{number(fitted.elbo)} ({_of_which(fitted)})",
         ),
         (
             f"{fitted.structure.bound_name}, held out",
@@ -69,6 +70,11 @@ def _summary(found: Findings) -> list[Part]:
         ("convergence", fitted.convergence.sentence),
     )
     return [shown, *(_missing(found) if diagnosis is None else [Part("words", diagnosis.sentences)])]
+
+
+def _of_which(fitted: FittedModel) -> str:
+    """What the bound was computed of."""
+    return "of these parameters" if "elbo" in fitted.convergence.numbers else f"mean of the last {LAST} steps"
 
 
 def _rows(found: Findings) -> str:
@@ -108,7 +114,7 @@ def _training(found: Findings) -> list[Part]:
         return [Part("text", "No step was taken.")]
     last, steps = history.tail(LAST), int(history["step"].iloc[-1])
     seconds = history["seconds"].dropna().tail(1).tolist() if "seconds" in history else []
-    end = number(found.fitted.elbo)
+    end = number(last["elbo"].mean())
     name = found.fitted.structure.bound_name
     alt = f"The {name} over {steps:,} steps; its last {LAST} steps have the mean {end} {unit}."
     labels = TERMS | {"elbo": name} | ({"kl": "-log p(z)"} if found.fitted.structure.points else {})

@@ -106,8 +106,13 @@ class Job:
             given["dtype"] = as_dtype(o["dtype"])
         if "schedule" in o:
             epochs, plan = o.get("num_epochs"), BatchPlan(self.data.train.num_rows, o.get("batch_size"))
-            steps = plan.num_steps(epochs) if epochs else o.get("num_steps") or 1000
-            given["schedule"] = SCHEDULES[one_of("schedule", o["schedule"], SCHEDULES)](steps)
+            steps = plan.num_steps(epochs) if epochs else o.get("num_steps")
+            if steps is None and o["schedule"] != "none":
+                raise SettingError(
+                    f"schedule={o['schedule']} falls over the steps of the run: give num_steps or num_epochs; without "
+                    "a schedule the rate falls by itself"
+                )
+            given["schedule"] = SCHEDULES[one_of("schedule", o["schedule"], SCHEDULES)](steps or 1)
         return given | {"validation": self.data.held_out}
 
     def run(self, folder: RunFolder, quiet: bool) -> tuple[FittedModel, Any]:

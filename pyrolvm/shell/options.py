@@ -85,6 +85,7 @@ FIT = options_of(
         ("schedule", f"Literal{list(SCHEDULES)}"),
         ("dtype", "str"),
         ("learning_rate", "float"),
+        ("init", "Literal['auto', 'own', 'median', 'prior']"),
         ("validation", "float"),
     ),
 )

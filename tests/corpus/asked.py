@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import tempfile
 import time
@@ -15,10 +14,10 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoGuide
 
 import pyrolvm
 from corpus.form import QUESTIONS, Case, Pair
+from pyrolvm.data.arguments import as_call
 from pyrolvm.errors import PyrolvmError
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.seeds import Purpose, derived_seed
@@ -32,18 +31,20 @@ CPU = torch.device("cpu")
 
 
 def data_of(pair: Pair) -> Any:
-    """The arguments of a step as `fit` and the questions take them."""
-    if pair.kwargs:
-        return dict(inspect.signature(pair.model).bind(*pair.args, **pair.kwargs).arguments)
-    return pair.args[0] if len(pair.args) == 1 else pair.args
+    """The arguments of a step as the questions take them."""
+    return as_call(pair.args, (), pair.kwargs)
 
 
 def fitted(pair: Pair, num_steps: int = STEPS, rate: float = RATE, **options: Any) -> Any:
-    """The pair under `fit`."""
+    """The pair under `fit`, its arguments as those of `SVI.step`."""
     options = {"engine": "eager", "initialise": False, "progress": False, "seed": SEED} | options
+    collected = len(pair.args) == 1 and isinstance(
+        pair.args[0], dict | tuple
+    )  # alone, these stand for arguments
     return pyrolvm.fit(
         pair.model,
-        data_of(pair),
+        *((pair.args,) if collected else pair.args),
+        model_kwargs=pair.kwargs or None,
         guide=pair.guide,
         objective=pair.objective(),
         num_steps=num_steps,
@@ -79,12 +80,17 @@ def under_svi(pair: Pair, num_steps: int = STEPS, rate: float = RATE) -> UnderSV
             objective._guess_max_plate_nesting(pair.model, guide, pair.args, pair.kwargs)
         torch.set_rng_state(noise_state(SEED, CPU)["cpu"])
         svi = SVI(pair.model, guide, pyro.optim.Adam({"lr": rate}), objective)
-        bounds = [-svi.step(*pair.args, **pair.kwargs)]
+        bounds = [-_first(svi.step(*pair.args, **pair.kwargs))]
         begun = time.perf_counter()
-        bounds += [-svi.step(*pair.args, **pair.kwargs) for _ in range(num_steps - 1)]
+        bounds += [-_first(svi.step(*pair.args, **pair.kwargs)) for _ in range(num_steps - 1)]
         seconds = (time.perf_counter() - begun) / max(1, num_steps - 1)
     torch.set_rng_state(before)
     return UnderSVI(np.array([float(b) for b in bounds]), seconds)
+
+
+def _first(loss: Any) -> Any:
+    """The loss of the model, where another is of the guide (`ReweightedWakeSleep`)."""
+    return loss[0] if isinstance(loss, tuple) else loss
 
 
 def disagreement(case: Case) -> str:
@@ -123,19 +129,21 @@ def totals(fit: Any) -> np.ndarray:
 # ------------------------------------------------------------------ compiled
 
 
-def parted(case: Case) -> tuple[str, Any]:
-    """(what is wrong with the compiled engine, the compiled fit or None): equal bounds, or the reason expected."""
+def parted(case: Case) -> tuple[str, float]:
+    """(what is wrong with the compiled engine, its seconds beside steps): equal bounds, or the reason expected."""
     eager = fitted(case.build())
+    begun = time.perf_counter()
     try:
         compiled = fitted(case.build(), engine="compiled")
     except PyrolvmError as error:
         words = case.compiled if isinstance(case.compiled, str) else None
         expected = words is not None and words in str(error)
-        return ("" if expected else f"does not compile: {error}"), None
+        return ("" if expected else f"does not compile: {error}"), 0.0
+    seconds = time.perf_counter() - begun - compiled.history["seconds"].iloc[-1]
     if case.compiled is not True:
-        return f"compiles, though it should be refused for '{case.compiled}'", compiled
+        return f"compiles, though it should be refused for '{case.compiled}'", seconds
     same = np.allclose(totals(compiled), totals(eager), rtol=ROUNDING, atol=ROUNDING)
-    return ("" if same else f"compiled {totals(compiled)}, eager {totals(eager)}"), compiled
+    return ("" if same else f"compiled {totals(compiled)}, eager {totals(eager)}"), seconds
 
 
 # ------------------------------------------------------------------ questions
@@ -217,6 +225,8 @@ def _saved(fit: Any, pair: Pair) -> Any:
             fit.save(f"{folder}/run"), model=anew.model, guide=anew.guide, example=data_of(anew)
         )
     for name, tensor in fit.program.tensors().items():
+        if name.startswith("objective."):  # of the loss, which is not loaded
+            continue
         assert torch.equal(loaded.program.tensors()[name], tensor), name
     before, after = (f.posterior(data_of(pair), 3) for f in (fit, loaded))
     for name, value in before.items():
@@ -267,8 +277,3 @@ class Rebuilt:
     def rebuilt(self) -> Pair:
         """The same program as another process would build it."""
         return self.build()
-
-
-def is_auto(pair: Pair) -> bool:
-    """Whether the guide is one of Pyro's automatic ones."""
-    return isinstance(pair.guide, AutoGuide | str)

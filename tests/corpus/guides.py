@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro.contrib.easyguide import EasyGuide, easy_guide
 from pyro.distributions.transforms import affine_autoregressive, block_autoregressive, iterated
-from pyro.infer import TraceMeanField_ELBO, autoguide
+from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -146,6 +146,22 @@ def _listed() -> Pair:
 with_levels("AutoGuideList of three kinds, the noise at a point.", "auto_guide_list", _listed)
 
 
+def _listed_with_a_function() -> Pair:
+    def noise(group, y=None):
+        loc = pyro.param("noise_loc", torch.tensor(-1.0))
+        pyro.sample("noise", dist.LogNormal(loc, 0.3))
+
+    guide = AutoGuideList(multilevel)
+    guide.append(AutoNormal(pyro.poutine.block(multilevel, hide=["noise"])))
+    guide.append(noise)
+    return Pair(multilevel, guide, growth())
+
+
+with_levels(
+    "AutoGuideList with a function of one's own.", "auto_guide_list_function", _listed_with_a_function
+)
+
+
 def _by_mean_field() -> Pair:
     return under(AutoNormal, objective=TraceMeanField_ELBO)
 
@@ -186,7 +202,3 @@ def easy_guide_class() -> Pair:
                 self.map_estimate("level")
 
     return Pair(multilevel, Guide(multilevel), growth())
-
-
-AUTOGUIDES_LEFT = sorted(set(autoguide.__all__))
-"""All names of Pyro's module: see the test of this file that each guide among them is in the corpus."""

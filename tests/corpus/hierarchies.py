@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from corpus.form import NO_LATENTS_OF_ROWS, Pair, program
 
 
-@program(quick_compiled=True)
+@program
 def eight_schools() -> Pair:
     """Eight schools, the effects in the plate of the data, by AutoNormal."""
     y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])

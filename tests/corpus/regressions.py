@@ -17,7 +17,7 @@ def table(rows: int = 30, columns: int = 3) -> torch.Tensor:
     return torch.randn(rows, columns)
 
 
-@program(declines=NO_LATENTS_OF_ROWS, quick_compiled=True)
+@program(declines=NO_LATENTS_OF_ROWS)
 def linear_regression() -> Pair:
     """Bayesian linear regression as a PyroModule with PyroSample weights, by AutoDiagonalNormal."""
     x = table()

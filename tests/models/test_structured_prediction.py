@@ -96,7 +96,7 @@ def test_what_is_given_has_no_density_and_stays_in_its_place():
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_vimco_has_the_enumerated_bound_and_gradient(num_layers):
-    """Of both signs: the same numbers are no gradient of the bound of one draw."""
+    """And they are no gradient of the bound of one draw."""
     torch.manual_seed(0)
     model, draws = made(num_layers=num_layers), 4000
     objective = VIMCO(2)
@@ -153,7 +153,7 @@ def test_the_reported_bound_is_of_discrete_draws():
     )  # fmt: skip
     assert fitted.history["elbo"].mean() == pytest.approx(exact, abs=0.03)
     assert fitted.history["validation_elbo"].dropna().iloc[-1] == pytest.approx(exact, abs=0.03)
-    assert (fitted.history["relaxed"] - fitted.history["elbo"]).abs().min() > 0.01
+    assert (fitted.history["relaxed"] != fitted.history["elbo"]).all()
     assert fitted.history["kl"].abs().max() < 1e-9
 
 
@@ -167,8 +167,8 @@ def test_it_predicts_digits_better_than_their_pixels_by_themselves(objective):
     mean = (train.sum(0) + 1) / (len(train) + 2)
     alone = torch.distributions.Bernoulli(mean[32:]).log_prob(test[:, 32:]).sum(-1).mean().item()
     fitted = pyrolvm.fit(
-        StructuredPrediction(64, latent_dim=20), train, objective=objective, num_steps=800, batch_size=100,
-        learning_rate=0.01, **QUIET,
+        StructuredPrediction(64, latent_dim=20), train, objective=objective, num_steps=200, batch_size=100,
+        learning_rate=0.03, **QUIET,
     )  # fmt: skip
     assert fitted.log_evidence(test, "importance", 100, progress=False).mean() > alone + 2
 

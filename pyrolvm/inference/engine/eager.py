@@ -30,6 +30,7 @@ class EagerEngine:
         self.leaves = parameters | entries
         self.optimizer = problem.optimizer.build(list(self.leaves.values()))
         self._live: TrainingState | None = None
+        self._later: dict[str, dict[str, Tensor]] = {}
 
     def initial_state(self, random: dict[str, Tensor]) -> TrainingState:
         """The state before the first step: the program's parameters as they are now."""
@@ -50,7 +51,9 @@ class EagerEngine:
     def _update(self, rows: Tensor, controls: list[float]) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = controls[0]
-        gradients, terms = self.problem.gradients(rows, controls[1:])
+        gradients, terms = self.problem.gradients(rows, controls[1:], grow=True)
+        if len(gradients) > len(self.leaves):
+            self._grow()
         found = dict(zip(self.leaves, gradients, strict=True))
         places = places_of(rows) if self.tables else rows
         for name in self.tables:
@@ -69,6 +72,15 @@ class EagerEngine:
         for name in self.tables:
             self._put_back(name, rows)
         return terms
+
+    def _grow(self) -> None:
+        """Take in the parameters that a branch of the program has made, with the state they had in a checkpoint."""
+        for name, leaf in self.problem.program.parameters.items():
+            if name not in self.leaves:
+                self.leaves[name] = leaf
+                self.optimizer.param_groups[0]["params"].append(leaf)
+                if name in self._later:
+                    self.optimizer.state[leaf] = {k: v.clone() for k, v in self._later[name].items()}
 
     def _take(self, name: str, rows: Tensor) -> None:
         """Give the optimiser the entries of `rows`, and of its slots."""
@@ -97,7 +109,8 @@ class EagerEngine:
         """Load `state` into the program and the optimiser, unless it is loaded."""
         if state is self._live:
             return
-        self.problem.program.load(state.parameters)
+        self.problem.program.load(state.parameters, later=state.optimizer.keys() - self.leaves.keys())
+        self._later = {name: own for name, own in state.optimizer.items() if name not in self.leaves}
         self.optimizer.state.clear()
         for name, leaf in self.leaves.items():
             if name in state.optimizer:

@@ -77,6 +77,7 @@ class OptimizerSpec:
             raise SettingError(f"learning_rate must be positive, not {self.learning_rate}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise SettingError(f"clip_norm must be positive or None, not {self.clip_norm}")
+        self.still = False
         self._rates: list[float] = []
         self._running: tuple[Optimizer, LRScheduler] | None = None
 
@@ -96,8 +97,10 @@ class OptimizerSpec:
 
     def learning_rates(self, first_step: int, num_steps: int, length: int = 1) -> list[float]:
         """The learning rates of `num_steps` steps from `first_step` (counted from 0) of a run of `length` steps."""
+        if self.still:  # steps that only estimate the bound
+            return [0.0] * num_steps
         if callable(self.learning_rate):
-            shares = [(first_step + k + 1) / length for k in range(num_steps)]
+            shares = [min(1.0, (first_step + k + 1) / length) for k in range(num_steps)]
             return [value_of("learning_rate", self.learning_rate, share) for share in shares]
         if self.schedule is None:
             return [self.learning_rate] * num_steps

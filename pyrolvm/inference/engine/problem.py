@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrolvm.controls import Schedule, controlled, value_of
 from pyrolvm.data.arrays import Batch
-from pyrolvm.errors import SettingError
+from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import Objective
 from pyrolvm.inference.program.pair import Pair
@@ -41,7 +41,7 @@ class Problem:
     schedules : dict
         Control -> number, or function of the share of the run done. Has the KL weight only if it is not constantly 1.
     num_steps : int
-        The length of the run.
+        The length of the run; of one without, the steps after which schedules stay at their ends.
     terms : tuple of str
         The columns that `loss` reports, the bound first; complete once `loss` has run.
     """
@@ -72,7 +72,7 @@ class Problem:
     def controls(self, first_step: int, num_steps: int) -> Tensor:
         """The scheduled controls of each step: [num_steps, len(scheduled)], float64, on the host."""
         columns = [self.optimizer.learning_rates(first_step, num_steps, self.num_steps)]
-        shares = [(first_step + k + 1) / self.num_steps for k in range(num_steps)]
+        shares = [min(1.0, (first_step + k + 1) / self.num_steps) for k in range(num_steps)]
         for name in self.scheduled[1:]:
             columns.append([value_of(name, self.schedules[name], share) for share in shares])
         return torch.tensor(columns, dtype=torch.float64).T.contiguous()
@@ -136,8 +136,13 @@ class Problem:
         reported = torch.stack([bound, *terms.values()]).detach() / n
         return Loss(result.surrogate / n, own, reported, remainder.detach() / n)
 
-    def gradients(self, rows: Tensor, values: Sequence[Any] = ()) -> tuple[list[Tensor | None], Tensor]:
+    def gradients(
+        self, rows: Tensor, values: Sequence[Any] = (), grow: bool = False
+    ) -> tuple[list[Tensor | None], Tensor]:
         """The gradient of each parameter (None where it has none), and the terms. Arguments as of `loss`.
+
+        Parameters that this run makes, those of a branch not taken before, are trained from now on if `grow` (their
+        gradients come last); else they are refused.
 
         Of `tables` it is that of their entries, [batch, ...]. Gradients are computed here only: a reduction over
         processes belongs here.
@@ -145,6 +150,12 @@ class Problem:
         parameters = self.program.parameters
         taken = {n: parameters[n].detach().index_select(0, rows).requires_grad_() for n in self.tables}
         loss = self.loss(rows, values, taken)
+        if new := self.program.unmet():
+            if not grow:
+                raise ProgramError(
+                    f"the parameter '{new[0]}' appears in some steps only: call pyro.param for it in every run"
+                )
+            self.program.gather()
         leaves = list((parameters | taken).values())
         found: list[Tensor | None] = list(
             torch.autograd.grad(loss.surrogate, leaves, allow_unused=True, retain_graph=loss.own is not None)

@@ -10,8 +10,8 @@ A rise that matters and is beyond its error: not yet. A rise that with two error
 Anything else is a bound too noisy, or too short, to say.
 
 What matters: of parameters and latents that all data share, a tenth of a nat in total, since a posterior is as narrow
-as the data make it; of networks for the latents of each datum, a thousandth of the bound, or of a nat per number of a
-datum.
+as the data make it; of networks for the latents of each datum, a thousandth of the bound, or 0.0002 nats per number of
+a datum.
 
 Batch means: Glynn and Whitt (1991), "Estimating the asymptotic variance with batch means".
 """
@@ -36,6 +36,7 @@ WINDOW = 1 / 3
 """Share of the run, its end, whose trend is looked at."""
 NATS_IN_TOTAL = 0.1
 SHARE_OF_BOUND = 1e-3
+NATS_PER_NUMBER = 2e-4
 ERRORS = 3.0
 """A rise of so many errors is one."""
 REMEDY = "give it more steps, or leave num_steps out: it then runs until it has converged"
@@ -64,6 +65,11 @@ class Convergence:
     def word(self) -> str:
         """Converged, not yet, or cannot tell."""
         return {True: "converged", False: "not yet", None: "cannot tell"}[self.converged]
+
+    @property
+    def reason(self) -> str:
+        """Why a run that ends by this verdict ends."""
+        return "converged" if self.converged else "no lower learning rate is tried"
 
     def record(self) -> dict[str, Any]:
         """As JSON keeps it."""
@@ -116,7 +122,7 @@ def what_matters(structure: Structure, level: float) -> float:
     if structure.global_latents or not structure.local_latents:
         return total
     numbers = sum(math.prod(s.event_shape) for s in structure.observed if s.local)
-    return max(total, SHARE_OF_BOUND * max(abs(level), float(numbers)))
+    return max(total, SHARE_OF_BOUND * abs(level), NATS_PER_NUMBER * numbers)
 
 
 def judge(history: pd.DataFrame, structure: Structure) -> Convergence:

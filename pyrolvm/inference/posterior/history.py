@@ -65,6 +65,11 @@ class History:
         """Note the held-out bound at the last step."""
         self._chunks[-1][-1, -2] = elbo
 
+    def column(self, name: str) -> np.ndarray:
+        """One column, [steps]."""
+        i = self.columns.index(name)
+        return np.concatenate([c[:, i] for c in self._chunks]) if self._chunks else np.empty(0)
+
     def recent(self, column: str, num_steps: int = 100) -> float:
         """The mean of a column over the last steps; nan if there are none."""
         if not self._chunks:

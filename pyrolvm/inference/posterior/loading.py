@@ -107,6 +107,7 @@ def _rebuilt(
     program.complete_guide([s.name for s in structure.sites if s.left_to_prior])
     if program.contract is not None:
         program.contract.fresh = False
+    program.settle()
     known = None if zeros is None or zeros.shared else zeros  # else every argument is asked for
     alone = known is not None and len(list(known.parts())) < 2  # then it stands for what is drawn anew
     return FittedModel(

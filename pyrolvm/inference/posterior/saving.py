@@ -54,7 +54,8 @@ def save_run(fitted: Savable, path: Path, extra: dict[str, Any] | None = None) -
     """
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file: name a folder to save the run in")
-    tensors = {f"program/{k}": v for k, v in fitted.program.tensors().items()}
+    with fitted.program.scope():  # its values, though its modules may have been trained again
+        tensors = {f"program/{k}": v.detach().clone() for k, v in fitted.program.tensors().items()}
     files: dict[Path, Writer] = {
         path / PARAMETERS: tensor_writer(tensors),
         path / HISTORY: lambda p: fitted.history.to_csv(p, index=False),

@@ -183,8 +183,15 @@ def _check_masks(model: Trace, guide: Trace) -> None:
             raise ProgramError(
                 f"'{site['name']}' is masked otherwise in the guide than in the model, so that its log q would count "
                 "where its log p does not: put the same `with pyro.poutine.mask(mask=...):` around it in both"
-                + (" (of an obs_mask, its negation)" if site["name"].endswith("_unobserved") else "")
+                + (_of_obs_mask(site["name"]) if site["name"].endswith("_unobserved") else "")
             )
+
+
+def _of_obs_mask(name: str) -> str:
+    return (
+        " (of an obs_mask, its negation); with an AutoGuide, which has no mask, write `with "
+        f"pyro.poutine.mask(mask=...):` around '{name.removesuffix('_unobserved')}' in place of obs_mask="
+    )
 
 
 def _same_mask(one: Any, other: Any) -> bool:

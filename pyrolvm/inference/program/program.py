@@ -12,15 +12,19 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
+from torch.distributions import transform_to
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.beginnings import begun, present, put_in
 from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
@@ -37,6 +41,8 @@ from pyrolvm.plates import Rows, data_rows
 
 START_ROWS = 4096
 """Rows whose entries are started at once."""
+TRAINED: WeakSet[Program] = WeakSet()
+"""Programs of fitted models."""
 
 
 def contract_of(owner: Any) -> Any:
@@ -55,6 +61,8 @@ class Program:
         Of the model's arguments; None if `model` brings its own.
     device, dtype
         Where its tensors lie, and the floating type they have.
+    start : callable, optional
+        Pyro's `init_loc_fn`, where the guide is an AutoGuide that is made here.
 
     Attributes
     ----------
@@ -77,20 +85,24 @@ class Program:
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        start: Callable[..., Tensor] | None = None,
     ) -> None:
         self.source = model
         self.device = device or torch.device("cpu")
         self.dtype = dtype or torch.float32
-        self.model, self.guide = resolve(model, guide)
+        self.model, self.guide = resolve(model, guide, start)
         self.owner = getattr(self.model, "__self__", model)
         self.modules = modules_of(model, self.model, self.guide)
         self._functions = (self.model, self.guide)
+        keep_others(self.modules, self._functions)
         for module in self.modules.values():
             module.to(device=self.device, dtype=self.dtype)
         self._frozen = [p for m in self.modules.values() for p in m.parameters() if not p.requires_grad]
         self._blocked: set[str] = set()
         self._reached: dict[str, nn.Module] = {}
         self._store: Any = {"params": {}, "constraints": {}}
+        self._awaited: dict[str, Tensor] = {}
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._depth = 0
         self.vectorized: bool | None = None
         self.controls: dict[str, float] = {}
@@ -110,6 +122,21 @@ class Program:
     def row_guide(self) -> PerDatum | None:
         """The guide, if it is one that was made for the program's latents per datum."""
         return self._functions[1] if isinstance(self._functions[1], PerDatum) else None
+
+    @property
+    def auto_guide(self) -> AutoGuide | None:
+        """The guide as it was passed, if it is one of Pyro's AutoGuides."""
+        return self._functions[1] if isinstance(self._functions[1], AutoGuide) else None
+
+    @property
+    def reached(self) -> tuple[nn.Module, ...]:
+        """The modules of the pair, and those that its functions register."""
+        return (*self.modules.values(), *self._reached.values())
+
+    def transform_of(self, name: str) -> Any:
+        """From the unconstrained tensor of a parameter to its value; None where they are the same."""
+        constraint = self._store["constraints"].get(name)
+        return None if constraint is None else transform_to(constraint)
 
     @property
     def guide_record(self) -> dict[str, Any] | None:
@@ -143,6 +170,9 @@ class Program:
                 if self.device.type != "cpu":
                     stack.enter_context(self.device)
                 stack.enter_context(controlled(self.controls))
+                stack.enter_context(put_in(self._kept))
+                if self._awaited:
+                    stack.enter_context(begun(self._awaited, None))
             stack.enter_context(self.evaluating(mode == "predict"))
             rows = None
             if batch is not None:
@@ -191,11 +221,15 @@ class Program:
         self._store.update(stored)
 
     def initialise(self, batch: Batch, seed: int, *, validate: bool = True) -> None:
-        """Run the pair once so that every parameter exists; lazy ones are drawn from `seed`."""
+        """Run the pair once so that every parameter exists; lazy ones are drawn from `seed`.
+
+        A `pyro.param` that stands in Pyro's own store begins there, as under `SVI`, if it has the shape of its start.
+        """
+        outside = ({}, {}) if self._depth else present(self.dtype, self.device)
         with self.scope(batch, validate=validate), seeded(seed, self.device), warnings.catch_warnings():
             # the checks of program.checks report a missing site as an error
             warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
-            with self.untouched(), pyro.poutine.trace(param_only=True) as seen:
+            with self.untouched(), begun(*outside), pyro.poutine.trace(param_only=True) as seen:
                 with explained(batch, "guide"):
                     trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
                 with explained(batch, "model", lambda: shapes_apart(trace, self.model, batch)):
@@ -203,6 +237,29 @@ class Program:
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()
         self.collect()
+        if unknown := [name for name, tensor in self.tensors().items() if is_lazy(tensor)]:
+            raise ProgramError(
+                f"'{unknown[0]}' is of a lazy module that the first run does not reach, so that its shape is unknown: "
+                "give the module its sizes, or run it once on some data before fit"
+            )
+
+    def unmet(self) -> list[str]:
+        """Parameters that a run inside `scope` has made and `parameters` lacks: those of a branch taken later."""
+        store = pyro.get_param_store()._params
+        return [name for name in store if name not in self._store["params"]]
+
+    def gather(self) -> None:
+        """Train the parameters that `unmet` lists, too."""
+        self._store.update(pyro.get_param_store().get_state())
+        self.collect()
+
+    def settle(self) -> None:
+        """Trained: should another fit train the same modules, this program keeps the values that it has now."""
+        TRAINED.add(self)
+
+    def keep(self) -> None:
+        """Run with the values of this moment from now on, whatever becomes of the modules."""
+        self._kept = self._kept or [(t, t.detach().clone()) for t in self.tensors().values()]
 
     def start_rows(self, batch: Batch, seed: int) -> None:
         """Start the entries of a guide per datum, some rows of the whole data at a time."""
@@ -259,12 +316,16 @@ class Program:
         """Gather all parameters and buffers that exist."""
         frozen = {id(p) for p in self._frozen}
         seen: set[int] = set()
+        store = self._store["params"]
+        # a module's parameter that is registered under a block is held like any other
+        shown = {id(t) for name, t in store.items() if name not in self._blocked}
+        blocked = {id(t) for name, t in store.items() if name in self._blocked} - shown
         for name, tensor in self._named_tensors():
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            trainable = isinstance(tensor, nn.Parameter) or name in self._store["params"]
-            trainable = trainable and name not in self._blocked
+            trainable = isinstance(tensor, nn.Parameter) or name in store
+            trainable = trainable and id(tensor) not in blocked
             known = self.parameters if trainable and id(tensor) not in frozen else self.buffers
             known[name] = tensor
 
@@ -282,9 +343,14 @@ class Program:
         return {**self.parameters, **self.buffers}
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Copy `tensors` over this program's own, by name; names and shapes must agree."""
+    def load(self, tensors: dict[str, Tensor], later: Collection[str] = ()) -> None:
+        """Copy `tensors` over this program's own, by name; names and shapes must agree.
+
+        Those of `later` are parameters that a branch of the program will make: they begin at these values.
+        """
         own = self.tensors()
+        self._awaited |= {k: tensors[k] for k in later if k not in own}
+        tensors = {k: v for k, v in tensors.items() if k not in self._awaited or k in own}
         for name in own.keys() | tensors.keys():
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
             wanted = tuple(own[name].shape) if name in own else "nothing"
@@ -302,6 +368,16 @@ class Program:
         for leaf in leaves(surrogate):
             if id(leaf) not in known:
                 raise ProgramError(explain_unregistered(leaf, self._functions))
+
+
+def keep_others(modules: dict[str, nn.Module], functions: tuple[Callable[..., Any], ...]) -> None:
+    """Let fitted models keep their values if these modules are theirs and are about to be trained again."""
+    reached = [m for function in functions for _, m in reachable_modules(function)]
+    mine = {id(t) for m in (*modules.values(), *reached) for t in (*m.parameters(), *m.buffers())}
+    with RUNNING:
+        for program in list(TRAINED):
+            if any(id(t) in mine for t in program.tensors().values()):
+                program.keep()
 
 
 class _Completed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,8 +42,11 @@ def row_guide(record: dict[str, Any] | None) -> PerDatum | SemiAmortised | None:
     return ROW_GUIDES[record["name"]](**record["arguments"])
 
 
-def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Model and guide as two callables of the same arguments; raises `ProgramError` for anything else."""
+def resolve(model: Any, guide: Any, start: Any = None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Model and guide as two callables of the same arguments; raises `ProgramError` for anything else.
+
+    `start` places an AutoGuide that is made here (Pyro's `init_loc_fn`).
+    """
     pair = isinstance(model, nn.Module) and callable(getattr(model, "model", None))
     program = model.model if pair else model
     if not callable(program):
@@ -69,7 +71,7 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
         named: Any = ROW_GUIDES.get(guide) or getattr(pyro.infer.autoguide, guide, SemiImplicitGuide)
         guide = named() if guide in ROW_GUIDES else named
     if isinstance(guide, type):
-        guide = guide() if guide in ROW_GUIDES.values() else _built(guide, program)
+        guide = guide() if guide in ROW_GUIDES.values() else _built(guide, program, start)
     if isinstance(guide, PerDatum | SemiAmortised):
         guide.bind(program, own)
     if isinstance(guide, AutoGuide) and guide.create_plates is None:
@@ -81,7 +83,7 @@ def resolve(model: Any, guide: Any) -> tuple[Callable[..., Any], Callable[..., A
     return program, guide
 
 
-def _built(guide: type, program: Callable[..., Any]) -> Any:
+def _built(guide: type, program: Callable[..., Any], start: Any) -> Any:
     """An AutoGuide of its class."""
     needs = [
         p.name for p in inspect.signature(guide).parameters.values() if p.default is p.empty and p.kind < 2
@@ -91,7 +93,13 @@ def _built(guide: type, program: Callable[..., Any]) -> Any:
             f"the guide {guide.__name__} needs {', '.join(needs[1:])} beside the model: pass one that is built, "
             f"guide={guide.__name__}(model, {', '.join(f'{n}=...' for n in needs[1:])})"
         )
+    if start is not None and issubclass(guide, AutoGuide) and _takes_start(guide):
+        return guide(program, init_loc_fn=start)  # type: ignore[call-arg]
     return guide(program)
+
+
+def _takes_start(guide: type) -> bool:
+    return any("init_loc_fn" in inspect.signature(kind).parameters for kind in guide.__mro__[:2])
 
 
 class _Interleaved:
@@ -113,13 +121,13 @@ class _RowPlates:
     """
 
     def __init__(self, guide: AutoGuide) -> None:
-        self.guide = weakref.ref(guide)
+        self.guide = guide
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[pyro.plate]:
-        guide, rows = self.guide(), current_rows()
-        if guide is None or rows is None:
+        rows = current_rows()
+        if rows is None:
             return []
-        frames = [f for f in guide._prototype_frames.values() if f.full_size == rows.total]
+        frames = [f for f in self.guide._prototype_frames.values() if f.full_size == rows.total]
         frames.sort(key=lambda f: (f.name != DATA_PLATE, f.dim))
         return [pyro.plate(f.name, rows.total, subsample=rows.indices, dim=f.dim) for f in frames[:1]]
 

@@ -14,6 +14,8 @@ from pyrolvm.files import read_tensors, write_tensors
 from pyrolvm.inference.engine import TrainingState
 from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.training.plateau import Plateau
+from pyrolvm.inference.training.rules import NoMoreRise, Rule
+from pyrolvm.inference.training.until import Until
 
 CHECKPOINT_FILE = "state.safetensors"
 
@@ -45,12 +47,12 @@ class Checkpoint:
         """Whether the last writing is longer ago than `seconds`."""
         return time.monotonic() - self._saved > self.seconds
 
-    def keep(self, state: TrainingState, history: History, plateau: Plateau | None) -> bool:
+    def keep(self, state: TrainingState, history: History, rule: Plateau | Rule | None) -> bool:
         """Try to write; a full disk is a warning, not an error. Whether it was written."""
         self._saved = time.monotonic()
         if self.folder is None:
             return False
-        tensors = state.flatten() | {"history": history.tensor()} | (plateau.flatten() if plateau else {})
+        tensors = state.flatten() | {"history": history.tensor()} | (rule.flatten() if rule else {})
         try:
             write_tensors(
                 self.folder / CHECKPOINT_FILE, tensors, {"settings": self.settings, "engine": self.engine}
@@ -63,8 +65,10 @@ class Checkpoint:
             return False
         return True
 
-    def load(self, history: History, plateau: Plateau | None, device: torch.device) -> TrainingState | None:
-        """Read state, history and plateau back; None if nothing was written yet.
+    def load(
+        self, history: History, rule: Plateau | Rule | None, device: torch.device
+    ) -> TrainingState | None:
+        """Read state, history and the rule that ends the run back; None if nothing was written yet.
 
         Raises
         ------
@@ -80,9 +84,10 @@ class Checkpoint:
         tensors, record = read_tensors(self.folder / CHECKPOINT_FILE)
         self._check(record["settings"])
         history.load(tensors.pop("history"))
-        saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith("plateau/")}
-        if plateau is not None:
-            plateau.unflatten(saved, device)
+        prefixes = (Plateau.prefix, Until.prefix, NoMoreRise.prefix)
+        saved = {k: tensors.pop(k) for k in list(tensors) if k.startswith(prefixes)}
+        if rule is not None:
+            rule.unflatten({k: v for k, v in saved.items() if k.startswith(rule.prefix)}, device)
         return TrainingState.unflatten(tensors, device)
 
     def _check(self, there: dict[str, Any]) -> None:

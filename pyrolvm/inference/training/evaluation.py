@@ -41,11 +41,16 @@ class HeldOutBound:
         sizes = {len(rows): rows for rows in self.chunks}
         self.problems = {n: self._counted(rows) if has_plate else self.problem for n, rows in sizes.items()}
 
+    @property
+    def num_rows(self) -> int:
+        """The held-out rows."""
+        return sum(len(rows) for rows in self.chunks)
+
     @torch.no_grad()
-    def __call__(self) -> float:
-        """The bound, nats per datum."""
+    def __call__(self, *stream: int) -> float:
+        """The bound, nats per datum; `stream`: the number of another noise."""
         program, total = self.problem.program, 0.0
-        seed = derived_seed(self.seed, Purpose.HELD_OUT)
+        seed = derived_seed(self.seed, Purpose.HELD_OUT, *stream)
         with seeded(seed, program.device), program.scope(mode="predict"):
             for rows in self.chunks:
                 total += self._bound(rows) * len(rows)

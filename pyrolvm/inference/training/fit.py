@@ -20,14 +20,24 @@ from pyrolvm.inference.engine import Engine, choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.posterior.convergence import Convergence, judge
 from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.program.devices import resolve_device
 from pyrolvm.inference.program.noise import noise_state
+from pyrolvm.inference.training import exact
+from pyrolvm.inference.training.bounds import Bounds
 from pyrolvm.inference.training.checkpoint import Checkpoint, recorded_engine
 from pyrolvm.inference.training.loop import Callback, Training
+from pyrolvm.inference.training.rules import NoMoreRise, Rule, most_steps
 from pyrolvm.inference.training.setup import Setup, alternating, cadence, plateau_of, set_up, settings_of
+from pyrolvm.inference.training.starts import checked, from_data
+from pyrolvm.inference.training.until import Until
 from pyrolvm.progress import progress_bar
 
 EXAMPLE_ROWS = 8
+DEFAULT_RATE = 1e-3
+"""The learning rate of a run of given length."""
+EXPECTED_STEPS = 10_000
+"""Of a run until converged, to choose an engine by."""
 
 
 @torch.inference_mode(False)
@@ -38,8 +48,8 @@ def fit(
     *more: Any,
     guide: Any = None,
     objective: ELBO | Callable[..., Any] | str | None = None,
-    optimizer: str | type[Optimizer] = "adam",
-    learning_rate: Schedule = 1e-3,
+    optimizer: str | type[Optimizer] = "auto",
+    learning_rate: Schedule | None = None,
     optimizer_options: dict[str, Any] | None = None,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
@@ -51,6 +61,7 @@ def fit(
     patience: int | None = None,
     kl_warmup: float = 0.0,
     controls: Mapping[str, Schedule] | None = None,
+    init: Any = "auto",
     initialise: bool = True,
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
@@ -87,9 +98,12 @@ def fit(
         the bound of each datum, the plate's scale outside the logarithm.
     optimizer : str or class
         A name ("adam", "sgd", ...) or a torch.optim class; one optimiser over all parameters. The loss is in nats per
-        datum.
-    learning_rate : float or callable
-        A number, or a function of the share of the run that is done.
+        datum. "lbfgs" takes no such steps: the ELBO of a Gaussian AutoGuide on the whole data is maximised on fixed
+        draws, doubled until the optimum stays. "auto" is that where it can be and nothing is given that it has not, up
+        to 600 numbers in all latents and 20,000 rows; else Adam.
+    learning_rate : float or callable, optional
+        A number, or a function of the share of the run that is done. None is 0.001 for a run of given length; else a
+        rate is found that starts high and falls until a lower one would gain nothing.
     optimizer_options : dict, optional
         Further arguments of the optimiser, e.g. {"betas": (0.9, 0.99)}.
     schedule : callable, optional
@@ -97,7 +111,9 @@ def fit(
     clip_norm : float, optional
         Largest global norm of the gradient; None for no clipping.
     num_steps : int, optional
-        Steps of the run; 1000 if neither this nor num_epochs is given.
+        Steps of the run. If neither this nor num_epochs is given it runs until it has converged, for 100,000 steps
+        (of networks, 50,000 passes) at the most; functions of the share of the run then go
+        their way over 2,000 steps or 20 passes.
     num_epochs : int, optional
         Passes over the data, instead of num_steps.
     batch_size : int, optional
@@ -115,8 +131,13 @@ def fit(
     controls : dict, optional
         Name -> number, or function of the share of the run that is done: "kl_weight", and what the model or the
         objective reads ("temperature", say). Columns of the history.
+    init : {"auto", "own", "median", "prior"}, dict or FittedModel
+        Where to start. "auto": a fresh model from the data (k-means, principal components) where it knows how; else
+        where the program puts its parameters, or elsewhere if the bound is infinite there. "own": where the program
+        puts them. "median", "prior": an AutoGuide at medians or a draw of the prior. A dict: values of sites (of an
+        AutoGuide) or of parameters, by name. A fitted model: from its parameters, with a new optimiser.
     initialise : bool
-        Start a fresh model from the data (k-means, principal components) where it knows how.
+        False is the older name of init="own".
     device : str
         "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or "mps".
     dtype : torch.dtype or str, optional
@@ -160,10 +181,19 @@ def fit(
         The bound or a parameter stopped being finite, or the model's own `check_fit` refuses the end.
     """
     _check_settings(on_nan, kl_warmup, objective, seed, checkpoint_seconds)
+    init = checked(init, initialise)
     folder = Path(checkpoint) if checkpoint is not None else None
     begun = recorded_engine(folder) if resume else None
     target = torch.device(resolve_device(device))
-    spec = OptimizerSpec(optimizer, learning_rate, optimizer_options or {}, schedule, clip_norm)
+    until = num_steps is None and num_epochs is None
+    free_rate = until and patience is None and learning_rate is None and schedule is None
+    spec = OptimizerSpec(
+        "adam" if optimizer in ("auto", exact.NAME) else optimizer,
+        DEFAULT_RATE if learning_rate is None else learning_rate,
+        optimizer_options or {},
+        schedule,
+        clip_norm,
+    )
     setup = set_up(
         model,
         as_call(data, more, model_kwargs),
@@ -180,61 +210,121 @@ def fit(
         device=target,
         dtype=as_dtype(dtype or torch.float32),
         seed=seed,
-        start=initialise and begun is None,
+        init=init if begun in (None, exact.NAME) else "own",
     )
-    problem, steps = setup.problem, setup.problem.num_steps
-    plateau = plateau_of(patience, setup.held_out, kl_warmup, steps)
+    only_stochastic = {
+        "num_steps": num_steps, "num_epochs": num_epochs, "learning_rate": learning_rate, "schedule": schedule,
+        "optimizer_options": optimizer_options, "clip_norm": clip_norm, "batch_size": batch_size,
+        "validation": validation, "patience": patience, "controls": controls, "kl_warmup": kl_warmup or None,
+        "alternate": alternate, "init": None if from_data(init) and not isinstance(init, Mapping) else init,
+        "objective": None if isinstance(objective, str | None) and objective in exact.ELBOS else objective,
+    }  # fmt: skip
+    given = {k: v for k, v in only_stochastic.items() if v is not None}
+    start, why = exact.choose(optimizer, setup, given, seed)
+    if start is not None:
+        keeper = Checkpoint(
+            folder,
+            checkpoint_seconds,
+            settings_of(setup, spec, free_rate=True) | {"optimizer": exact.NAME},
+            exact.NAME,
+        )
+        solution, record = exact.run(setup, start, seed, keeper, callbacks)
+        verdict = exact.verdict_of(setup, solution, seed)
+        note = f"L-BFGS on {verdict.numbers.get('num_draws', 1):.0f} fixed draws: {why}"
+        return _finished(setup, record, keeper.settings, note, start.sentence, verdict, len(solution.history))
+    if begun is None and until and optimizer == "auto" and "init" not in given:
+        exact.place(setup, seed)
+    problem = setup.problem
+    steps = most_steps(problem.structure, setup.plan) if until else problem.num_steps
+    plateau = plateau_of(patience, setup.held_out, kl_warmup, setup.problem.num_steps)
     with progress_bar(_title(model), steps, enabled=progress) as bar:
         running: Engine
         if alternate is not None:
             running, note = alternating(setup, objective, alternate)
         else:
-            running, note = choose_engine(begun or engine, problem, steps, on_compile=bar.note)
+            expected = min(steps, EXPECTED_STEPS) if until else steps
+            running, note = choose_engine(begun or engine, problem, expected, on_compile=bar.note)
+        held_out = setup.held_out_bound
+        rule: Rule | None = None
+        if until and plateau is None:
+            first = problem.num_steps if len(problem.scheduled) > 1 or callable(spec.learning_rate) else 0
+            bounds = Bounds(problem, running, setup.plan, noise_state(seed, target), held_out, first)
+            rule = (
+                NoMoreRise(problem.structure)
+                if alternate is not None
+                else Until(problem, bounds, not free_rate, first)
+            )
         training = Training(
             problem,
             running,
             setup.plan,
             running.initial_state(noise_state(seed, target)),
             steps,
-            Checkpoint(folder, checkpoint_seconds, settings_of(setup, spec, alternate), running.name),
-            validate=setup.held_out_bound,
-            validate_every=cadence(validate_every, setup.plan, steps) if setup.held_out is not None else 0,
+            Checkpoint(
+                folder, checkpoint_seconds, settings_of(setup, spec, alternate, free_rate), running.name
+            ),
+            validate=held_out,
+            validate_every=cadence(validate_every, setup.plan, problem.num_steps)
+            if held_out is not None
+            else 0,
             plateau=plateau,
+            until=rule,
             on_nan=on_nan,
             callbacks=callbacks,
         )
         if resume:
             training.resume()
         training.run(bar)
-    return _finished(
-        setup, training, getattr(running, "note", note)
-    )  # an engine that fell back says so itself
+    # an engine that fell back says so itself
+    note = getattr(running, "note", note)
+    settings = training.checkpoint.settings | {
+        "num_steps": None if until else steps,
+        "kept_step": training.kept_step,
+    }
+    verdict = exact.weighed(setup, _verdict(training), training.state.step, seed)
+    step = training.kept_step or training.state.step
+    return _finished(setup, training.history, settings, note, training.stopped_because, verdict, step)
 
 
-def _finished(setup: Setup, training: Training, engine: str) -> FittedModel:
+def _finished(
+    setup: Setup,
+    history: History,
+    settings: dict[str, Any],
+    engine: str,
+    stopped_because: str,
+    verdict: Convergence,
+    step: int,
+) -> FittedModel:
     problem, batch = setup.problem, setup.batch
     program, structure = problem.program, problem.structure
-    program.controls = problem.values_at(training.kept_step or training.state.step)
+    program.controls = problem.values_at(step)
     if program.contract is not None:
         program.contract.fresh = False
     if program.knows("check_fit"):  # it keeps the parameters of the last step
         with program.scope(mode="predict"):
             program.contract.check_fit(*batch.args[:1])
-    history = training.history.frame()
+    program.settle()
     return FittedModel(
         program,
         structure,
-        history,
-        settings=training.checkpoint.settings
-        | {"num_steps": problem.num_steps, "kept_step": training.kept_step},
+        history.frame(),
+        settings=settings,
         example=_few(batch) if structure.chunkable and not structure.per_datum else batch,
         num_rows=problem.num_rows,
         engine=engine,
-        stopped_because=training.stopped_because,
+        stopped_because=stopped_because,
         columns=batch.columns,
-        convergence=warned(judge(history, structure)),
+        convergence=warned(verdict),
         call=_few(batch),
     )
+
+
+def _verdict(training: Training) -> Convergence:
+    if training.until is not None:
+        return training.until.ended(training.state.step)
+    if training.plateau is not None and training.plateau.flat:
+        return Convergence(True, f"converged: {training.plateau.flat}")
+    return judge(training.history.frame(), training.problem.structure)
 
 
 def warned(verdict: Convergence) -> Convergence:

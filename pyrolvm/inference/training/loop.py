@@ -22,6 +22,7 @@ from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.training.checkpoint import Checkpoint
 from pyrolvm.inference.training.divergence import explain, skip_bad_steps
 from pyrolvm.inference.training.plateau import Plateau
+from pyrolvm.inference.training.rules import Rule
 from pyrolvm.progress import Bar
 from pyrolvm.signals import termination_as_interrupt
 
@@ -56,6 +57,8 @@ class Chunk:
         Whether the bound of every step and the parameters after it are finite.
     validation : float or None
         The held-out bound, if this chunk ends where one is due.
+    done : bool
+        Whether its steps were taken, and not undone.
     """
 
     first_step: int
@@ -63,6 +66,7 @@ class Chunk:
     seconds: float
     finite: bool = True
     validation: float | None = None
+    done: bool = True
 
 
 @dataclass
@@ -84,6 +88,7 @@ class Training:
     validate: Callable[[], float] | None = None
     validate_every: int = 0
     plateau: Plateau | None = None
+    until: Rule | None = None
     on_nan: str = "raise"
     callbacks: Sequence[Callback] = ()
     stopped_because: str = ""
@@ -96,17 +101,22 @@ class Training:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if anything was written yet."""
-        saved = self.checkpoint.load(self.history, self.plateau, self.problem.program.device)
+        saved = self.checkpoint.load(self.history, self.rule, self.problem.program.device)
         if saved is not None:
             self._check_controls(saved.step)
             self.state = saved
-            self.problem.program.load(saved.parameters)
+            program = self.problem.program
+            program.load(saved.parameters, later=saved.optimizer.keys() - program.parameters.keys())
+            if self.until is not None and self.until.verdict is not None:
+                self.stopped_because = self.until.verdict.reason
 
     def _check_controls(self, step: int) -> None:
         """The steps that are done must have had the schedules of this run; functions themselves cannot be compared."""
         done = self.history.frame()
         here = self._controls(0, step)[torch.from_numpy(done["step"].to_numpy() - 1)]
         for i, name in enumerate(self._control_columns):
+            if self.until is not None and i == 0:
+                continue  # the rates that the run chose
             apart = np.abs(done[name].to_numpy() - here[:, i].numpy()) > 1e-9
             if apart.any():
                 first = int(apart.argmax())
@@ -122,6 +132,8 @@ class Training:
         good: TrainingState | None = None
         try:
             with termination_as_interrupt():
+                if self.until is not None and not self.state.step:
+                    self.state = self.until.begin(self.state)
                 while self.state.step < self.num_steps and not self.stopped_because:
                     good = self.state.clone()
                     record = self._chunk(good)
@@ -133,7 +145,7 @@ class Training:
             reason = self.checkpoint.how_to_go_on(self.state.step, kept=self._keep())
             bar.note(reason)
             raise KeyboardInterrupt(reason) from None
-        self.stopped_because = self.stopped_because or f"all {self.num_steps} steps done"
+        self.stopped_because = self.stopped_because or self._all_done
         self._keep()
         self._check_warmup()
         if self.plateau is not None and self.plateau.best_parameters:
@@ -156,6 +168,15 @@ class Training:
             self.history.record_validation(record.validation)
             if self.plateau is not None:
                 self.stopped_because = self.plateau.add(step, record.validation, self.state.parameters) or ""
+        if (
+            self.until is not None
+            and record.done
+            and step % self.until.every == 0
+            and not self.stopped_because
+        ):
+            self.state, reason = self.until.look(self.state, self.history)
+            self.problem.program.load(self.state.parameters)
+            self.stopped_because = reason or ""
         bar.update(step, **{"ELBO": self.history.recent("elbo")})
         report = Report(step, self.num_steps, self.history, self.state)
         for callback in self.callbacks:
@@ -172,6 +193,8 @@ class Training:
     def _limited(self, wanted: int) -> int:
         """Steps of the next chunk: to the end, or to the next held-out bound, at the most."""
         left = self.num_steps - self.state.step
+        if self.until is not None:
+            left = min(left, self.until.every - self.state.step % self.until.every)
         if self.validate_every:
             left = min(left, self.validate_every - self.state.step % self.validate_every)
         return min(wanted, left)
@@ -191,7 +214,7 @@ class Training:
         self.state = state
         due = self.validate_every and state.step and state.step % self.validate_every == 0
         value = self.validate() if self.validate is not None and due and len(terms) else None
-        return Chunk(first, size, seconds, finite, value)
+        return Chunk(first, size, seconds, finite, value, bool(len(terms)))
 
     @property
     def _control_columns(self) -> tuple[str, ...]:
@@ -213,6 +236,8 @@ class Training:
     def _diverged(self, good: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
         if self.on_nan == "skip":
             return skip_bad_steps(self.problem, good, rows)
+        if self.until is not None and (lower := self.until.retreat(good)) is not None:
+            return lower, torch.empty(0, len(self.problem.terms))
         reason = explain(self.problem, good, rows)
         self._restore(good)
         if self.on_nan == "rollback":
@@ -228,9 +253,20 @@ class Training:
         self.state = good
         self.problem.program.load(good.parameters)
 
+    @property
+    def rule(self) -> Plateau | Rule | None:
+        """What ends the run before its steps do."""
+        return self.plateau or self.until
+
+    @property
+    def _all_done(self) -> str:
+        if self.until is not None:
+            return f"stopped at the limit of {self.num_steps:,} steps"
+        return f"all {self.num_steps} steps done"
+
     def _keep(self) -> bool:
         self.checkpoint.engine = self.engine.name
-        return self.checkpoint.keep(self.state, self.history, self.plateau)
+        return self.checkpoint.keep(self.state, self.history, self.rule)
 
     def _check_warmup(self) -> None:
         """Warn if the run ended while its loss was not yet that of the bound."""

@@ -37,6 +37,10 @@ class Plateau:
     best: float = -math.inf
     best_step: int = 0
     best_parameters: dict[str, Tensor] = field(default_factory=dict)
+    flat: str = ""
+
+    prefix = "plateau/"
+    """Of its tensors in a checkpoint."""
 
     def add(self, step: int, value: float, parameters: dict[str, Tensor]) -> str | None:
         """Add an evaluation `value`, in nats per datum. Returns the reason to stop, or None."""
@@ -75,7 +79,8 @@ class Plateau:
         error = math.sqrt(np.mean(np.diff(recent) ** 2) / 2) * math.sqrt(2 / w)
         if rise > error:
             return None
-        return (
+        self.flat = (
             f"the held-out ELBO is flat: its last {w} values rose by {rise:.4f} nats per datum, "
             f"within their noise of {error:.4f}"
         )
+        return self.flat

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pyrolvm.errors import ConvergenceWarning, DivergenceError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.training.evaluation import bound_of
 from pyrolvm.inference.training.fit import fit, warned
+from pyrolvm.inference.training.many import num_workers, run_all
 
 LAST_SHARE = 0.1
 """The share of the steps that the final bound is averaged over, where nothing is held out."""
@@ -32,6 +33,8 @@ def fit_restarts(
     build: Callable[[int], Any], data: Any, *, num_restarts: int = 10, seed: int = 0, **fit_options: Any
 ) -> tuple[FittedModel, pd.DataFrame]:
     """Fit `build(seed)`, `build(seed + 1)`, ... and keep the fit with the best final bound.
+
+    Runs through joblib: `with joblib.parallel_config(n_jobs=4): fit_restarts(...)` spreads the fits over processes.
 
     Parameters
     ----------
@@ -54,7 +57,8 @@ def fit_restarts(
     table : DataFrame
         One row per restart, best first: `restart`, `seed`, `bound` in nats per datum (nan if it diverged), `steps`,
         `seconds`, `outcome`. With `validation` the bound is that of the held-out data, under the same noise for all
-        restarts; otherwise the mean over the last tenth of the steps.
+        restarts; otherwise that of the parameters of a run until converged, or the mean over the last tenth of
+        the steps.
 
     Raises
     ------
@@ -69,45 +73,39 @@ def fit_restarts(
     """
     num_restarts = count("num_restarts", num_restarts)
     data, fit_options = _hold_out(data, fit_options, seed)
-    contest = _Contest(data, fit_options, seed)
-    for restart in range(num_restarts):
-        contest.enter(restart, build)
-    if contest.best is None:
-        raise DivergenceError(f"all {num_restarts} restarts diverged; the last one: {contest.outcome}")
-    warned(contest.best.convergence)
-    return contest.best, contest.table()
+    if num_workers() != 1:
+        fit_options["progress"] = False
+    attempt = _Attempt(build, data, fit_options, seed)
+    best, highest, rows = None, -float("inf"), []
+    for fitted, row in run_all(attempt, [(restart,) for restart in range(num_restarts)]):
+        rows.append(row)
+        if fitted is not None and row["bound"] > highest:  # one fit alone is kept in memory
+            best, highest = fitted, row["bound"]
+    if best is None:
+        raise DivergenceError(f"all {num_restarts} restarts diverged; the last one: {rows[-1]['outcome']}")
+    warned(best.convergence)
+    return best, pd.DataFrame(rows).sort_values("bound", ascending=False, ignore_index=True)
 
 
 @dataclass
-class _Contest:
-    """The restarts so far. Only the best fit is kept in memory."""
+class _Attempt:
+    """One restart."""
 
+    build: Callable[[int], Any]
     data: Any
     options: dict[str, Any]
     seed: int
-    best: FittedModel | None = None
-    best_bound: float = -float("inf")
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    outcome: str = ""
 
-    def enter(self, restart: int, build: Callable[[int], Any]) -> None:
-        """Fit one restart and keep it if it leads."""
+    def __call__(self, restart: int) -> tuple[FittedModel | None, dict[str, Any]]:
+        """(fit, row of the table); no fit if it diverged."""
         seed, start = self.seed + restart, time.perf_counter()
         row: dict[str, Any] = {"restart": restart, "seed": seed, "bound": float("nan"), "steps": 0}
         try:
-            fitted = self._fit(build(seed), restart, seed)
+            fitted = self._fit(self.build(seed), restart, seed)
         except DivergenceError as error:
-            self.outcome = f"diverged: {error}"
-        else:
-            row["bound"], row["steps"] = self._bound(fitted), len(fitted.history)
-            self.outcome = fitted.stopped_because
-            if row["bound"] > self.best_bound:
-                self.best, self.best_bound = fitted, row["bound"]
-        self.rows.append(row | {"seconds": time.perf_counter() - start, "outcome": self.outcome})
-
-    def table(self) -> pd.DataFrame:
-        """All restarts, best first; the diverged ones last."""
-        return pd.DataFrame(self.rows).sort_values("bound", ascending=False, ignore_index=True)
+            return None, row | {"seconds": time.perf_counter() - start, "outcome": f"diverged: {error}"}
+        row |= {"bound": self._bound(fitted), "steps": len(fitted.history)}
+        return fitted, row | {"seconds": time.perf_counter() - start, "outcome": fitted.stopped_because}
 
     def _fit(self, built: Any, restart: int, seed: int) -> FittedModel:
         model, guide = built if isinstance(built, tuple) else (built, self.options.get("guide"))
@@ -121,6 +119,8 @@ class _Contest:
     def _bound(self, fitted: FittedModel) -> float:
         if self.options.get("validation") is not None:
             return self._held_out_bound(fitted)
+        if "elbo" in fitted.convergence.numbers:  # of a run until converged: at its parameters
+            return fitted.elbo
         elbo = fitted.history["elbo"]
         return float(elbo.tail(max(1, round(LAST_SHARE * len(elbo)))).mean())
 

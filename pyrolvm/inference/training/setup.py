@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import Schedule, value_of
@@ -32,9 +33,10 @@ from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.training.evaluation import HeldOutBound
 from pyrolvm.inference.training.plateau import Plateau
+from pyrolvm.inference.training.rules import MOST_STEPS, SCHEDULED_EPOCHS, SCHEDULED_STEPS
+from pyrolvm.inference.training.starts import InfiniteBoundError, from_data, set_values, strategies
 from pyrolvm.seeds import Purpose, derived_seed
 
-DEFAULT_STEPS = 1000
 START_ROWS = 100_000
 """The most rows that a model's start is computed from."""
 
@@ -72,10 +74,45 @@ def set_up(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
-    start: bool,
+    init: Any,
 ) -> Setup:
-    """Read the data, start the model, look at the program, and take one step on trial."""
-    program = Program(model, guide, device=device, dtype=dtype)
+    """Read the data, start the model, look at the program, and take one step on trial.
+
+    Where the bound is infinite at the start, an AutoGuide that is made here is placed elsewhere.
+    """
+    failed: ProgramError | None = None
+    for attempt, place in enumerate(strategies(init)):
+        try:
+            program = Program(model, guide, device=device, dtype=dtype, start=place)
+            return _set_up(
+                program, data, objective, optimizer, controls, kl_warmup, num_steps, num_epochs, batch_size,
+                validation, seed, init, attempt, carriers,
+            )  # fmt: skip
+        except InfiniteBoundError as error:
+            failed = failed or error
+            if program.auto_guide is None or isinstance(guide, AutoGuide):
+                break
+    assert failed is not None
+    raise failed
+
+
+def _set_up(
+    program: Program,
+    data: Any,
+    objective: Any,
+    optimizer: OptimizerSpec,
+    controls: Mapping[str, Schedule] | None,
+    kl_warmup: float,
+    num_steps: int | None,
+    num_epochs: int | None,
+    batch_size: int | None,
+    validation: Any,
+    seed: int,
+    init: Any,
+    attempt: int,
+    carriers: Carriers,
+) -> Setup:
+    device, dtype = program.device, program.dtype
     batch = suited(program, data)
     check_call(program, batch)
     batch = carried(program, batch, carriers, derived_seed(seed, Purpose.CHECK))
@@ -85,16 +122,18 @@ def set_up(
     batch, held_out = _split(batch, validation, program, seed)
     plan = BatchPlan(batch.num_rows or 1, batch_size, seed)
     steps = _num_steps(plan, num_steps, num_epochs)
-    if start:
+    if from_data(init):
         start_from(program, batch, seed)
     rows = plan.rows(0, 1)[0].to(device)
     first = batch.take(rows) if batch_size is not None else batch.of(batch.num_rows or 1)
     brought = program.contract.controls() if program.contract is not None else {}
     program.controls = {k: value_of(k, v, 1 / steps) for k, v in {**brought, **(controls or {})}.items()}
-    program.initialise(first, derived_seed(seed, Purpose.START))
+    again = (10 + attempt,) if attempt else ()
+    program.initialise(first, derived_seed(seed, Purpose.START, *again))
     program.start_rows(batch, derived_seed(seed, Purpose.START, 3))
     with seeded(derived_seed(seed, Purpose.CHECK), device):
         structure = inspect_program(program, first)
+    set_values(program, structure, init)
     usual = program.contract.objective() if program.contract is not None else None
     prepared = prepare(usual if objective is None else objective, structure)
     schedules = schedules_of(brought, prepared, controls, kl_warmup)
@@ -169,7 +208,9 @@ def _num_steps(plan: BatchPlan, num_steps: int | None, num_epochs: int | None) -
         raise SettingError("give num_steps or num_epochs, not both")
     if num_epochs is not None:
         return plan.num_steps(count("num_epochs", num_epochs))
-    return DEFAULT_STEPS if num_steps is None else count("num_steps", num_steps)
+    if num_steps is None:  # until converged: schedules go their way over this length
+        return min(MOST_STEPS, max(SCHEDULED_STEPS, plan.num_steps(SCHEDULED_EPOCHS)))
+    return count("num_steps", num_steps)
 
 
 def cadence(validate_every: int | None, plan: BatchPlan, steps: int) -> int:
@@ -222,7 +263,7 @@ def _first_step(problem: Problem, rows: torch.Tensor, seed: int) -> None:
     if not loss.surrogate.requires_grad:
         raise ProgramError("the bound depends on no parameter, so there is nothing to fit")
     if not torch.isfinite(loss.terms[0]):
-        raise ProgramError(
+        raise InfiniteBoundError(
             f"the bound is {loss.terms[0].item()} before the first step: the data lie outside the model's support, or "
             f"are too large for its starting values (standardise them)\n{problem.structure.table()}"
         )
@@ -271,14 +312,18 @@ def alternating(setup: Setup, objective: Any, num_draws: int) -> tuple[Coordinat
     return engine, engine.note
 
 
-def settings_of(setup: Setup, optimizer: OptimizerSpec, alternate: int | None = None) -> dict[str, Any]:
+def settings_of(
+    setup: Setup, optimizer: OptimizerSpec, alternate: int | None = None, free_rate: bool = False
+) -> dict[str, Any]:
     """What must agree for a checkpoint to be of the same run: plain values, JSON-able."""
     problem = setup.problem
     return {
         "objective": problem.objective.settings().get("name", type(problem.objective).__name__),
         **{k: v for k, v in problem.objective.settings().items() if k not in ("name", "max_plate_nesting")},
         "optimizer": optimizer.name,
-        "learning_rate": "a function" if callable(optimizer.learning_rate) else optimizer.learning_rate,
+        "learning_rate": None
+        if free_rate
+        else ("a function" if callable(optimizer.learning_rate) else optimizer.learning_rate),
         "optimizer_options": {
             k: list(v) if isinstance(v, tuple) else v for k, v in optimizer.options.items()
         },

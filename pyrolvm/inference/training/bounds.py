@@ -1,0 +1,80 @@
+"""Estimates of the bound at given parameters, on the same rows and noise, so that their differences are precise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrolvm.data.plan import BatchPlan
+from pyrolvm.inference.engine import Engine, Problem, TrainingState
+from pyrolvm.inference.training.evaluation import HeldOutBound
+
+RACE_STEPS = 60
+"""Of each rate that is tried."""
+ESTIMATES = 24
+"""M, noisy bounds of one estimate: steps at rate zero."""
+HELD_OUT_PASSES, FEW_ROWS = 4, 1000
+"""Passes over held-out data of at most so many rows; of more, one."""
+
+
+@dataclass
+class Bounds:
+    """Noisy bounds of a run, by its own engine: steps at rate zero.
+
+    Parameters
+    ----------
+    problem, engine, plan
+        Of the run.
+    random : dict
+        The state of the generators that every estimate begins with.
+    held_out : HeldOutBound, optional
+        The bound of held-out data, which is then estimated instead.
+    first_step : int
+        Where schedules are at their ends.
+    """
+
+    problem: Problem
+    engine: Engine
+    plan: BatchPlan
+    random: dict[str, Tensor]
+    held_out: HeldOutBound | None = None
+    first_step: int = 0
+
+    def __call__(self, state: TrainingState, parameters: dict[str, Tensor]) -> np.ndarray:
+        """Noisy bounds [M] at `parameters`, nats per datum. `state` must not share memory with the program's."""
+        if self.held_out is not None:
+            self.problem.program.load(self.whole(parameters))
+            passes = HELD_OUT_PASSES if self.held_out.num_rows <= FEW_ROWS else 1
+            return np.array([self.held_out(i) for i in range(passes)])
+        self.problem.optimizer.still = True
+        try:
+            slots = {k: {n: v.clone() for n, v in s.items()} for k, s in state.optimizer.items()}
+            step = max(state.step, self.first_step)
+            still = TrainingState(self.whole(parameters), slots, step, _copied(self.random))
+            _, terms = self.engine.run(still, self.plan.rows(0, ESTIMATES))
+        finally:
+            self.problem.optimizer.still = False
+        return terms[:, 0].double().numpy().copy()
+
+    def raced(self, rate: float, state: TrainingState) -> float:
+        """The bound at the end of a few steps at this rate; -inf where it is lost."""
+        self.problem.optimizer.learning_rate = rate
+        state = state.clone()
+        # with the controls as they will be in the end
+        start = replace(state, parameters=self.whole(state.parameters), step=self.first_step)
+        end, terms = self.engine.run(start, self.plan.rows(0, RACE_STEPS))
+        finite = all(bool(torch.isfinite(v).all()) for v in end.parameters.values() if v.is_floating_point())
+        score = float(terms[-RACE_STEPS // 4 :, 0].mean())
+        return score if finite and math.isfinite(score) else -math.inf
+
+    def whole(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A copy, with what a branch of the program has made since."""
+        return _copied(self.problem.program.tensors() | parameters)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in tensors.items()}

@@ -1,0 +1,203 @@
+"""Runs without num_steps: they end by themselves, at the right place, and go on to the same bits."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import GlobalMean, LocalNormal, ppca_functions
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from sklearn.datasets import load_iris
+
+import pyrolvm
+from pyrolvm import PPCA, data_plate
+from pyrolvm.errors import ConvergenceWarning
+from pyrolvm.inference.training import rules
+from pyrolvm.inference.training.stationarity import split_r_hat
+
+IRIS = torch.tensor(load_iris().data, dtype=torch.float32)
+QUIET = {"progress": False, "engine": "eager"}
+COMPILED = {"progress": False, "engine": "compiled"}
+"""Of thousands of steps: the compiled step is kept between tests."""
+X = 0.5 + torch.randn(200, generator=torch.Generator().manual_seed(1))
+
+
+def autoregressive(size, rho, dim, rng):
+    x = rng.normal(size=(size, dim))
+    for i in range(1, size):
+        x[i] = rho * x[i - 1] + math.sqrt(1 - rho**2) * x[i]
+    return x
+
+
+def test_r_hat_and_the_effective_size_of_known_series():
+    rng = np.random.default_rng(0)
+    r_hat, size = split_r_hat(rng.normal(size=(400, 5)))
+    assert r_hat == pytest.approx(1.0, abs=0.02)
+    assert size == pytest.approx(400, rel=0.1)
+    r_hat, size = split_r_hat(autoregressive(4000, 0.8, 20, rng))
+    assert size == pytest.approx(4000 * 0.2 / 1.8, rel=0.2)
+    drifting = rng.normal(size=(400, 5)) + np.linspace(0, 4, 400)[:, None]
+    assert split_r_hat(drifting)[0] > 1.3
+
+
+def test_a_subsampled_mean_has_its_closed_form():
+    """m | x ~ N(sum x / (N + 1), 1 / (N + 1)); nothing is given but model, data, guide and batch size."""
+    program = GlobalMean()
+    fitted = pyrolvm.fit(program.model, X, guide=program.guide, batch_size=50, **COMPILED)
+    sd = 1 / math.sqrt(201)
+    loc, scale = (fitted.program.parameters[n].item() for n in ("loc", "scale"))
+    assert loc == pytest.approx(X.sum().item() / 201, abs=0.1 * sd)
+    assert math.exp(scale) == pytest.approx(sd, rel=0.1)
+    assert fitted.convergence.converged is True
+    assert fitted.stopped_because.startswith("converged")
+    assert fitted.settings["num_steps"] is None
+    rates = fitted.history["learning_rate"]
+    assert (rates.diff().dropna() <= 0).all()
+    assert rates.nunique() > 1
+
+
+def regression(x, y):
+    """Columns of scales 1 and 20, conjugate: y ~ N(x w, 1), w ~ N(0, 1)."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with data_plate(x):
+        pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+
+@pytest.mark.slow
+def test_a_subsampled_regression_has_its_closed_form():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(300, 2, generator=generator) * torch.tensor([1.0, 20.0])
+    y = x @ torch.tensor([1.0, -0.5]) + torch.randn(300, generator=generator)
+    covariance = torch.linalg.inv(torch.eye(2) + x.T @ x)
+    mean, sd = covariance @ (x.T @ y), covariance.diagonal().sqrt()
+    fitted = pyrolvm.fit(regression, (x, y), guide=AutoMultivariateNormal, batch_size=100, **COMPILED)
+    draws = fitted.posterior((x, y), 4000)["w"]
+    assert ((draws.mean(0) - mean).abs() / sd).max() < 0.2
+    assert (draws.std(0) / sd).log().abs().max() < 0.2
+    assert fitted.convergence.converged is not False
+
+
+def test_a_plain_maximum_is_reached_with_networks_away():
+    """PPCA of iris from random loadings: the closed form's -2.6998, to a hundredth."""
+    torch.manual_seed(0)
+    ppca = PPCA(4, 2)
+    fitted = pyrolvm.fit(ppca, IRIS, init="own", **COMPILED)
+    assert ppca.log_marginal(IRIS).mean().item() == pytest.approx(-2.699752, abs=0.02)
+    assert fitted.convergence.converged is True
+
+
+def test_an_explicit_rate_is_obeyed():
+    program, x = LocalNormal(), torch.randn(50, generator=torch.Generator().manual_seed(3))
+    fitted = pyrolvm.fit(program.model, x, guide=program.guide, learning_rate=0.05, **QUIET)
+    assert (fitted.history["learning_rate"] == 0.05).all()
+    assert fitted.convergence.converged is not False
+
+
+def test_an_explicit_number_of_steps_is_obeyed():
+    program, x = LocalNormal(), torch.zeros(8)
+    fitted = pyrolvm.fit(program.model, x, guide=program.guide, num_steps=7, **QUIET)
+    assert len(fitted.history) == 7
+    assert (fitted.history["learning_rate"] == 1e-3).all()
+
+
+def test_a_run_ends_at_its_limit_and_says_so(monkeypatch):
+    monkeypatch.setattr(rules, "MOST_STEPS", 300)
+    model, guide = ppca_functions(4, 2)
+    with pytest.warns(ConvergenceWarning, match="after 300 steps.*init=fitted"):
+        fitted = pyrolvm.fit(model, IRIS, guide=guide, **QUIET)
+    assert len(fitted.history) == 300
+    assert fitted.stopped_because == "stopped at the limit of 300 steps"
+    assert fitted.convergence.converged is False
+
+
+@pytest.mark.parametrize("at", [300, 1700])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, at):
+    program, x = GlobalMean(), X
+    options = {"guide": program.guide, "batch_size": 50, **COMPILED}
+
+    def interrupt(report):
+        if report.step >= at:
+            raise KeyboardInterrupt
+
+    whole = pyrolvm.fit(program.model, x, **options)
+    with pytest.raises(KeyboardInterrupt, match="resume=True"):
+        pyrolvm.fit(program.model, x, checkpoint=tmp_path, callbacks=[interrupt], **options)
+    resumed = pyrolvm.fit(program.model, x, checkpoint=tmp_path, resume=True, **options)
+    assert len(resumed.history) == len(whole.history) > at
+    for name, value in whole.program.parameters.items():
+        assert torch.equal(value, resumed.program.parameters[name])
+    assert resumed.convergence == whole.convergence
+
+
+def test_warm_up_and_schedules_go_their_way_before_anything_is_judged():
+    program, x = LocalNormal(), torch.randn(50, generator=torch.Generator().manual_seed(5))
+    fitted = pyrolvm.fit(program.model, x, guide=program.guide, kl_warmup=0.5, **QUIET)
+    weights = fitted.history.set_index("step")["kl_weight"]
+    assert weights[500] == pytest.approx(0.5)
+    assert weights[1000] == weights.iloc[-1] == 1.0
+    assert len(fitted.history) > rules.SCHEDULED_STEPS
+
+
+def test_held_out_rows_end_a_run_that_learns_by_heart():
+    """40 rows of noise in 20 columns: a decoder of rank 8 fits them ever better, and rows held out ever worse."""
+    x = torch.randn(60, 20, generator=torch.Generator().manual_seed(6))
+    torch.manual_seed(0)
+    vae = pyrolvm.VAE(20, 8, "gaussian", hidden=(32,))
+    fitted = pyrolvm.fit(vae, x, validation=0.33, **QUIET)
+    assert fitted.convergence.converged is True
+    assert fitted.history["validation_elbo"].dropna().max() < fitted.held_out_elbo + 1
+    assert fitted.history["validation_elbo"].dropna().iloc[-1] < fitted.held_out_elbo - 1
+
+
+def test_a_rate_at_which_the_bound_is_lost_is_given_up():
+    """The mean is log(loc): a step of 0.1 from a loc of 0.01 leaves the support."""
+
+    def diverging(x):
+        loc = pyro.param("loc", torch.tensor(0.01))
+        with data_plate(x):
+            pyro.sample("x", dist.Normal(loc.log(), 1.0), obs=x)
+
+    x = torch.full((10,), -5.0) + 0.1 * torch.randn(10, generator=torch.Generator().manual_seed(7))
+    fitted = pyrolvm.fit(diverging, x, guide=lambda x: None, **QUIET)
+    assert fitted.program.parameters["loc"].log().item() == pytest.approx(x.mean().item(), abs=0.05)
+
+
+def test_coordinate_ascent_ends_when_it_rises_no_more():
+    fitted = pyrolvm.fit(PPCA(4, 1, guide="full"), IRIS, alternate=16, progress=False)
+    assert fitted.convergence.converged is True
+    assert fitted.convergence.sentence in repr(fitted)
+
+
+@pytest.mark.slow
+def test_a_guide_per_row_ends():
+    x = torch.linspace(-2, 2, 30)
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    fitted = pyrolvm.fit(model, x, guide=AutoNormal, batch_size=10, **COMPILED)
+    torch.testing.assert_close(fitted.encode(x), x * 0.8, rtol=0, atol=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppca", "vae"])
+def test_digits_with_defaults_alone_end_near_a_run_of_ten_times_the_length(name):
+    digits, _ = pyrolvm.data.load_dataset("digits").binarise()
+    if name == "ppca":
+        digits = pyrolvm.data.load_dataset("digits")
+
+    def build():
+        torch.manual_seed(0)
+        return PPCA(64, 8) if name == "ppca" else pyrolvm.VAE(64, 2, hidden=(16,))
+
+    fitted = pyrolvm.fit(build(), digits, progress=False)
+    longer = pyrolvm.fit(build(), digits, num_steps=10 * len(fitted.history), progress=False)
+    here, there = (
+        f.log_evidence(digits, "iwae", 64, num_particles=1).mean().item() for f in (fitted, longer)
+    )
+    assert fitted.convergence.converged is True
+    assert here > there - 0.01 * abs(there)
