@@ -354,7 +354,7 @@ class _Piece:
 
 def _arguments(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)  # type: ignore[arg-type]
+    fx.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
