@@ -20,7 +20,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -125,11 +125,11 @@ def record(
     return graph, _lift_constants(graph, inputs)
 
 
-def unrecorded() -> AbstractContextManager[None]:
+def unrecorded() -> AbstractContextManager[Any]:
     """Operations inside are run and not recorded: their results are constants of the graph."""
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-    return disable_proxy_modes_tracing()  # type: ignore[no-any-return]
+    return disable_proxy_modes_tracing()
 
 
 def _lift_constants(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -264,9 +264,30 @@ def _compile(graph: fx.GraphModule, settings: dict[str, Any]) -> Any:
         stack.enter_context(config.patch(settings))
         stack.enter_context(V.set_fake_mode(mode))
         stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(_reads_or_none())
         return compile_fx_inner(
             graph, inputs, cudagraphs=BoxedBool(False), cpp_wrapper=settings["cpp_wrapper"]
         )
+
+
+@contextmanager
+def _reads_or_none() -> Iterator[None]:
+    """Let inductor ask at which index a kernel loads a buffer that it reads in another way, by a search, say.
+
+    It asks while it looks whether loops can share a local buffer, and would stop with a KeyError; None means that they
+    cannot.
+    """
+    from torch._inductor.loop_body import LoopBody
+
+    strict = LoopBody.get_read_expr
+
+    def read(self: Any, name: str) -> Any:
+        with suppress(KeyError):
+            return strict(self, name)
+        return None
+
+    with mock.patch.object(LoopBody, "get_read_expr", read):
+        yield
 
 
 HEADERS = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n#include <torch/csrc/inductor/cpp_prefix.h>\n"

@@ -24,10 +24,10 @@ from torch.nn.parameter import is_lazy
 from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.beginnings import begun, present, put_in
 from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
-from pyrolvm.inference.program.beginnings import begun, present, put_in
 from pyrolvm.inference.program.routes import (
     explain_unregistered,
     leaves,

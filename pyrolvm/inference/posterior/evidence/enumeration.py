@@ -95,8 +95,8 @@ def contracted(
         frames = [f for f in site["cond_indep_stack"] if f.vectorized]
         outside = next((f.full_size / f.size for f in frames if plate and f.name == plate.name), 1.0)
         # the states of a latent that a mask leaves out still sum to one, as in Pyro's own sum; a maximum skips it
-        sums_to_one = "_enumerate_dim" in site["infer"] and ring is LogRing
-        mask = None if sums_to_one else site["mask"]
+        every_state = "_enumerate_dim" in site["infer"] and ring is LogRing
+        mask = None if every_state else site["mask"]
         factor = scale_and_mask(site["unscaled_log_prob"], site["scale"] / outside, mask)
         factor = factor + (potentials or {}).get(site["name"], 0.0)
         factor = pack(factor, site["infer"]["_dim_to_symbol"])
