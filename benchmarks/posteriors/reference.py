@@ -32,6 +32,11 @@ def moments(name: str) -> Moments:
     return tuple(torch.tensor(found[key], dtype=torch.float64) for key in ("mean", "sd"))  # type: ignore[return-value]
 
 
+def has_reference(name: str) -> bool:
+    """Whether the moments are known: exactly, or by a run that is kept."""
+    return POSTERIORS[name].exact is not None or name in json.loads(FILE.read_text())
+
+
 def programs() -> dict[str, Callable[..., Any]]:
     """The programs in NumPyro."""
     import jax.numpy as jnp
@@ -89,9 +94,10 @@ def programs() -> dict[str, Callable[..., Any]]:
         )
 
     def horseshoe(x, y):
-        tau = sample("tau", dist.HalfCauchy(0.1))
+        log = dist.transforms.ExpTransform().inv
+        tau = jnp.exp(sample("log_tau", dist.TransformedDistribution(dist.HalfCauchy(0.1), log)))
         with plate("columns", x.shape[1]):
-            lam = sample("lam", dist.HalfCauchy(1.0))
+            lam = jnp.exp(sample("log_lam", dist.TransformedDistribution(dist.HalfCauchy(1.0), log)))
             z = sample("z", dist.Normal(0.0, 1.0))
         sample("y", dist.Normal(x @ (z * lam * tau), 1.0), obs=y)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrolvm.data.arguments import Arguments, mapped
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.program.noise import seeded
@@ -70,10 +71,11 @@ def _replaced(batch: Batch, observed: dict[str, Tensor], places: dict[str, str])
     """The simulated values in the place of the data: a tensor, a tuple of arguments, or a dict of named ones."""
     new = {places[name]: value for name, value in observed.items()}
 
-    def put(name: str, old: Tensor | None) -> Tensor | None:
-        return new[name].reshape(old.shape).to(old.dtype) if name in new and old is not None else old
+    def put(name: str, old: Any) -> Any:
+        return new[name].reshape(old.shape).to(old.dtype) if name in new else old
 
-    args = tuple(put(f"args[{i}]", v) for i, v in enumerate(batch.args))
-    if batch.kwargs and not args:
-        return {k: put(k, v) for k, v in batch.kwargs.items()}
-    return args[0] if len(args) == 1 and not batch.kwargs else args
+    args = tuple(mapped(v, f"args[{i}]", put) for i, v in enumerate(batch.args))
+    kwargs = {k: mapped(v, k, put) for k, v in batch.kwargs.items()}
+    if kwargs:
+        return Arguments(args, kwargs) if args else kwargs
+    return args[0] if len(args) == 1 and not isinstance(args[0], tuple | dict) else args

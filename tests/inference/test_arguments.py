@@ -108,6 +108,8 @@ def test_lists_and_dicts_of_tensors_stay_one_argument():
     fit = pyrolvm.fit(model, {"x": X}, sequences, guide=AutoNormal, **QUIET)
     assert fit.num_data == 20
     assert fit.posterior(({"x": X}, sequences), 3)["mu"].shape == (3,)
+    ragged = pyrolvm.fit(lambda s: model({"x": X}, s), (sequences,), guide=AutoNormal, **QUIET)
+    assert ragged.structure.data_plate is None
     alone = pyrolvm.fit(lambda s: model({"x": X}, s), sequences, guide=AutoNormal, **QUIET)
     assert alone.elbo < 0
 
@@ -125,6 +127,7 @@ def test_what_carries_rows_is_found():
     fit = pyrolvm.fit(model, *call, guide=AutoNormal, batch_size=5, **QUIET)
     assert fit.num_data == fit.num_rows == 20
     assert fit.predict((X[:7], Y[:7]), 3)["y"].shape == (3, 7)
+    assert fit.sample(3, given={"x": X[:3]}).shape == (3,)
     said = pyrolvm.fit(model, *call, guide=AutoNormal, batch_size=5, rows=("x", "y"), **QUIET)
     assert said.elbo == fit.elbo
     assert pyrolvm.fit(model, *call, guide=AutoNormal, batch_size=5, rows=[1, 2], **QUIET).elbo == fit.elbo

@@ -149,7 +149,7 @@ def test_compiled_bounds_are_the_eager_ones(name):
 
 
 def test_the_jit_forms_are_their_plain_ones():
-    """Under SVI the first of their runs draws noise for the tracer, so that only the plain form has the same numbers."""
+    """Under SVI the first of their runs draws noise for the tracer: only the plain form has the same numbers."""
     jit = pyrolvm.fit(model, X, guide=guide, objective=infer.JitTrace_ELBO(), engine="eager", **QUIET)
     assert torch.equal(bounds(jit), bounds(fitted("Trace")))
 

@@ -108,7 +108,7 @@ def as_objective(elbo: Any) -> Objective:
     if callable(elbo):
         return LossFunction(elbo)
     raise SettingError(
-        f"objective must be a Pyro ELBO object such as pyro.infer.Trace_ELBO(), or a function loss(model, guide, *args), "
+        f"objective must be a Pyro ELBO object such as pyro.infer.Trace_ELBO(), or a function loss(model, guide), "
         f"not {elbo!r}"
     )
 

@@ -11,6 +11,7 @@ What a loss is beside a likelihood and a KL is not known: those columns are nan.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
@@ -86,7 +87,14 @@ class Recorded(Foreign):
     def losses(self, model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
         """What `loss_and_grads` returns (the first of a tuple), and the sum of what it goes back from."""
         parts: list[Tensor] = []
-        with mock.patch.object(Tensor, "backward", lambda root, *_, **__: parts.append(root)):
+        usual, here = Tensor.backward, threading.get_ident()
+
+        def backward(root: Tensor, *options: Any, **named: Any) -> None:
+            if threading.get_ident() != here:  # another thread's own training
+                return usual(root, *options, **named)
+            parts.append(root)
+
+        with mock.patch.object(Tensor, "backward", backward):
             value = self.elbo.loss_and_grads(model, guide, *args, **kwargs)
         first = value[0] if isinstance(value, tuple) else value
         if not parts and hasattr(self.elbo, "differentiable_loss"):  # no parameter stood in its traces

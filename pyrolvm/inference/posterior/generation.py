@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyrolvm.data.arguments import leaves
 from pyrolvm.data.arrays import Batch, as_batch
 from pyrolvm.errors import DataError, ProgramError, SettingError
 from pyrolvm.inference.posterior.suiting import carries
@@ -99,18 +100,23 @@ def conditioned(program: Program, given: Any, num_samples: int, call: Batch | No
 
     Values of one row stand for all. Raises `DataError` for other numbers of rows.
     """
-    taken = inspect.signature(program.model).parameters
-    names = list(taken)
+    taken = {
+        n: p
+        for n, p in inspect.signature(program.model).parameters.items()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+    names, wide = list(taken), _settings(call, list(taken))
     if isinstance(given, Mapping):
         unknown = sorted(set(given) - set(names))
         if unknown:
             raise SettingError(f"given has '{unknown[0]}', but the model's arguments are {', '.join(names)}")
         batch = as_batch(dict(given), program.dtype, program.device)
     else:
-        values = as_batch(given, program.dtype, program.device).args
-        batch = Batch((), dict(zip(names[len(names) - len(values) :], values, strict=True)))
+        found = as_batch(given, program.dtype, program.device).args
+        data = [name for name in names if name not in wide]
+        batch = Batch((), dict(zip(data[len(data) - len(found) :], found, strict=True)))
     rows = torch.arange(num_samples, device=program.device)
-    wide = _settings(call, names)
+    shared = wide.keys() - batch.kwargs.keys()
     for name, value in batch.kwargs.items():
         if not isinstance(value, Tensor):
             wide[name] = value
@@ -122,8 +128,11 @@ def conditioned(program: Program, given: Any, num_samples: int, call: Batch | No
         alone = not value.dim() or len(value) == 1
         wide[name] = value.reshape(1, *value.shape[1:])[rows * 0] if alone else value
     usual = {name: None if p.default is p.empty else p.default for name, p in taken.items()}
-    args = tuple(wide.get(name, usual[name]) for name in names)
-    return Batch(args, {}, rows=rows, total=num_samples)
+    values = {name: wide.get(name, usual[name]) for name in names}
+    kwargs = {name: values.pop(name) for name, p in taken.items() if p.kind is p.KEYWORD_ONLY}
+    places = {name: f"args[{i}]" for i, name in enumerate(values)}
+    parts = [part for name in shared for part, _ in leaves(wide[name], places.get(name, name))]
+    return Batch(tuple(values.values()), kwargs, rows=rows, total=num_samples, shared=frozenset(parts))
 
 
 def _settings(call: Batch | None, names: list[str]) -> dict[str, Any]:

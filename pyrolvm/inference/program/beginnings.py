@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 MODULE = "$$$"
-"""Stands in the names that `pyro.module` gives. A module carries its own values: those in the store may be another's."""
+"""Stands in the names that `pyro.module` gives. A module carries its own values: the store may have another's."""
 
 
 def present(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -29,8 +29,8 @@ def present(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor]
 def begun(values: Mapping[str, Tensor], known: Mapping[str, Any] | None) -> Iterator[None]:
     """A `pyro.param` that is made inside begins at the unconstrained value of its name.
 
-    With `known` constraints, only if it has the same constraint and the shape of its own start: else the value is that of
-    another program.
+    With `known` constraints, only if it has the same constraint and the shape of its own start: else the value is that
+    of another program.
     """
     usual = ParamStoreDict.setdefault
 

@@ -12,7 +12,7 @@ import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 
-from pyrolvm.data.arguments import leaves
+from pyrolvm.data.arguments import leaves, length_of
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.program.noise import seeded
@@ -41,10 +41,18 @@ def carried(program: Program, batch: Batch, rows: Rows, seed: int) -> Batch:
     lengths = dict(batch.lengths())
     if len(set(lengths.values())) < 2:
         return batch
-    size = _plate_size(program, batch, list(lengths.values()), seed)
+    whole = _whole(batch)
+    size = _plate_size(program, batch, whole, seed) if whole else 0
     if size is None:
         return batch
     return dataclasses.replace(batch, shared=frozenset(n for n, length in lengths.items() if length != size))
+
+
+def _whole(batch: Batch) -> list[int]:
+    """The lengths of the arguments of one length each, in their order: a ragged list of sequences has none."""
+    arguments = [(f"args[{i}]", v) for i, v in enumerate(batch.args)] + list(batch.kwargs.items())
+    parts = [{length_of(part) for _, part in leaves(value, name)} - {None} for name, value in arguments]
+    return [length for each in parts if len(each) == 1 for length in each if length is not None]
 
 
 def check_call(program: Program, batch: Batch) -> None:

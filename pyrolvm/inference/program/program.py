@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 import pyro
 import torch
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import transform_to
@@ -24,10 +25,10 @@ from torch.nn.parameter import is_lazy
 from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.beginnings import begun, present, put_in
 from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
-from pyrolvm.inference.program.beginnings import begun, present, put_in
 from pyrolvm.inference.program.routes import (
     explain_unregistered,
     leaves,
@@ -182,6 +183,8 @@ class Program:
                 yield rows
             finally:
                 self._depth -= 1
+                if not self._depth and isinstance(self._functions[1], EasyGuide):
+                    self._functions[1].plates.clear()  # it forgets those of a run only if that ends well
                 # Pyro turns requires_grad on for every parameter it meets, frozen or not
                 for parameter in self._frozen:
                     parameter.requires_grad_(False)
