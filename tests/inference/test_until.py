@@ -187,7 +187,7 @@ def test_a_guide_per_row_ends():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppca", "vae"])
 def test_digits_with_defaults_alone_end_near_a_run_of_ten_times_the_length_or_say_so(name):
-    """PPCA within 1 % of it. A VAE learns its training rows by heart for long, and says so where it is short of that."""
+    """PPCA within 1 % of it; a VAE, which learns its training rows by heart for long, or it says that it is short."""
     digits = pyrolvm.data.load_dataset("digits")
     if name == "vae":
         digits, _ = digits.binarise()
