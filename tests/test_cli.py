@@ -493,6 +493,15 @@ def test_a_run_that_still_rises_says_so(tmp_path):
     assert "not yet" not in long
 
 
+def test_a_run_without_steps_ends_by_itself_and_says_so(tmp_path):
+    out = done("fit", "gmm", "faithful", "-k", 1, "--engine", "eager", "-o", tmp_path / "run")
+    assert "stopped" in out
+    assert "\nconverged: " in out
+    assert pyrolvm.load(tmp_path / "run").convergence.converged is True
+    word = shlex.split("fit ppca iris -l 1 --schedule cosine -o")
+    assert "give num_steps or num_epochs" in pyrolvm_(*word, tmp_path / "other").stderr
+
+
 def test_an_existing_run_is_replaced_only_on_demand(tmp_path):
     words = ["fit", "ppca", "iris", "-l", 1, "-n", 3, "-q", "-o", tmp_path / "run"]
     done(*words)

@@ -117,9 +117,10 @@ def poisson(x: Tensor, y: Tensor) -> None:
 
 def horseshoe(x: Tensor, y: Tensor) -> None:
     """A regularised regression with as many slopes as a third of the data, most of them 0."""
-    tau = pyro.sample("tau", dist.HalfCauchy(0.1))
+    log = dist.transforms.ExpTransform().inv  # a half-Cauchy itself has no moments to compare
+    tau = pyro.sample("log_tau", dist.TransformedDistribution(dist.HalfCauchy(0.1), [log])).exp()
     with pyro.plate("columns", x.shape[1]):
-        lam = pyro.sample("lam", dist.HalfCauchy(1.0))
+        lam = pyro.sample("log_lam", dist.TransformedDistribution(dist.HalfCauchy(1.0), [log])).exp()
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", len(x)):
         pyro.sample("y", dist.Normal(x @ (z * lam * tau), 1.0), obs=y)

@@ -89,9 +89,10 @@ def programs() -> dict[str, Callable[..., Any]]:
         )
 
     def horseshoe(x, y):
-        tau = sample("tau", dist.HalfCauchy(0.1))
+        log = dist.transforms.ExpTransform().inv
+        tau = jnp.exp(sample("log_tau", dist.TransformedDistribution(dist.HalfCauchy(0.1), log)))
         with plate("columns", x.shape[1]):
-            lam = sample("lam", dist.HalfCauchy(1.0))
+            lam = jnp.exp(sample("log_lam", dist.TransformedDistribution(dist.HalfCauchy(1.0), log)))
             z = sample("z", dist.Normal(0.0, 1.0))
         sample("y", dist.Normal(x @ (z * lam * tau), 1.0), obs=y)
 

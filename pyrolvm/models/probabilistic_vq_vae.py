@@ -16,7 +16,7 @@ needs neither a straight-through gradient nor a commitment loss: encoder, codebo
 precision grows q becomes the point of the VQ-VAE, and the bound log p(x, z) at it.
 
 Its gradient is that of a discrete program: summed over all codes of a datum where they are few (objective "enum"), else
-of relaxed codes ("concrete") or by a score function ("nvil", "vimco", "reinforce"). The reconstruction decodes the mean
+by a score function ("vimco", "nvil", "reinforce") or of relaxed codes ("concrete"). The reconstruction decodes the mean
 of z, in which each vector has the weight of its probability.
 
 C. K. Sonderby, B. Poole and A. Mnih, "Continuous relaxation training of discrete latent variable image models",
@@ -138,8 +138,8 @@ class ProbabilisticVQVAE(CodeModel):
         return self.codebook_size**self.num_codes <= MOST_SUMMED
 
     def objective(self) -> str:
-        """The sum over all codes where they are few, else the relaxation."""
-        return "enum" if self.summed else "concrete"
+        """The sum over all codes where they are few, else the score function of several draws."""
+        return "enum" if self.summed else "vimco"
 
     @torch.no_grad()
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:

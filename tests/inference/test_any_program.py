@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal, AutoNormalMessenger
+from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
 from pyro.infer.reparam import LocScaleReparam
 
 import pyrolvm
@@ -150,19 +150,3 @@ def test_what_a_reparameterisation_computes_is_no_data():
     assert [s.name for s in fitted.structure.observed] == ["x"]
     assert set(fitted.predict(X, 2)) == {"x"}
     assert [s.name for s in fitted.structure.latents] == ["z_decentered"]
-
-
-def test_a_laplace_approximation_is_asked_after_the_climb():
-    """The log-density is quadratic, so that the approximation is the posterior."""
-
-    def model(x):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", len(x)):
-            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
-
-    climbing = AutoLaplaceApproximation(model)
-    pyrolvm.fit(model, X, guide=climbing, num_steps=600, learning_rate=0.03, **QUIET)
-    fitted = pyrolvm.fit(model, X, guide=climbing.laplace_approximation(X), **(FREEZE | {"dtype": "float32"}))
-    draws, exact = fitted.posterior(X, 4000)["mu"], posterior(X)
-    assert abs(draws.mean() - exact.loc) < 4 * exact.scale / 4000**0.5 + 1e-3
-    assert abs(draws.std() / exact.scale - 1) < 0.05

@@ -133,7 +133,7 @@ def test_it_trains_by_every_estimator_for_categories(objective):
 
 def test_its_usual_estimator_depends_on_the_number_of_codes():
     assert ProbabilisticVQVAE(4, 2, 16, 2).objective() == "enum"
-    assert ProbabilisticVQVAE(4, 3, 16, 2).objective() == "concrete"
+    assert ProbabilisticVQVAE(4, 3, 16, 2).objective() == "vimco"
 
 
 def test_estimators_for_bits_and_bad_settings_are_refused():
@@ -146,3 +146,13 @@ def test_estimators_for_bits_and_bad_settings_are_refused():
         ProbabilisticVQVAE(4, codebook_size=1)
     with pytest.raises(SettingError, match="choose from learned, uniform"):
         ProbabilisticVQVAE(4, prior="pixelcnn")
+
+
+@pytest.mark.slow
+def test_the_relaxation_of_many_codes_compiles():
+    """A graph in which inductor looks for the index of a load that is none."""
+    x = (torch.rand(300, 64, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    model = ProbabilisticVQVAE(64, 8, 16, 8, "bernoulli", hidden=(256,))
+    options = {"objective": "concrete", "num_steps": 4, "batch_size": 100, "progress": False}
+    fitted = pyrolvm.fit(model, x, engine="compiled", **options)
+    assert fitted.engine.startswith("compiled engine")

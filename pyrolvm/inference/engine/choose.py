@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrolvm.errors import ProgramError, SettingError, one_of
 from pyrolvm.inference.engine.compiled import CompiledEngine, probe
 from pyrolvm.inference.engine.eager import EagerEngine
-from pyrolvm.inference.engine.native import has_compiler, is_compiled
+from pyrolvm.inference.engine.native import LEAST_SECONDS, has_compiler, is_compiled, seconds_to_compile
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.engine.tracing import trace_step
@@ -20,9 +20,8 @@ from pyrolvm.inference.engine.untraceable import UntraceableError
 ENGINES = ("auto", "compiled", "eager")
 DEVICES = ("cpu", "cuda")
 
-COMPILE_SECONDS = 5.0
 TRACE_SECONDS = 1.0
-"""The least that compiling takes, and tracing a step that was compiled before; shorter runs stay eager."""
+"""The least that tracing a step takes; shorter runs stay eager."""
 FEW_STEPS = 20
 KNOWN_TORCH = ((2, 11), (2, 13))
 """First and last version of torch that the compiled engine supports (see `graphs`)."""
@@ -120,8 +119,9 @@ def _best(problem: Problem, num_steps: int, on_compile: Callable[[str], None] | 
     except UntraceableError as error:
         return eager, f"eager engine: {error}"
     if problem.program.device.type != "cpu" or not is_compiled(traced):
-        if expected < 2 * COMPILE_SECONDS:
-            return eager, short
+        if expected < 2 * (needed := seconds_to_compile(traced, problem.minibatch)):
+            about = f" (about {needed:.0f} s)" if needed > LEAST_SECONDS else ""
+            return eager, short + about
         obstacle = _obstacle(problem)
         if obstacle is not None:
             return eager, f"eager engine: {obstacle}"

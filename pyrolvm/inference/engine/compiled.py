@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.loops import CudaLoop, Loop
-from pyrolvm.inference.engine.native import NativeLoop, is_compiled
+from pyrolvm.inference.engine.native import LEAST_SECONDS, NativeLoop, is_compiled, seconds_to_compile
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.engine.tracing import Slots, TracedStep, trace_step
@@ -128,8 +128,15 @@ class CompiledEngine:
     def _compile(self) -> Loop:
         known = self._make_loop is NativeLoop and is_compiled(self._traced)
         if self.on_compile is not None and not known:
-            self.on_compile("compiling the training step, once for this program and machine")
+            seconds = self._seconds_to_compile()
+            about = f" (about {seconds:.0f} s)" if seconds > LEAST_SECONDS else ""
+            self.on_compile(f"compiling the training step{about}, once for this program and machine")
         return self._make_loop(self._traced, self.problem.minibatch)
+
+    def _seconds_to_compile(self) -> float:
+        if self._make_loop is not NativeLoop:
+            return LEAST_SECONDS
+        return seconds_to_compile(self._traced, self.problem.minibatch)
 
     def _run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
         assert self._loop is not None

@@ -20,9 +20,10 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -45,27 +46,64 @@ REMOVED_OPS = ("_record_function", "_linalg_check_errors")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence warnings and log lines of torch's compiler: they are for its developers."""
     loggers = [logging.getLogger(n) for n in (*logging.root.manager.loggerDict,) if n.startswith("torch._")]
     levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    _set_levels(loggers, [logging.ERROR] * len(loggers))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        _set_levels(loggers, levels)
+
+
+def _set_levels(loggers: Sequence[logging.Logger], levels: Sequence[int]) -> None:
+    """As `setLevel` of each, which takes a second for the hundreds that torch has."""
+    if [logger.level for logger in loggers] == list(levels):
+        return
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.level = level
+    loggers[0].setLevel(levels[0])  # clears what all loggers remember
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """The layout of `tensor`."""
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+    def example(self) -> Tensor:
+        """A tensor of this layout."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+
+
+LAYOUT = "layout"
+"""Where a node of a recorded graph keeps the `Layout` of its value."""
+
+
+def _set_layout(proxy: Any, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        proxy.node.meta[LAYOUT] = Layout.of(value)
+    return proxy
 
 
 def record(
-    function: Callable[..., Any], inputs: Sequence[Tensor]
+    function: Callable[..., Any], inputs: Sequence[Tensor], mode: Literal["real", "fake"] = "real"
 ) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The operations of `function(*inputs)`, run once on these tensors, and the constants that it reads.
 
-    An input that the function reaches by another name is that input of the graph.
+    An input that the function reaches by another name is that input of the graph. In the `mode` "fake" nothing is
+    computed and no input changes.
 
     Returns
     -------
@@ -74,12 +112,15 @@ def record(
     constants : tuple of tensor
         The other tensors that the function reads.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental import proxy_tensor
 
-    graph = make_fx(function)(*inputs)
+    # a fake tensor for each operation, with the stack that made it, is most of the time of a trace
+    with mock.patch.object(proxy_tensor, "set_meta", _set_layout):
+        graph = proxy_tensor.make_fx(function, tracing_mode=mode)(*inputs)
     for node in reversed(graph.graph.nodes):
-        # profiler marks, and a check that reads its result on the host
-        if any(name in str(node.target) for name in REMOVED_OPS) and not node.users:
+        # profiler marks with their objects, and a check that reads its result on the host
+        removed = node.op == "get_attr" or any(name in str(node.target) for name in REMOVED_OPS)
+        if removed and not node.users:
             graph.graph.erase_node(node)
     return graph, _lift_constants(graph, inputs)
 
@@ -104,6 +145,7 @@ def _lift_constants(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Te
         if _memory(value) not in known:
             with nodes.inserting_after(placeholders[-1]):
                 placeholders.append(nodes.placeholder(f"constant_{len(constants)}"))
+            placeholders[-1].meta[LAYOUT] = Layout.of(value)
             constants.append(value)
             known[_memory(value)] = placeholders[-1]
         node.replace_all_uses_with(known[_memory(value)])
@@ -116,6 +158,13 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.numel() == 0:
         return (id(tensor),)
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.device
+
+
+def inlined(graph: fx.Graph, part: fx.GraphModule, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """Append the operations of `part` on `inputs` to `graph`; its outputs there."""
+    placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
+    copied = graph.graph_copy(part.graph, dict(zip(placeholders, inputs, strict=True)))
+    return list(copied) if isinstance(copied, list | tuple) else [copied]  # type: ignore[list-item]
 
 
 def written_inputs(graph: fx.GraphModule) -> list[int]:
@@ -135,7 +184,7 @@ def written_inputs(graph: fx.GraphModule) -> list[int]:
     return sorted(written)
 
 
-@_quiet()
+@quiet()
 def functional(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
     """The operations of `function(*inputs)` in inductor's terms, none in place except the final `copy_`."""
     from torch._inductor import config
@@ -152,13 +201,22 @@ def functional(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.Gra
     return flat
 
 
+def keep_strides(graph: fx.GraphModule, strides: Sequence[tuple[int, ...]]) -> None:
+    """Make inductor give the results of the graph these strides."""
+    output = next(iter(reversed(graph.graph.nodes)))
+    output.meta["user_visible_output_idxs"] = list(range(len(strides)))
+    output.meta["original_output_strides"] = list(strides)
+
+
 class _Source(BaseException):
     """Carries the source out of inductor before it is compiled; not an Exception, so nothing wraps it."""
 
 
-@_quiet()
-def cpp_source(graph: fx.GraphModule) -> str:
+@quiet()
+def cpp_source(graph: fx.GraphModule, *, vectorised: bool = True) -> str:
     """C++ that defines `void inductor_entry_impl(AtenTensorHandle* inputs, AtenTensorHandle* outputs)`.
+
+    Kernels that are not `vectorised` are written and compiled in half the time.
 
     Raises
     ------
@@ -172,7 +230,7 @@ def cpp_source(graph: fx.GraphModule) -> str:
 
     with mock.patch.object(CppWrapperCodeCache, "load_pybinding", capture):
         try:
-            _compile(graph, INDUCTOR_SETTINGS)
+            _compile(graph, INDUCTOR_SETTINGS | ({} if vectorised else {"cpp.simdlen": 1}))
         except _Source as source:
             code = str(source.args[0])
         else:
@@ -184,7 +242,7 @@ def cpp_source(graph: fx.GraphModule) -> str:
     return code
 
 
-@_quiet()
+@quiet()
 def fused(graph: fx.GraphModule) -> Callable[[Sequence[Tensor]], Any]:
     """The graph as kernels that inductor wrote for its device, called from Python."""
     compiled = _compile(graph, INDUCTOR_SETTINGS | {"cpp_wrapper": False})
@@ -206,15 +264,36 @@ def _compile(graph: fx.GraphModule, settings: dict[str, Any]) -> Any:
         stack.enter_context(config.patch(settings))
         stack.enter_context(V.set_fake_mode(mode))
         stack.enter_context(tracing(TracingContext(mode)))
+        stack.enter_context(_reads_or_none())
         return compile_fx_inner(
             graph, inputs, cudagraphs=BoxedBool(False), cpp_wrapper=settings["cpp_wrapper"]
         )
 
 
+@contextmanager
+def _reads_or_none() -> Iterator[None]:
+    """Let inductor ask at which index a kernel loads a buffer that it reads in another way, by a search, say.
+
+    It asks while it looks whether loops can share a local buffer, and would stop with a KeyError; None means that they
+    cannot.
+    """
+    from torch._inductor.loop_body import LoopBody
+
+    strict = LoopBody.get_read_expr
+
+    def read(self: Any, name: str) -> Any:
+        with suppress(KeyError):
+            return strict(self, name)
+        return None
+
+    with mock.patch.object(LoopBody, "get_read_expr", read):
+        yield
+
+
 HEADERS = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n#include <torch/csrc/inductor/cpp_prefix.h>\n"
 
 
-@_quiet()
+@quiet()
 def compiler_command(source: Path, target: Path, header: Path | None = None) -> list[str]:
     """The command that compiles C++ `source` for this processor into the library `target`.
 

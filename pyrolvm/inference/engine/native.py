@@ -20,11 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrolvm.inference.engine import cache, graphs, loops, rewrites, source, tracing
+from pyrolvm.inference.engine import cache, driver, folding, graphs, loops, repeats, rewrites, source, tracing
 from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.tracing import TracedStep
 
 CPP = Path(__file__).with_name("cpp")
+LEAST_SECONDS, SECONDS_PER_OPERATION = 5.0, 0.012
+"""Of a compilation; on a busy machine it takes longer, as the steps themselves do."""
 COMPILERS = ("g++", "clang++")
 
 
@@ -34,7 +36,7 @@ class CompilerError(RuntimeError):
 
 def key(traced: TracedStep) -> str:
     """The name of the compiled step in the cache, a hash of the step and of the sources that generate its code."""
-    modules = (graphs, loops, rewrites, source, tracing, sys.modules[__name__])
+    modules = (driver, folding, graphs, loops, repeats, rewrites, source, tracing, sys.modules[__name__])
     sources = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
     own = [_header_text(path.name) for path in sorted(CPP.glob("*.h"))]
     return cache.digest(traced.text(), *sources, *own)
@@ -43,6 +45,11 @@ def key(traced: TracedStep) -> str:
 def is_compiled(traced: TracedStep) -> bool:
     """Whether the step is in the cache."""
     return cache.is_stored(cache.entry(key(traced), ".so"))
+
+
+def seconds_to_compile(traced: TracedStep, minibatch: bool) -> float:
+    """About how long compiling the step takes."""
+    return max(LEAST_SECONDS, SECONDS_PER_OPERATION * folding.operations_to_compile(traced, minibatch))
 
 
 def has_compiler() -> bool:
@@ -58,7 +65,7 @@ class NativeLoop(StaticLoop):
         super().__init__(traced, minibatch)
         path = cache.entry(key(traced), ".so")
         if not cache.is_stored(path):
-            _compile(self._advance, self._inputs, path)
+            _compile(traced, minibatch, self._advance, self._inputs, path)
         self._library = _load(path)
 
     def run(self, num_steps: int) -> None:
@@ -77,12 +84,18 @@ def _load(path: Path) -> Callable[..., bytes | None]:
     return function
 
 
-def _compile(advance: Callable[..., Any], inputs: Sequence[Tensor], path: Path) -> None:
+def _compile(
+    traced: TracedStep, minibatch: bool, advance: Callable[..., Any], inputs: Sequence[Tensor], path: Path
+) -> None:
     if not has_compiler():
         raise CompilerError("no C++ compiler was found (install g++ or clang++)")
     header = _header()
     with _precompiling(header):
-        code = graphs.cpp_source(graphs.functional(advance, inputs))
+        folded = folding.fold(traced, inputs, minibatch)
+        if folded is not None:
+            code = "\n".join([_header_text("driver.h"), driver.source(folded), _header_text("interpreter.h")])
+        else:
+            code = source.looped(graphs.cpp_source(graphs.functional(advance, inputs)))
     with cache.storing(path) as target:
         written = target.with_suffix(".cpp")
         written.write_text(_whole(code, len(inputs)), encoding="utf-8")
@@ -90,11 +103,11 @@ def _compile(advance: Callable[..., Any], inputs: Sequence[Tensor], path: Path) 
 
 
 def _whole(code: str, num_inputs: int) -> str:
-    """inductor's C++ of one step, with the loop around it."""
+    """The C++ of the steps, with what calls them."""
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
     lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {steps}"]
-    return "\n".join([graphs.HEADERS, *lines, _header_text("runtime.h"), source.looped(code)])
+    return "\n".join([graphs.HEADERS, *lines, _header_text("runtime.h"), code])
 
 
 def _header_text(name: str) -> str:

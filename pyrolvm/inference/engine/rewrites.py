@@ -93,6 +93,8 @@ def delay_expansions(graph: fx.GraphModule) -> None:
         sources = node.all_input_nodes
         if len(sources) != 1 or sources[0].target is not expand or not _is_elementwise(node):
             continue
+        if any(user.op == "output" for user in node.users):  # whose layout others count on
+            continue
         base: Any = sources[0]
         while base.target is expand:
             base = base.args[0]

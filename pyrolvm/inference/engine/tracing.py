@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -53,6 +55,8 @@ class TracedStep:
         The other tensors that the program reads.
     num_controls : int
         Controls of a step; the first is the learning rate.
+    known : dict
+        What has been found out about the step.
     """
 
     graph: fx.GraphModule
@@ -66,6 +70,7 @@ class TracedStep:
     num_controls: int = 1
     num_terms: int = 1
     by_row: frozenset[int] = frozenset()
+    known: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def in_place(self, capacity: int, minibatch: bool) -> tuple[Callable[..., tuple[()]], list[Tensor]]:
         """The step as a function that only writes to its inputs, and example inputs for it.
@@ -75,34 +80,68 @@ class TracedStep:
         `rows` [N], if the data are taken whole). It writes to `terms` [capacity, num_terms] and to the state, and
         increments `index`.
         """
-        device, dtype = self.rows.device, self.dtype
         split = len(self.state), len(self.state) + len(self.data)
 
         def advance(index: Tensor, terms: Tensor, controls: Tensor, rows: Tensor, *rest: Tensor) -> tuple[()]:
             state, data, constants = rest[: split[0]], rest[split[0] : split[1]], rest[split[1] :]
-            at = index.reshape(1)
-            if minibatch:
-                rows = rows.index_select(0, at).reshape(-1)
-            rate, *others = controls.index_select(0, at).reshape(-1).unbind()
-            scheduled = [rate, *(value.to(dtype) for value in others)]
+            rows, *scheduled = self._taken(minibatch, index, controls, rows)
             *values, row = self.graph(*state, *data, rows, *scheduled, *constants)
-            for position, value in zip(self.updated, values, strict=True):
-                if position in self.by_row:
-                    state[position].index_copy_(0, rows, value)
-                else:
-                    state[position].copy_(value)
-            terms.index_copy_(0, at, row.reshape(1, -1).to(dtype))
-            index.add_(1)
-            return ()
+            return self._written(index, terms, rows, row, *state, *values)
 
         rows = self.rows.expand(capacity, -1).contiguous() if minibatch else self.rows
+        device = self.rows.device
         chunk = [
             torch.zeros((), dtype=torch.int64, device=device),
-            torch.zeros(capacity, self.num_terms, dtype=dtype, device=device),
+            torch.zeros(capacity, self.num_terms, dtype=self.dtype, device=device),
             torch.zeros(capacity, self.num_controls, dtype=torch.float64, device=device),
             rows,
         ]
         return advance, [*chunk, *self.state, *self.data, *self.constants]
+
+    def _taken(self, minibatch: bool, index: Tensor, controls: Tensor, rows: Tensor) -> list[Tensor]:
+        """The step's rows and controls."""
+        at = index.reshape(1)
+        if minibatch:
+            rows = rows.index_select(0, at).reshape(-1)
+        rate, *others = controls.index_select(0, at).reshape(-1).unbind()
+        return [rows, rate, *(value.to(self.dtype) for value in others)]
+
+    def _written(self, index: Tensor, terms: Tensor, rows: Tensor, row: Tensor, *rest: Tensor) -> tuple[()]:
+        """Write the terms and the new values behind the state."""
+        state, values = rest[: len(self.state)], rest[len(self.state) :]
+        for position, value in zip(self.updated, values, strict=True):
+            if position in self.by_row:
+                state[position].index_copy_(0, rows, value)
+            else:
+                state[position].copy_(value)
+        terms.index_copy_(0, index.reshape(1), row.reshape(1, -1).to(self.dtype))
+        index.add_(1)
+        return ()
+
+    def operations(self, inputs: Sequence[Tensor], minibatch: bool) -> tuple[fx.Graph, set[fx.Node]]:
+        """What `in_place` does to its `inputs` as one flat graph, and those operations that write.
+
+        Nothing is computed.
+        """
+        index, terms, controls, rows = inputs[:4]
+        last = 4 + len(self.state)
+        whole, layout = fx.Graph(), graphs.Layout.of
+        given = [whole.placeholder(f"input_{i}") for i in range(len(inputs))]
+        for node, tensor in zip(given, inputs, strict=True):
+            node.meta[graphs.LAYOUT] = layout(tensor)
+        take = partial(self._taken, minibatch)
+        before, _ = graphs.record(take, [index, controls, rows], mode="fake")
+        taken = graphs.inlined(whole, before, [given[0], given[2], given[3]])
+        data = last + len(self.data)
+        *values, row = graphs.inlined(whole, self.graph, [*given[4:data], *taken, *given[data:]])
+        computed = set(whole.nodes)
+        examples = [node.meta[graphs.LAYOUT].example() for node in (row, *values)]
+        written = [index, terms, self.rows, examples[0], *self.state, *examples[1:]]
+        after, _ = graphs.record(self._written, written, mode="fake")
+        graphs.inlined(whole, after, [*given[:2], taken[0], row, *given[4:last], *values])
+        whole.output(())
+        whole.eliminate_dead_code()
+        return whole, set(whole.nodes) - computed
 
     def text(self) -> str:
         """The graph and its inputs' shapes: equal texts compute the same."""

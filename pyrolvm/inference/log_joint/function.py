@@ -291,7 +291,7 @@ def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Ten
 def _fill(node: Any, known: dict[fx.Node, Tensor]) -> None:
     """`x[mask] = number` of a mask that depends on u, as torch.where."""
     values, (mask,), number, *accumulate = node.args
-    if known[number].dim() == 0 and mask.meta["val"].dtype == torch.bool and not any(accumulate):
+    if known[number].dim() == 0 and mask.meta[graphs.LAYOUT].dtype == torch.bool and not any(accumulate):
         node.target = torch.ops.aten.where.self
         node.args = (mask, number, values)
 

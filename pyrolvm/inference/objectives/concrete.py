@@ -44,16 +44,15 @@ from pyrolvm.inference.objectives.discrete import (
     Chosen,
     DiscreteObjective,
     Settled,
-    Several,
     assembled,
     bit_density,
     drawn,
     is_point,
-    multi_sample,
     plainly,
     uniform,
     unwrapped,
 )
+from pyrolvm.inference.objectives.several import Several, multi_sample
 from pyrolvm.inference.objectives.smooth import Smoothness
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import base

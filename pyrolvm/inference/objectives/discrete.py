@@ -13,7 +13,6 @@ log q(b | x) at the draw has mean zero and is left out. All is per datum: the sc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,28 +134,6 @@ class Settled(Messenger):
             log_density = log_density.sum(tuple(range(-event_dims, 0))) if event_dims else log_density
             msg["fn"] = Delta(value, log_density, event_dims)
         msg["value"], msg["done"] = value, True
-
-
-class Several:
-    """K draws of each datum: under a plate of their own, or one by one where the program does not stand that.
-
-    Which is tried out once for a program.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._together: dict[Any, bool] = {}
-
-    def runs(self, pair: Pair) -> list[int | None]:
-        """What `pair.draw` takes, run by run."""
-        key = (pair.program.model, pair.program.guide)
-        if key not in self._together:
-            self._together[key] = Pair(pair.program, pair.structure, pair.batch, "predict").vectorized
-        return [self.number] if self._together[key] else [None] * self.number
-
-    def bound(self, log_weights: Sequence[Tensor]) -> Tensor:
-        """L_K = log (1/K) sum_k w_k of each cell, from log w of each run [draws, cells]."""
-        return torch.cat(list(log_weights)).logsumexp(0) - math.log(self.number)
 
 
 class DiscreteObjective(Objective):
@@ -338,16 +315,6 @@ def in_cells(value: Tensor, densities: LogDensities, event_dims: int = 0) -> Ten
     kept = sorted(depth + dim for dim in sizes)
     value = value.movedim(kept, tuple(range(len(kept))))
     return value.reshape(torch.Size(value.shape[: len(kept)]).numel(), -1)
-
-
-def multi_sample(runs: Sequence[Run], bound: Tensor, gain: Tensor, **terms: Tensor) -> Estimate:
-    """A bound of several draws [cells] that is reported, and the `gain` [cells] whose gradient is taken."""
-    scale = runs[0].densities.scale
-    log_likelihood = torch.cat([r.densities.log_likelihood for r in runs]).mean(0)
-    kl = torch.cat([r.densities.log_guide - r.densities.log_prior for r in runs]).mean(0)
-    total = [(scale * term).sum() for term in (bound, gain, log_likelihood, kl)]
-    named = {"log_likelihood": total[2], "kl": total[3]} | terms
-    return Estimate(total[0].detach(), -total[1], {name: term.detach() for name, term in named.items()})
 
 
 def assembled(

@@ -54,7 +54,8 @@ class DownstreamCosts(TraceObjective):
         used, loss, baseline = _construct(node, rest, cost)
         fresh = node not in self.averages.made
         costs = detach_provenance(cost).detach()
-        average: Any = self.averages.get(node, lambda: _Average(costs), costs).value
+        kept: Any = self.averages.get(node, lambda: _Average(costs), costs)
+        average: Tensor = kept.value
         if average.shape != costs.shape:  # rows held out: their bound has no use for a baseline
             return used, loss, baseline
         old, beta = average.clone(), options.get("baseline_beta", 0.90)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pyrolvm.errors import count
 from pyrolvm.inference.objectives.base import Estimate, Objective
-from pyrolvm.inference.objectives.discrete import Several, drawn, multi_sample, score
+from pyrolvm.inference.objectives.discrete import drawn, score
+from pyrolvm.inference.objectives.several import Several, multi_sample
 from pyrolvm.inference.program.pair import Pair
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
-from pyrolvm.inference.posterior import evidence, refine, saving
+from pyrolvm.inference.posterior import decoding, evidence, refine, saving
 from pyrolvm.inference.posterior.convergence import Convergence, unknown
 from pyrolvm.inference.posterior.corrected import corrected as corrected_draws
 from pyrolvm.inference.posterior.covariance import covariance
@@ -25,7 +25,6 @@ from pyrolvm.inference.posterior.history import held_out_elbo
 from pyrolvm.inference.posterior.imputation import Imputation, impute
 from pyrolvm.inference.posterior.suiting import carries, suited
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
-from pyrolvm.inference.program.enumerated import can_be_drawn, responsibilities
 from pyrolvm.inference.program.handlers import Means
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
@@ -121,15 +120,41 @@ class FittedModel:
         """Where the guide puts each datum: the mean of q(z | x), [rows, ...]; class probabilities if discrete.
 
         A tensor if the program has one local latent, else a dict of them. Means are propagated: a site that
-        depends on others gets them at their means. Of latents that are summed out, their exact probabilities.
+        depends on others gets them at their means.
+
+        Of latents that are summed out, their exact probabilities given all data of the row: of a chain (`pyro.markov`)
+        site -> [rows, states], the steps in order, with nan where a mask leaves a step out.
         """
         names = [s.name for s in self.structure.local_latents if s.in_guide]
-        if not names and not can_be_drawn(self.structure):
+        if not names and not self.structure.enumerated:
             raise ProgramError(
                 "this program has no local latents in its guide, so there is nothing to encode"
             )
-        parts = [self._codes(pair, names, seed, i) for i, pair in enumerate(self.pair(x).chunks())]
+        parts = [self._codes(pair, names, seed, i) for i, pair in enumerate(self._independent(x))]
         return _one_or_all(_joined(parts))
+
+    @torch.no_grad()
+    def most_probable(self, x: Any) -> Values:
+        """The values of the latents that are summed out that are most probable together given `x`: [rows, ...].
+
+        Of a chain (`pyro.markov`) the most probable path, as by Viterbi's algorithm: site -> [rows], the steps in
+        order, with -1 where a mask leaves a step out. It need not go through the most probable value of each step,
+        which are `encode(x)[site].argmax(-1)`. Other latents are held at the guide's means.
+        """
+        if not self.structure.enumerated:
+            raise ProgramError(
+                "this program sums out no latents, so there is no most probable path: ask encode(x) or posterior(x)"
+            )
+        parts = [decoding.most_probable(pair) for pair in self._independent(x)]
+        return _one_or_all(_joined(parts))
+
+    def _independent(self, x: Any) -> Iterator[Pair]:
+        """Some rows at a time; all at once where a latent that is summed out is shared by them."""
+        pair, states = self.pair(x), sum(s.num_states for s in self.structure.enumerated)
+        if all(s.local for s in self.structure.enumerated):
+            yield from pair.chunks(per_row=max(1, states))
+        else:
+            yield pair
 
     @torch.no_grad()
     def posterior(
@@ -445,9 +470,9 @@ class FittedModel:
 
     def _codes(self, pair: Pair, names: list[str], seed: int, chunk: int) -> dict[str, Tensor]:
         with self._noise(seed, Purpose.MEANS, chunk):
+            if not names:
+                return decoding.probabilities(pair)
             guide = pair.guide(None, Means())
-        if not names:
-            return responsibilities(pair, guide)
         found = {}
         for site in (s for s in sample_sites(guide) if s["name"] in names):
             probs = getattr(site["fn"], "probs", None)

@@ -208,14 +208,11 @@ class Until:
 
     @property
     def tenfold(self) -> float:
-        """What a run of ten times the length would gain, if gains per doubling go on shrinking as they did."""
-        if not self.record or self.record[-1][0] < 4 * self.record[0][0]:
+        """What a run of ten times the length would gain, if every doubling went on to gain as much as the last."""
+        if not self.record or self.record[-1][0] < 2 * self.record[0][0]:
             return math.inf
-        steps, values = (np.array(column) for column in zip(*self.record, strict=True))
-        now, half, quarter = (np.interp(math.log2(steps[-1]) - k, np.log2(steps), values) for k in range(3))
-        gain, before = now - half, half - quarter
-        ratio = min(max(gain / before, 0.3), 0.9) if before > 0 else 0.9
-        return float(gain * sum(ratio**k for k in (1, 2, 3)))
+        steps, values = (np.log2([s for s, _ in self.record]), np.array([v for _, v in self.record]))
+        return float(math.log2(10) * (values[-1] - np.interp(steps[-1] - 1, steps, values)))
 
     def _predicted(self, gain: float) -> float:
         """What the next stage gains, if gains go on shrinking as they did."""

@@ -9,6 +9,7 @@ elimination for plated factor graphs"), which exploits chains and nested plates.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def summed_out(
         trace.plate_to_symbol[name]: size for name, size in keep.items() if name in trace.plate_to_symbol
     }
     total = torch.zeros([*sizes.values()], device=pair.device)
-    for ordinal, terms in _contracted(pair, trace, held).items():
+    for ordinal, terms in contracted(pair, trace, held).items():
         if plate is not None and trace.plate_to_symbol[plate.name] not in ordinal:
             raise ProgramError(
                 "a discrete latent outside the data plate is summed out, so that the data depend on each other "
@@ -75,8 +76,17 @@ def _enumerate_in_parallel(site: Any) -> Any:
     return {"enumerate": "parallel"} if not site["is_observed"] and enumerable(site["fn"]) else {}
 
 
-def _contracted(pair: Pair, trace: Trace, held: dict[str, Tensor]) -> dict[frozenset, list[Tensor]]:
-    """Plates -> log-factors with all enumerated latents summed out."""
+def contracted(
+    pair: Pair,
+    trace: Trace,
+    held: Collection[str],
+    ring: type[LogRing] = LogRing,
+    potentials: Mapping[str, Tensor] | None = None,
+) -> dict[frozenset, list[Tensor]]:
+    """Plates -> log-factors with all enumerated latents summed out, or maximised over by another ring.
+
+    `potentials` are added to the log-density of the sites of these names; `held` sites do not count.
+    """
     plate, sizes = pair.structure.data_plate, dict[str, int]()
     factors: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
     for site in sample_sites(trace):
@@ -84,13 +94,17 @@ def _contracted(pair: Pair, trace: Trace, held: dict[str, Tensor]) -> dict[froze
             continue
         frames = [f for f in site["cond_indep_stack"] if f.vectorized]
         outside = next((f.full_size / f.size for f in frames if plate and f.name == plate.name), 1.0)
-        factor = scale_and_mask(site["unscaled_log_prob"], site["scale"] / outside, site["mask"])
+        # the states of a latent that a mask leaves out still sum to one, as in Pyro's own sum; a maximum skips it
+        every_state = "_enumerate_dim" in site["infer"] and ring is LogRing
+        mask = None if every_state else site["mask"]
+        factor = scale_and_mask(site["unscaled_log_prob"], site["scale"] / outside, mask)
+        factor = factor + (potentials or {}).get(site["name"], 0.0)
         factor = pack(factor, site["infer"]["_dim_to_symbol"])
         ordinal = frozenset(trace.plate_to_symbol[f.name] for f in frames)
         factors.setdefault(ordinal, []).append(factor)
         sizes.update(zip(factor._pyro_dims, factor.shape, strict=True))
     summed = set(sizes) - set(trace.plate_to_symbol.values())
-    return contract_tensor_tree(factors, summed, ring=LogRing(dim_to_size=sizes))
+    return contract_tensor_tree(factors, summed, ring=ring(dim_to_size=sizes))
 
 
 def _aligned(term: Any, sizes: dict[str, int]) -> Tensor:
