@@ -114,6 +114,16 @@ def test_lists_and_dicts_of_tensors_stay_one_argument():
     assert alone.elbo < 0
 
 
+def test_a_dict_whose_keys_are_no_arguments_is_one_argument():
+    def model(data):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 20):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=data["y"])
+
+    fit = pyrolvm.fit(model, {"x": X, "y": Y}, guide=AutoNormal, **QUIET)
+    assert fit.posterior({"x": X, "y": Y}, 3)["mu"].shape == (3,)
+
+
 def test_what_carries_rows_is_found():
     """Inducing points before the data: the plate of the observed site says which of the two are rows."""
 

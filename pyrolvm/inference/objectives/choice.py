@@ -115,7 +115,7 @@ def as_objective(elbo: Any) -> Objective:
 
 def _is_changed(kind: type) -> bool:
     """Whether a class outside of Pyro estimates otherwise than what it is derived from."""
-    own = (c for c in kind.__mro__ if not c.__module__.startswith("pyro."))
+    own = (c for c in kind.__mro__ if not c.__module__.startswith("pyro.infer"))
     return any(name in vars(c) for c in own for name in ESTIMATES)
 
 

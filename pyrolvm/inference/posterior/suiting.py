@@ -27,6 +27,7 @@ def suited(program: Program, data: Any, like: Batch | None = None) -> Batch:
     """
     model: Any = program.contract
     if model is None:
+        data = (data,) if _is_one_argument(program.model, data) else data
         batch = as_batch(data, program.dtype, program.device)
         return batch if like is None else completed(program, batch, like)
     if isinstance(data, Dataset) and data.labels is not None and model.takes_labels:
@@ -57,6 +58,22 @@ def _positional(batch: Batch, model: Any) -> Batch:
             break
         args.append(named.pop(name))
     return dataclasses.replace(batch, args=tuple(args), kwargs=named)
+
+
+def _is_one_argument(model: Any, data: Any) -> bool:
+    """Whether a dict is the model's only argument, and its keys are not the names of arguments."""
+    if not isinstance(data, dict):
+        return False
+    try:
+        signature = inspect.signature(model)
+        signature.bind(data)
+    except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(**data)
+    except TypeError:
+        return True
+    return False
 
 
 def completed(program: Program, batch: Batch, like: Batch) -> Batch:
