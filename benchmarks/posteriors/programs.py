@@ -249,7 +249,7 @@ def process(t: Tensor, y: Tensor) -> None:
     pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(t), K + (noise**2 + 1e-6) * eye), obs=y)
 
 
-COUNTS = torch.tensor([25.0, 14, 9], dtype=torch.float64)
+COUNTS, TOTAL = torch.tensor([25.0, 14, 9], dtype=torch.float64), 48
 _L = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [-0.3, 0.4, 0.866]], dtype=torch.float64)
 Y_VECTORS = torch.randn(80, 3, generator=_random(12), dtype=torch.float64) @ _L.T + torch.tensor(
     [-1.0, 0.0, 1.0]
@@ -264,7 +264,7 @@ def constrained(counts: Tensor, y: Tensor) -> None:
         dist.Normal(torch.zeros(3), 1.0), [dist.transforms.OrderedTransform()]
     )
     location = pyro.sample("location", rising)
-    pyro.sample("counts", dist.Multinomial(int(counts.sum()), p), obs=counts)
+    pyro.sample("counts", dist.Multinomial(TOTAL, p), obs=counts)
     with pyro.plate("rows", len(y)):
         pyro.sample("y", dist.MultivariateNormal(location, scale_tril=L), obs=y)
 
@@ -276,18 +276,20 @@ POSTERIORS: dict[str, Posterior] = {
     "regression, intercept 10,000": Posterior(
         regression_intercept, (X_FAR, Y_FAR), lambda: _conjugate(_with_ones(X_FAR), Y_FAR), gaussian=True
     ),
-    "regression, unknown noise": Posterior(unknown_noise, (_X, 1 + _LOGITS + _NOISE), gaussian=True),
+    "regression, unknown noise": Posterior(
+        unknown_noise, (_X, 1 + _LOGITS + _NOISE), gaussian=True, quick=False
+    ),
     "logistic regression": Posterior(logistic, (_X, Y_BINARY), gaussian=True),
     "Poisson regression": Posterior(poisson, (_X, Y_COUNTS), gaussian=True),
     "eight schools, non-centred": Posterior(schools_noncentred, (EFFECTS, ERRORS)),
     "eight schools, centred": Posterior(
-        schools_centred, (EFFECTS, ERRORS), of=("eight schools, non-centred", _effects)
+        schools_centred, (EFFECTS, ERRORS), quick=False, of=("eight schools, non-centred", _effects)
     ),
     "funnel": Posterior(funnel, (), _funnel),
     "banana": Posterior(banana, (), _banana),
     "50 groups": Posterior(groups, (GROUPS, Y_GROUPS), gaussian=True, quick=False),
-    "mixture": Posterior(mixture, (Y_MIXED,), gaussian=True),
-    "Gaussian process": Posterior(process, (T_GP, Y_GP)),
+    "mixture": Posterior(mixture, (Y_MIXED,)),
+    "Gaussian process": Posterior(process, (T_GP, Y_GP), quick=False),
     "horseshoe": Posterior(horseshoe, (X_MANY, Y_MANY), quick=False),
     "normal, 100 dimensions": Posterior(gaussian, (), _gaussian, gaussian=True, quick=False),
     "simplex, Cholesky factor, ordered": Posterior(constrained, (COUNTS, Y_VECTORS), gaussian=True),

@@ -32,6 +32,11 @@ def moments(name: str) -> Moments:
     return tuple(torch.tensor(found[key], dtype=torch.float64) for key in ("mean", "sd"))  # type: ignore[return-value]
 
 
+def has_reference(name: str) -> bool:
+    """Whether the moments are known: exactly, or by a run that is kept."""
+    return POSTERIORS[name].exact is not None or name in json.loads(FILE.read_text())
+
+
 def programs() -> dict[str, Callable[..., Any]]:
     """The programs in NumPyro."""
     import jax.numpy as jnp

@@ -189,5 +189,5 @@ class StructuredPrediction(LatentVariableModel):
         """`x` as floats; raises `DataError` unless [rows, data_dim] of zeros and ones."""
         check_columns(x, self.data_dim, type(self).__name__)
         check_finite(x)
-        check_binary(x)
+        check_binary(x, instead="")
         return self.as_floats(x)

@@ -223,10 +223,14 @@ def test_the_mode_of_a_regression_is_its_posterior_whatever_the_units():
     assert place[0].log_evidence == pytest.approx(marginal.log_prob(y).item(), abs=1e-5)
 
 
-def test_a_funnel_has_no_mode_and_two_sides_have_two():
+@pytest.mark.slow
+def test_centred_effects_have_no_mode():
     start = find_start(pair_of(centred, (EFFECTS, ERRORS)))
     assert start.modes == 0
     assert "no mode" in start.sentence
+
+
+def test_two_sides_have_two_modes():
     both = find_start(pair_of(two_sides))
     assert both.modes == 2
     assert sorted(round(float(p.location), 1) for p in both.places) == [-4.0, 4.0]

@@ -147,8 +147,9 @@ def test_held_out_rows_end_a_run_that_learns_by_heart():
     vae = pyrolvm.VAE(20, 8, "gaussian", hidden=(32,))
     fitted = pyrolvm.fit(vae, x, validation=0.33, **QUIET)
     assert fitted.convergence.converged is True
-    assert fitted.history["validation_elbo"].dropna().max() < fitted.held_out_elbo + 1
-    assert fitted.history["validation_elbo"].dropna().iloc[-1] < fitted.held_out_elbo - 1
+    seen = fitted.history["validation_elbo"].dropna()
+    assert seen.max() < fitted.held_out_elbo + 0.5
+    assert seen.iloc[-1] < fitted.held_out_elbo  # the parameters kept are not the last ones
 
 
 def test_a_rate_at_which_the_bound_is_lost_is_given_up():
@@ -185,10 +186,11 @@ def test_a_guide_per_row_ends():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppca", "vae"])
-def test_digits_with_defaults_alone_end_near_a_run_of_ten_times_the_length(name):
-    digits, _ = pyrolvm.data.load_dataset("digits").binarise()
-    if name == "ppca":
-        digits = pyrolvm.data.load_dataset("digits")
+def test_digits_with_defaults_alone_end_near_a_run_of_ten_times_the_length_or_say_so(name):
+    """PPCA within 1 % of it. A VAE learns its training rows by heart for long: it does not end silently before."""
+    digits = pyrolvm.data.load_dataset("digits")
+    if name == "vae":
+        digits, _ = digits.binarise()
 
     def build():
         torch.manual_seed(0)
@@ -199,5 +201,8 @@ def test_digits_with_defaults_alone_end_near_a_run_of_ten_times_the_length(name)
     here, there = (
         f.log_evidence(digits, "iwae", 64, num_particles=1).mean().item() for f in (fitted, longer)
     )
-    assert fitted.convergence.converged is True
-    assert here > there - 0.01 * abs(there)
+    near = here > there - 0.01 * abs(there)
+    assert near or fitted.convergence.converged is False
+    if name == "ppca":
+        assert near
+        assert fitted.convergence.converged is True

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.contrib.easyguide import easy_guide
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
@@ -183,6 +184,24 @@ def test_an_autoguide_that_is_trained_again_leaves_the_first_fit():
     draws = first.posterior(X, 4)["mu"]
     pyrolvm.fit(program, X + 5, guide=guide, **QUIET)
     assert torch.equal(first.posterior(X, 4)["mu"], draws)
+
+
+def test_an_easyguide_whose_plate_has_a_fixed_size():
+    """A trial run of fewer rows fails in it, and leaves nothing behind."""
+
+    def program(x):
+        with pyro.plate("data", 40):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([40, 3]).to_event(1), obs=x)
+
+    @easy_guide(program)
+    def guide(self, x):
+        with self.plate("data", 40):
+            loc = pyro.param("z_loc", torch.zeros(40))
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    fitted = pyrolvm.fit(program, X, guide=guide, **QUIET)
+    assert fitted.posterior(X, 3)["z"].shape == (3, 40)
 
 
 # ---------------------------------------------------------------- two stages

@@ -11,6 +11,7 @@ from sklearn.datasets import load_iris
 import pyrolvm
 from pyrolvm import ProbabilisticVQVAE, SettingError
 from pyrolvm.inference.objectives import Concrete, estimate
+from pyrolvm.inference.posterior.latent_space import interpolate
 from pyrolvm.models.probabilistic_vq_vae import OneHotCodes
 
 QUIET = {"progress": False, "engine": "eager"}
@@ -129,6 +130,14 @@ def test_it_trains_by_every_estimator_for_categories(objective):
     options = {"num_steps": 200, "batch_size": 50, "learning_rate": 0.02}
     fitted = pyrolvm.fit(model, IRIS, objective=objective, **options, **QUIET)
     assert fitted.history["elbo"].tail(20).mean() > fitted.history["elbo"].head(10).mean() + 0.3
+
+
+def test_there_is_a_way_between_probabilities_of_codes():
+    model = ProbabilisticVQVAE(4, 2, 4, 3, **NETS)
+    fitted = pyrolvm.fit(model, IRIS, num_steps=3, **QUIET)
+    way = interpolate(fitted, IRIS[:2], num=5)
+    assert way.shape == (1, 5, 4)
+    torch.testing.assert_close(way[0, [0, -1]], fitted.reconstruct(IRIS[:2]))
 
 
 def test_its_usual_estimator_depends_on_the_number_of_codes():

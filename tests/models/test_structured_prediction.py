@@ -191,7 +191,7 @@ def test_bad_settings_end_in_a_sentence(settings, message):
 
 
 def test_bad_data_end_in_a_sentence():
-    with pytest.raises(DataError, match="zeros and ones"):
+    with pytest.raises(DataError, match=r"zeros and ones.*\(x > 0.5\)\.float\(\)$"):
         pyrolvm.fit(StructuredPrediction(7), X / 2, num_steps=1, **QUIET)
     with pytest.raises(DataError, match="needs data"):
         StructuredPrediction(7).guide()

@@ -2,9 +2,9 @@
 
 4,000 draws of the guide get Pareto-smoothed weights. The guide is flagged if the weights move the mean of any entry
 of any latent by a quarter of its sd, or its log-sd by a quarter; if they are worth fewer than 5% of the draws; if
-k-hat exceeds 0.7 at fewer than 10%; if the optimum's gradient is not flat, or doubling the fixed draws still moves
-it; and if the log joint has no mode, or more than one. Weights cannot see what no draw has visited: of that, only the
-number of modes speaks.
+k-hat exceeds 0.7 at fewer than 10%; if the optimum's gradient is not flat, or other fixed draws would move it; and
+if the log joint has no mode, or more than one. Weights cannot see what no draw has visited: of that, only the number
+of modes speaks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pyrolvm.seeds import Purpose, derived_seed
 DRAWS = 4000
 SHIFT = 0.25
 FEWEST, FEW, KHAT = 0.05, 0.1, 0.7
-MOVES, FLAT = 0.2, 1e-2
+MOVES, ERROR, FLAT = 0.2, 0.25, 1e-2
 NAMES = {POINT: "point", DIAGONAL: "mean-field normal", FULL: "full-rank normal", LOW_RANK: "low-rank normal"}
 
 
@@ -114,7 +114,7 @@ def _flags_of(solution: Solution) -> tuple[str, ...]:
     numbers = solution.numbers
     broken = {
         "gradient": not numbers["gradient_norm"] <= FLAT,
-        "moves": not numbers["moved"] <= MOVES,
+        "moves": not (numbers["moved"] <= MOVES and numbers["monte_carlo_error"] <= ERROR),
         "no mode": solution.start.modes == 0,
         "modes": solution.start.modes > 1,
     }
@@ -158,7 +158,8 @@ def _optimum_sentence(flags: tuple[str, ...], numbers: dict[str, float]) -> str:
     if "gradient" in flags:
         return f"the gradient is {gradient:.2g} where the optimiser stopped"
     if "moves" in flags:
-        return f"{draws:.0f} fixed draws still move the optimum by {numbers['moved']:.2g} sd"
+        error = max(numbers["moved"], numbers["monte_carlo_error"])
+        return f"other draws than these {draws:.0f} would move the optimum by {error:.2g} sd"
     if draws <= 1:
         return f"at the optimum, gradient {gradient:.1g}"
     error = numbers["monte_carlo_error"]

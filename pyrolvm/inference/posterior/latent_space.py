@@ -226,6 +226,7 @@ def _codes(fitted: FittedModel, x: Any, least: int = 1) -> tuple[Tensor, list[Te
             "the latents of this model are codes, whole numbers with nothing between them: decode other codes by "
             "fitted.model.decode(z)"
         )
+    z = z.flatten(1) if z.dim() > 2 else z
     return z, [v for v in batch.args[1:] if isinstance(v, Tensor)]
 
 
@@ -234,8 +235,10 @@ def _decoded(fitted: FittedModel, z: Tensor, conditions: Sequence[Tensor]) -> Te
     """The decoder's mean [rows, columns, ...] of z [rows, columns, latent_dim], with one condition for each row."""
     rows, columns = z.shape[:2]
     wide = [v.repeat_interleave(columns, 0) for v in conditions]
+    event = fitted.structure.local_latents[0].event_shape
+    shape = event if len(event) > 1 else (-1,)  # of several dimensions, `_codes` has made one
     with fitted.program.scope(mode="predict"):
-        means = fitted.program.contract.decode(z.reshape(rows * columns, -1), *wide)
+        means = fitted.program.contract.decode(z.reshape(rows * columns, *shape), *wide)
     if means is None:
         raise ProgramError("this model has no decoder for these settings")
     return means.reshape(rows, columns, *means.shape[1:])

@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 import pyro
 import torch
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import transform_to
@@ -182,6 +183,8 @@ class Program:
                 yield rows
             finally:
                 self._depth -= 1
+                if not self._depth and isinstance(self._functions[1], EasyGuide):
+                    self._functions[1].plates.clear()  # it forgets those of a run only if that ends well
                 # Pyro turns requires_grad on for every parameter it meets, frozen or not
                 for parameter in self._frozen:
                     parameter.requires_grad_(False)

@@ -112,7 +112,7 @@ def fit(
         Largest global norm of the gradient; None for no clipping.
     num_steps : int, optional
         Steps of the run. If neither this nor num_epochs is given it runs until it has converged, for 100,000 steps
-        (of networks, 50,000 passes) at the most; functions of the share of the run then go
+        (of networks, 10,000 passes) at the most; functions of the share of the run then go
         their way over 2,000 steps or 20 passes.
     num_epochs : int, optional
         Passes over the data, instead of num_steps.

@@ -20,7 +20,7 @@ LAYERS = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttent
 
 LOOK_EVERY = 100
 """Steps between two iterates that are kept."""
-MOST_STEPS, MOST_PASSES = 100_000, 50_000
+MOST_STEPS, MOST_PASSES = 100_000, 10_000
 """A run that has not converged by then ends all the same; passes over the data end runs of networks."""
 SCHEDULED_STEPS, SCHEDULED_EPOCHS = 2000, 20
 """The length, the larger of the two, over which schedules that are functions of the share of the run go their way."""

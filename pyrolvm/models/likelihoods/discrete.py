@@ -91,8 +91,11 @@ class Codes(dist.Categorical):
         return super().sample(torch.Size(sample_shape)).to(self.logits.dtype)
 
 
-def check_binary(x: Tensor) -> None:
-    """Raise `DataError` naming the first entry of x [rows, columns] that is neither 0 nor 1 (nor missing)."""
+def check_binary(x: Tensor, instead: str = ', or say likelihood="gaussian"') -> None:
+    """Raise `DataError` naming the first entry of x [rows, columns] that is neither 0 nor 1 (nor missing).
+
+    `instead` ends the sentence: what a model has for other data.
+    """
     found = first_outside(x, lambda part: (part == 0) | (part == 1))
     if found is None:
         return
@@ -102,7 +105,7 @@ def check_binary(x: Tensor) -> None:
     raise DataError(
         f"a Bernoulli decoder needs zeros and ones, but row {row}, column {column} is "
         f"{value:.6g} (the data range from {low:.6g} to {high:.6g}): binarise them, e.g. "
-        f'(x > {_threshold(low, high):g}).float(), or say likelihood="gaussian"'
+        f"(x > {_threshold(low, high):g}).float(){instead}"
     )
 
 
