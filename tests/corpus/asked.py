@@ -161,7 +161,8 @@ class Answer:
 def ask(case: Case, question: str, fit: Any, pair: Pair) -> Answer:
     """One question. A refusal must be one of the package's own, in one paragraph; all else is a fault."""
     try:
-        return Answer(ANSWERS[question](fit, pair))
+        answers = WITH_GAPS if question in case.gaps else ANSWERS
+        return Answer(answers[question](fit, pair))
     except PyrolvmError as error:
         return Answer(declined=str(error))
     except Exception as error:
@@ -248,6 +249,7 @@ ANSWERS: dict[str, Callable[[Any, Pair], Any]] = {
     "save and load": _saved,
 }
 assert tuple(ANSWERS) == QUESTIONS
+WITH_GAPS: dict[str, Callable[[Any, Pair], Any]] = {"encode": lambda fit, pair: fit.encode(data_of(pair))}
 
 
 def faults(case: Case, questions: tuple[str, ...] = QUESTIONS) -> list[str]:

@@ -70,6 +70,8 @@ class Case:
         want of latents of each datum.
     refused : str
         Words of the sentence by which `fit` refuses the program; empty for those that run.
+    gaps : tuple of str
+        Questions whose answers have NaN where a mask leaves a latent out.
     noise : bool
         Whether `fit` and `SVI` draw the same numbers from the same seed, so that their bounds agree to rounding. Else
         they are compared within their error.
@@ -87,6 +89,7 @@ class Case:
     declines: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""
+    gaps: tuple[str, ...] = ()
     noise: bool = True
     quick: bool = True
     quick_compiled: bool = False

@@ -171,8 +171,9 @@ def discrete_hmm() -> Pair:
 
 
 @program(
-    declines={**NO_LATENTS_OF_ROWS, "export": "states of a Markov chain"},
+    declines={"export": "states of a Markov chain"},
     missing={"k-hat per datum": "is enumerated", "collapse": "is enumerated"},
+    gaps=("encode",),
 )
 def hidden_markov_enumerated() -> Pair:
     """Sequences of different lengths under masks, hidden states summed out by enumeration in pyro.markov."""

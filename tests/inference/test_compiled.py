@@ -553,19 +553,6 @@ def test_a_tensor_changed_in_place_behind_our_back_is_refused():
         CompiledEngine(step)
 
 
-def test_a_decaying_average_runs_eagerly():
-    model, guide = mixture(sampled=True)
-
-    def averaging(x):
-        with pyro.poutine.infer_config(config_fn=lambda s: {"baseline": {"use_decaying_avg_baseline": True}}):
-            return guide(x)
-
-    step, _ = make(((model, averaging), DATA, 16, TraceGraph_ELBO()))
-    engine, note = choose_engine("auto", step, 10**7)
-    assert engine.name == "eager"
-    assert "becomes another tensor" in note
-
-
 @pytest.mark.parametrize("fall_back", [True, False])
 def test_a_counter_in_python_does_not_go_unseen(fall_back):
     model, guide = ppca()

@@ -12,6 +12,7 @@ import pyrolvm
 from pyrolvm import PPCA, VAE, DataError, PerDatum, ProgramError, SettingError, row_entries
 from pyrolvm.inference.engine.compiled import CompiledEngine
 from pyrolvm.inference.engine.eager import EagerEngine
+from pyrolvm.inference.engine.graphs import LAYOUT
 from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.optimizers import OPTIMIZERS, OptimizerSpec
 from pyrolvm.inference.engine.tracing import trace_step
@@ -38,7 +39,7 @@ def problem_of(model=None, x=X, batch_size=7, guide="per_datum", dtype=torch.flo
     options = {"num_steps": 20, "num_epochs": None, "validation": None, "controls": None, "kl_warmup": 0.0}
     return set_up(
         model or ppca(), x, guide, None, spec, batch_size=batch_size, device=CPU, dtype=dtype, seed=0,
-        start=False, **options,
+        init="own", **options,
     )  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def test_no_operation_of_a_step_has_the_size_of_the_data():
     traced = trace_step(problem, state.optimizer, torch.arange(7))
     nodes = [n for n in traced.graph.graph.nodes if n.op == "call_function"]
     made = [n for n in nodes if "detach" not in str(n.target)]  # another name for the same memory
-    shapes = {tuple(n.meta["tensor_meta"].shape) for n in made if hasattr(n.meta.get("tensor_meta"), "shape")}
+    shapes = {tuple(n.meta[LAYOUT].shape) for n in made if LAYOUT in n.meta}
     assert shapes
     assert not [s for s in shapes if 997 in s]
     by_row = {traced.names[i] for i in traced.by_row}
