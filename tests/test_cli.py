@@ -615,7 +615,8 @@ def test_an_option_of_the_constructor_is_an_option_of_the_shell(own):
 
 def test_a_fit_ends_with_the_next_command(tmp_path):
     out = done("fit", "ppca", "iris", "-l", 1, "-n", 60, "--lr", 0.05, "-o", tmp_path / "run")
-    command = out.strip().splitlines()[-1].partition("next")[2].split()
+    [line] = [line for line in out.splitlines() if line.startswith("next")]
+    command = line.removeprefix("next").split()
     assert command[:2] == ["pyrolvm", "report"]
     assert "report.html" in done(*command[1:], "-s", 25)
 

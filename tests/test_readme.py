@@ -17,12 +17,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 @pytest.fixture(scope="module", name="names")
 def _names(tmp_path_factory):
-    """The namespaces after each block; the third goes on from the second."""
+    """The namespaces after each block; the second goes on from the first, the last from the one before."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.chdir(tmp_path_factory.mktemp("readme"))
     after, shared = [], {}
     for index, block in enumerate(BLOCKS):
-        shared = {} if index < 2 else dict(shared)
+        shared = {} if index in (0, 2) else dict(shared)
         exec(compile(block, f"README block {index}", "exec"), shared)
         after.append(shared)
     yield after
@@ -31,7 +31,7 @@ def _names(tmp_path_factory):
 
 
 def test_there_are_the_blocks_that_this_runs():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_a_model_and_its_guide(names):
@@ -46,8 +46,18 @@ def test_a_model_and_its_guide(names):
     assert draws["slope"].mean().item() == pytest.approx(1.0, abs=0.1)
 
 
+def test_without_settings(names):
+    """Least squares, since the priors are wide."""
+    fitted, x, y = (names[1][name] for name in ("fitted", "x", "y"))
+    assert fitted.convergence.converged
+    slope, offset = np.polyfit(x.numpy(), y.numpy(), 1)
+    draws = fitted.posterior((x, y), 4000)
+    for name, expected in (("b", slope), ("a", offset)):
+        assert abs(draws[name].mean().item() - expected) < 0.1 * draws[name].std().item()
+
+
 def test_from_a_script(names):
-    fitted, again, iris = (names[1][name] for name in ("fitted", "again", "iris"))
+    fitted, again, iris = (names[2][name] for name in ("fitted", "again", "iris"))
     assert len(fitted.history) == 2000
     exact = fitted.log_evidence(iris, "exact").mean().item()
     assert -2.72 < exact <= -2.6997  # below the maximum, by the noise of the last steps
@@ -58,7 +68,7 @@ def test_from_a_script(names):
 
 
 def test_in_arviz(names):
-    idata = names[2]["idata"]
+    idata = names[3]["idata"]
     groups = (
         "posterior",
         "posterior_predictive",

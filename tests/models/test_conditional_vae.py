@@ -63,6 +63,8 @@ def test_a_classifier_of_real_digits_recognises_the_label_asked_for():
     fitted = pyrolvm.fit(model, digits, engine="compiled", **options)
     wanted = torch.arange(300) % 10
     made = fitted.sample(300, given={"y": wanted})
+    one, same = (fitted.sample(3, given={"y": y}, seed=1) for y in (7, torch.tensor([7])))
+    assert torch.equal(one, same)  # a number stands for all rows
     found = KNeighborsClassifier(3).fit(digits.values, digits.labels).predict(made.numpy())
     # chance is 0.1; the classifier itself finds 0.97 of held-out real ones
     assert (found == wanted.numpy()).mean() > 0.8

@@ -12,7 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.data.arguments import leaves
-from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.arrays import Batch, as_batch, as_tensor
 from pyrolvm.errors import DataError, ProgramError, SettingError
 from pyrolvm.inference.posterior.suiting import carries
 from pyrolvm.inference.program.handlers import location
@@ -118,6 +118,10 @@ def conditioned(program: Program, given: Any, num_samples: int, call: Batch | No
     rows = torch.arange(num_samples, device=program.device)
     shared = wide.keys() - batch.kwargs.keys()
     for name, value in batch.kwargs.items():
+        if isinstance(value, int | float) and name not in wide:  # one value for all rows
+            value = as_tensor(value, name, batch).to(
+                program.device, program.dtype if isinstance(value, float) else None
+            )
         if not isinstance(value, Tensor):
             wide[name] = value
             continue
