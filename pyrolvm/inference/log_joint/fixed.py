@@ -38,6 +38,8 @@ MOVES = 0.1
 MOST_DRAWS = 1024
 REPLICATES = 8
 """Independent sets of draws that the Monte Carlo error is estimated from."""
+MOST_CURVED, DIFFERENCE = 128, 1e-4
+"""Parameters of a mean field up to which its error takes the curvature of the bound itself; step of its differences."""
 
 
 class FixedBound:
@@ -211,8 +213,12 @@ def _judged(
     """The optimum with what fresh draws tell of it."""
     fresh = [_normals(q, len(normals), seed, 100 + r) for r in range(1 if q.kind == POINT else REPLICATES)]
     values, gradients = zip(*(bound(parameters, e) for e in fresh), strict=True)
-    slopes = torch.stack(gradients)[:, : bound.dim]  # of the location, in the place's coordinates
-    errors = _location_errors(bound.place, q, slopes)
+    slopes = torch.stack(gradients)
+    if q.kind not in (POINT, FULL, LOW_RANK) and slopes.shape[1] <= MOST_CURVED:
+        curved = torch.linalg.lstsq(_curvature(bound, parameters, normals), slopes.T).solution.T
+        errors = bound.place.times(curved[:, : bound.dim]).square().mean(0).sqrt()
+    else:
+        errors = _location_errors(bound.place, q, slopes[:, : bound.dim])
     relative = 0.0 if q.kind == POINT else float((errors / q.scale).max())
     return Optimum(
         q,
@@ -229,12 +235,23 @@ def _judged(
     )
 
 
+def _curvature(bound: FixedBound, parameters: Tensor, normals: Tensor) -> Tensor:
+    """Minus the second derivatives of the bound [parameters, parameters], by differences of its gradient."""
+    rows = []
+    for step in DIFFERENCE * torch.eye(len(parameters), dtype=parameters.dtype):
+        rows.append(
+            (bound(parameters - step, normals)[1] - bound(parameters + step, normals)[1]) / (2 * DIFFERENCE)
+        )
+    K = torch.stack(rows)
+    return (K + K.T) / 2
+
+
 def _location_errors(place: Place, q: Gaussian, slopes: Tensor) -> Tensor:
     """Standard errors of the location [dim] from its gradients on independent sets of draws [replicates, dim].
 
     The optimum on other draws is off by H^-1 times their gradient here (the sandwich formula of DADVI, section 3.3,
     with sets of quasi-random draws in place of single ones); H^-1 is the covariance of a full Gaussian at its
-    optimum, else that at the mode.
+    optimum, else that at the mode, which misses some where the posterior is skewed.
     """
     if q.kind == POINT:
         return torch.zeros_like(q.location)
