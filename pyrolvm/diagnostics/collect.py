@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pyrolvm.diagnostics.dims import Arrays, Dims, Layout, check_dims, name_dims
-from pyrolvm.diagnostics.measures import is_whole
 from pyrolvm.diagnostics.predictive import observed_mask
 from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
@@ -185,7 +184,7 @@ def _stats(
     if structure.points:
         stats.pop("log_q_row", None)
         return stats, f"no log_q: the guide is a point estimate of '{structure.points[0]}', without a density"
-    if structure.global_latents and not is_whole(fitted, pair):
+    if structure.global_latents and not fitted.is_whole(pair):
         return stats, (
             f"no log_p and log_q: '{structure.global_latents[0].name}' is shared by all data, its guide is fitted to "
             f"{fitted.num_rows} rows, and weights for the {pair.num_rows} rows given, which are others, would lead to "

@@ -13,7 +13,6 @@ from pyro.poutine.trace_struct import Trace
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.posterior.evidence import khat_threshold
-from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair, Values
 from pyrolvm.inference.program.structure import Site, Structure, refuse_bound
@@ -135,14 +134,6 @@ def table_of(columns: Mapping[str, Any], site: str | None = None, element: str =
     if site is not None:
         table.index = pd.MultiIndex.from_product([[site], range(len(table))], names=["site", element])
     return table
-
-
-def is_whole(fitted: FittedModel, pair: Pair) -> bool:
-    """Whether a pair holds the data of the fit, of which the posterior of what all data share is that."""
-    if fitted.structure.data_plate is None:
-        return True
-    same = fitted.settings.get("data") in (None, pair.batch.fingerprint())
-    return same and pair.num_rows == fitted.num_rows
 
 
 def compared(values: list[float], limit: float) -> tuple[list[str], str]:

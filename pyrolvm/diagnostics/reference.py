@@ -20,7 +20,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from pyrolvm.diagnostics.measures import Measure, Report, is_whole, measure_seed, noise, table_of
+from pyrolvm.diagnostics.measures import Measure, Report, measure_seed, noise, table_of
 from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
@@ -134,7 +134,7 @@ def _check(fitted: FittedModel, pair: Pair, num_samples: int, num_chains: int) -
     structure = fitted.structure
     count("num_samples", num_samples, LEAST_DRAWS)
     count("num_chains", num_chains)
-    if structure.global_latents and not is_whole(fitted, pair):
+    if structure.global_latents and not fitted.is_whole(pair):
         raise SettingError(
             f"'{structure.global_latents[0].name}' is shared by all data, so that the guide's posterior is that of "
             f"all {fitted.num_rows} training rows: pass these, not {pair.num_rows} others"

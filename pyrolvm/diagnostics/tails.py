@@ -23,7 +23,6 @@ from pyrolvm.diagnostics.measures import (
     KhatReport,
     Measure,
     compared,
-    is_whole,
     joint_draws,
     local_sites,
     measure_seed,
@@ -247,7 +246,7 @@ def _why_not(fitted: FittedModel, pair: Pair, names: tuple[str, ...]) -> str:
         return "no latents are shared by all data"
     if any(s.enumerated and not s.in_guide for s in structure.sites):
         return "some latents are summed out"
-    if not is_whole(fitted, pair):
+    if not fitted.is_whole(pair):
         return f"their posterior is that of {fitted.num_rows} training rows, and the {pair.num_rows} given are others"
     if all(s.point for s in structure.latents if s.name in names):
         return "the guide holds them at points, which makes it a point estimate"

@@ -492,6 +492,26 @@ def test_corrected_draws_of_rows_have_weights_of_their_own():
     assert draws["z"].shape == (20, 5, 1)
 
 
+def test_rows_that_are_not_the_fits_do_not_weigh_what_all_rows_share():
+    """Ten of a hundred rows would give the posterior of these ten, and not that of the fit."""
+    x = torch.randn(100, generator=torch.Generator().manual_seed(3)) + 2.0
+
+    def location(x):
+        m = pyro.sample("m", dist.Normal(0.0, 10.0))
+        with pyrolvm.data_plate(x):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    found = pyrolvm.fit(location, x, guide="AutoNormal", progress=False)
+    sd = (100 + 0.01) ** -0.5
+    assert abs(found.posterior(x, 4000, corrected=True)["m"].std().item() / sd - 1) < 4 / math.sqrt(2 * 4000)
+    for ask in (
+        lambda: found.posterior(x[:10], 10, corrected=True),
+        lambda: found.covariance(x[:10], method="guide"),
+    ):
+        with pytest.raises(SettingError, match="pass the 100 rows"):
+            ask()
+
+
 def test_a_point_has_no_corrected_draws():
     found = pyrolvm.fit(regression, (X, Y), guide=autoguide.AutoDelta, num_steps=1, progress=False)
     with pytest.raises(SettingError, match="none for 'b'"):

@@ -169,10 +169,11 @@ class FittedModel:
         Raises
         ------
         SettingError
-            `corrected`, of a guide without a density.
+            `corrected`, of a guide without a density, or for other data than the fit's where latents are shared.
         """
         if corrected:
-            return corrected_draws(self.pair(x), count("num_samples", num_samples), seed)
+            pair = self._whole(self.pair(x), "corrected=True")
+            return corrected_draws(pair, count("num_samples", num_samples), seed)
         return self.draws(x, num_samples, seed=seed).values
 
     @torch.inference_mode(False)
@@ -197,7 +198,7 @@ class FittedModel:
             The guide is no normal AutoGuide; for linear response, no mean field, not at its optimum, or its response
             lowers the bound.
         """
-        return covariance(self.pair(x), sites, method, seed)
+        return covariance(self._whole(self.pair(x), "covariance()"), sites, method, seed)
 
     @torch.no_grad()
     def predict(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
@@ -457,6 +458,23 @@ class FittedModel:
     def is_training_data(self, data: Batch) -> bool:
         """Whether `data` holds the rows that were fitted, in their order."""
         return data.num_rows == self.num_rows and data.fingerprint() == self.settings.get("data")
+
+    def is_whole(self, pair: Pair) -> bool:
+        """Whether a pair holds the data of the fit, of which the posterior of what all data share is that."""
+        if self.structure.data_plate is None:
+            return True
+        same = self.settings.get("data") in (None, pair.batch.fingerprint())
+        return same and pair.num_rows == self.num_rows
+
+    def _whole(self, pair: Pair, what: str) -> Pair:
+        """`pair`; raises `SettingError` if it is to be weighed and holds other data than the fit's."""
+        shared = self.structure.global_latents
+        if shared and not self.is_whole(pair):
+            raise SettingError(
+                f"{what} weighs '{shared[0].name}' by the data, which all of them share: pass the {self.num_rows} rows "
+                f"that were fitted, not {pair.num_rows} others"
+            )
+        return pair
 
     def _check_columns(self, data: Batch) -> None:
         if self.columns and data.columns and data.columns != self.columns:
