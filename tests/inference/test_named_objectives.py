@@ -88,6 +88,25 @@ def test_a_minibatch_stands_for_all_data_in_the_bound_its_terms_and_every_gradie
         torch.testing.assert_close(all_data, 4 * few)
 
 
+@pytest.mark.parametrize("name", ["vimco", "concrete", "iwae"])
+def test_a_bound_of_several_draws_is_above_their_mean_bound(name):
+    """log (1/K) sum w >= (1/K) sum log w = log-likelihood - KL, draw by draw; with a sign turned it is not."""
+    settings = {"num_particles": 4, "prior_temperature": None} if name == "concrete" else {"num_particles": 4}
+    model, x = (
+        (VAE(4, 2, "gaussian", hidden=(5,)).double(), ROWS) if name == "iwae" else program_for("concrete")
+    )
+    with torch.no_grad():  # a guide far from the prior, and a likelihood that says little
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    objective = as_objective(OBJECTIVES[name](**settings))
+    controls = {k: value_of(k, s, 1.0) for k, s in objective.controls().items()}
+    with pyro.get_param_store().scope(), data_rows(12, torch.arange(12)):
+        found = estimate(objective, model.model, model.guide, (x,), **controls)
+    mean = found.terms["log_likelihood"] - found.terms["kl"]
+    assert found.terms["kl"] > 1.0
+    assert mean <= found.bound <= mean + 12 * 200
+
+
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", [pyro.infer.Trace_ELBO, FreeBits, InfoELBO])
 def test_the_kl_of_each_latent_is_a_mean_over_draws_and_adds_up(kind, together):

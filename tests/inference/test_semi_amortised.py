@@ -74,6 +74,17 @@ def test_the_gradient_goes_through_the_steps(model):
     assert slope.item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
 
 
+def test_a_minibatch_refines_its_rows_as_all_rows_would():
+    torch.manual_seed(0)
+    model = VAE(5, 2, "gaussian", hidden=(4,)).double()
+    guide, found = SemiAmortised(4, 0.3).bind(model.model, model.guide), []
+    for total in (10, 40):
+        with pyro.get_param_store().scope(), data_rows(total, torch.arange(10)):
+            found.append(pyro.poutine.trace(guide).get_trace(X[:10]).nodes["z"]["fn"])
+    torch.testing.assert_close(found[0].mean, found[1].mean)
+    torch.testing.assert_close(found[0].stddev, found[1].stddev)
+
+
 def test_both_engines_take_the_same_steps():
     runs = {}
     for engine in ("eager", "compiled"):

@@ -121,6 +121,18 @@ def test_dead_vectors_are_revived_and_frozen_ones_are_not(update):
     assert (revived.usage(IRIS)[4:] > 0).any()
 
 
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_a_vector_that_waits_for_its_batch_is_not_dead(update):
+    """The second batch of the pass has all outputs at the second vector: it must be there still."""
+    book = Codebook(2, 1, update)
+    book.vectors.data.copy_(torch.tensor([[0.0], [10.0]]))
+    for batch, value in ((torch.arange(2), 0.0), (torch.arange(2, 4), 10.0)):
+        with data_rows(4, batch):
+            h = torch.full((2, 1, 1), value)
+            book.follow(h, book.nearest(h))
+        assert book.vectors[1, 0].item() == pytest.approx(10.0)
+
+
 def test_the_codebook_follows_in_training_only():
     model = VQVAE(4, 2, 8, 3, **NETS)
     before = model.codebook.vectors.clone()
