@@ -8,8 +8,8 @@ from torch.distributions import constraints
 
 import pyrolvm
 from pyrolvm.inference.engine import folding, native
-from pyrolvm.inference.engine.folding import Call, Slice
 from pyrolvm.inference.engine.loops import StaticLoop
+from pyrolvm.inference.engine.pieces import Call, Slice
 from pyrolvm.inference.engine.repeats import repeats
 
 
