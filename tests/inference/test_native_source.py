@@ -126,7 +126,9 @@ def test_a_category_is_drawn_as_torch_draws_it(monkeypatch, by_inversion):
 def test_what_is_written_twice_is_done_once():
     def run(scale: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> tuple[()]:
         noise = torch.rand(4) + torch.rand(4)  # two draws, though they look alike
-        out.copy_(noise + scale.exp() * x + scale.exp() + scale.detach().exp() + (scale.add(1) - scale.add(1.0)))
+        out.copy_(
+            noise + scale.exp() * x + scale.exp() + scale.detach().exp() + (scale.add(1) - scale.add(1.0))
+        )
         return ()
 
     inputs = [torch.full((4,), 0.5), torch.randn(4), torch.zeros(4)]

@@ -38,10 +38,11 @@ from pyrolvm.inference.engine.pieces import Folded, Segment, written
 from pyrolvm.inference.engine.repeats import repeats
 from pyrolvm.inference.engine.tracing import TracedStep
 
-WORTHWHILE = 500
-"""Operations that a step must have; others are compiled whole, which fuses more."""
-LARGEST_SHARE = 0.7
-"""Of its operations, what the pieces may have."""
+WORTHWHILE = 2000
+"""Operations that a step must have; others are compiled whole, in about ten seconds at most, which fuses more."""
+LARGEST_SHARE = 0.5
+"""Of its operations, what the pieces may have: calls of pieces take longer than one fused step, ten times as long where
+the tensors are small, so that only a long compilation is worth them."""
 
 
 def fold(traced: TracedStep, inputs: Sequence[Tensor], minibatch: bool) -> Folded | None:
