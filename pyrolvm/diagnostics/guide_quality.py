@@ -173,7 +173,7 @@ def diagnose(
     wanted = {"gaps": gaps, "reference": _is_wanted(reference)}
     names = [name for name in MEASURES if wanted.get(name, True)]
     pair = fitted.pair(x)
-    part, rows = _looked_at(pair, count("max_rows", max_rows), seed)
+    part, rows = looked_at(pair, count("max_rows", max_rows), seed)
     options = {"seed": seed, "progress": progress}
     asked = Asked(fitted, pair, part, rows, num_samples, reference, statistics, options)
     reports: dict[str, Any] = {}
@@ -193,7 +193,7 @@ def diagnose(
     return Diagnosis(reports, refused, rows.to_numpy(), pair.num_rows, num_samples, tempered, points)
 
 
-def _looked_at(pair: Pair, max_rows: int, seed: int) -> tuple[Pair, pd.Index]:
+def looked_at(pair: Pair, max_rows: int, seed: int) -> tuple[Pair, pd.Index]:
     """The rows that are looked at one by one, and their numbers."""
     rows = np.arange(pair.num_rows)
     if pair.structure.chunkable and len(rows) > max_rows:
