@@ -148,11 +148,11 @@ class FittedModel:
         parts = [decoding.most_probable(pair) for pair in self._independent(x)]
         return _one_or_all(_joined(parts))
 
-    def _independent(self, x: Any) -> Iterator[Pair]:
+    def _independent(self, x: Any, num_samples: int = 1) -> Iterator[Pair]:
         """Some rows at a time; all at once where a latent that is summed out is shared by them."""
         pair, states = self.pair(x), sum(s.num_states for s in self.structure.enumerated)
         if all(s.local for s in self.structure.enumerated):
-            yield from pair.chunks(per_row=max(1, states))
+            yield from pair.chunks(per_row=num_samples * max(1, states))
         else:
             yield pair
 
@@ -161,6 +161,9 @@ class FittedModel:
         self, x: Any, num_samples: int = 100, *, corrected: bool = False, seed: int = 0
     ) -> dict[str, Tensor]:
         """Draws of q(z | x): latent site -> [num_samples, rows, ...] (local) or [num_samples, ...] (global).
+
+        Latents that are summed out are drawn together from their exact posterior, of a chain (`pyro.markov`) whole
+        paths: site -> [num_samples, rows], the steps in order, with -1 where a mask leaves a step out.
 
         With `corrected`, draws are put right: taken again from at least 4,000 by their Pareto-smoothed importance
         weights, the answer's `khat` and `effective_share` saying how far to rely on them. Where latents are shared by
@@ -312,9 +315,8 @@ class FittedModel:
     ) -> Iterator[Draws]:
         """The parts of `draws`, some rows of `x` at a time; all see the same draws of the global latents."""
         num_samples, shared = count("num_samples", num_samples), None
-        states = math.prod(s.num_states for s in self.structure.sites)
         purpose = Purpose.PRIOR if prior else Purpose.GUIDE
-        for index, pair in enumerate(self.pair(x).chunks(per_row=num_samples * states)):
+        for index, pair in enumerate(self._independent(x, num_samples)):
             with self._noise(seed, purpose, index):
                 part = draws_of(pair, num_samples, prior=prior, shared=shared)
             shared = shared or part.shared
