@@ -31,8 +31,9 @@ from torch.distributions import constraints
 import pyrolvm
 from benchmarks.machine import describe
 from pyrolvm.data import load_dataset
+from pyrolvm.diagnostics import gradient_variance
 from pyrolvm.errors import PyrolvmError
-from pyrolvm.inference.objectives import NVIL
+from pyrolvm.inference.objectives import NVIL, REBAR, RELAX
 
 RESULTS = Path(__file__).parent / "results" / "estimators.json"
 SUMMED = {"enumerate": "parallel"}
@@ -45,8 +46,8 @@ ESTIMATORS: dict[str, Callable[[], Any]] = {
     "vimco": lambda: "vimco",
     "muprop": lambda: "muprop",
     "disarm": lambda: "disarm",
-    "rebar": lambda: pyrolvm.inference.objectives.REBAR(),
-    "relax": lambda: pyrolvm.inference.objectives.RELAX(),
+    "rebar": REBAR,
+    "relax": RELAX,
     "concrete": lambda: "concrete",
     "concrete, straight-through": lambda: ("concrete", {"straight_through": True}),
 }
@@ -182,7 +183,7 @@ def measured(case: Case, objective: Any, fitted: Any) -> dict[str, Any]:
             source, case.x, guide=case.guide, objective=objective, num_steps=OWN_STEPS, init=fitted,
             learning_rate=RATE / 100, progress=False, engine="eager",
         )  # fmt: skip
-    table = pyrolvm.gradient_variance(fitted, objective, case.x, num_samples=DRAWS, progress=False)
+    table = gradient_variance(fitted, objective, case.x, num_samples=DRAWS, progress=False)
     return {
         row["group"]: {k: row[k] for k in ("variance", "variance_low", "variance_high", "snr", "bound")}
         for _, row in table.iterrows()
@@ -229,7 +230,7 @@ def variances(kept: dict[str, Any]) -> None:
         if name == "enumerate":
             points[case.name] = trained(case)
             model, guide = case.summed
-            table = pyrolvm.gradient_variance(model, None, case.x, guide=guide, num_samples=3, progress=False)
+            table = gradient_variance(model, None, case.x, guide=guide, num_samples=3, progress=False)
             assert table["variance"].max() < 1e-9  # nothing is drawn
             return {"model": {"variance": 0.0}}
         return measured(case, make(), points[case.name])
