@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
@@ -38,6 +39,8 @@ ROWS_OF_DATA, BATCH = 20_000, 512
 CONTENDERS = ("pyrolvm", "ddp", "lightning", "eager")
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 """Floats of a message."""
+ASSUMED = ((2e-5, 2.5e10), (1e-5, 2e11))
+"""Latency and bandwidth of a network of 200 Gbit/s and of links within a machine: assumed, not measured."""
 
 
 def images() -> Tensor:
@@ -152,8 +155,6 @@ def lightning(model: nn.Module, x: Tensor, clock: Clock) -> dict[str, Any]:
                 if dist.is_initialized():
                     dist.broadcast(ended, 0)
                 self.trainer.should_stop = bool(ended.item())
-                if self.trainer.should_stop:
-                    self.trainer.fit_loop.max_steps = self.global_step
             return self.loss(batch[0])
 
         def configure_optimizers(self) -> Any:
@@ -229,6 +230,35 @@ def launch(python: str, count: int, *arguments: str) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
+def constants(record: dict[str, Any]) -> tuple[float, float]:
+    """Latency in seconds and bandwidth in bytes per second of a message, by least squares over relative errors."""
+    times = {4 * int(size): seconds for size, seconds in record["messages, 2 processes"].items()}
+    weights = torch.tensor(list(times.values()), dtype=torch.float64).reciprocal()
+    sizes = torch.tensor(list(times), dtype=torch.float64)
+    columns = torch.stack([weights, sizes * weights], 1)
+    solution = torch.linalg.lstsq(columns, torch.ones(len(times), 1, dtype=torch.float64)).solution.flatten()
+    return float(solution[0]), 1 / float(solution[1])
+
+
+def message(count: int, size: float, latency: float, bandwidth: float) -> float:
+    """Seconds of a reduction of `size` bytes over `count` processes: of a tree's latency and a ring's bandwidth."""
+    return math.ceil(math.log2(count)) * latency + 2 * (count - 1) / count * size / bandwidth
+
+
+def predict(record: dict[str, Any]) -> None:
+    """Print the share of a step that is computation, by the cost model: a calculation, no measurement."""
+    measured = constants(record)
+    print(f"measured: latency {1e3 * measured[0]:.2f} ms, bandwidth {measured[1] / 1e9:.2f} GB/s")
+    counts = (2, 8, 32, 128, 512)
+    print("| computing | bytes | latency, bandwidth |" + "".join(f" {count} |" for count in counts))
+    for links in (measured, *ASSUMED):
+        for compute, size in ((1e-3, 2.6e6), (1e-2, 2.6e6), (1e-1, 4e8)):
+            shares = [compute / (compute + message(count, size, *links)) for count in counts]
+            cells = "".join(f" {share:.2f} |" for share in shares)
+            shown = f"{1e6 * links[0]:.0f} us, {links[1] / 1e9:.1f} GB/s"
+            print(f"| {1e3 * compute:g} ms | {size / 1e6:g} MB | {shown} |{cells}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -240,6 +270,9 @@ def main() -> None:
         "--contenders", nargs="+", default=list(CONTENDERS), choices=[*CONTENDERS, "messages"]
     )
     parser.add_argument(
+        "--predict", action="store_true", help="what the cost model says of what was measured"
+    )
+    parser.add_argument(
         "--python", default=sys.executable, help="an interpreter that has lightning, for that row"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "processes.json")
@@ -249,8 +282,12 @@ def main() -> None:
         work(contender, name, float(seconds))
         return
     record = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if options.predict:
+        predict(record)
+        return
     if "messages" in options.contenders:
         record["messages, 2 processes"] = launch(sys.executable, 2, "messages", "none", "0")
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
     for name in options.models:
         for contender in (c for c in options.contenders if c != "messages"):
             python = options.python if contender == "lightning" else sys.executable

@@ -239,10 +239,21 @@ def refusals():
             fitted(EXACT["enumerated mixture"], **({"num_steps": 10} | options))
         except PyrolvmError as error:
             said[name] = here().gather(str(error))
+    try:
+        fitted(lambda: {"model": sinking, "guide": lambda x: None, "data": X}, num_steps=20)
+    except PyrolvmError as error:
+        said["not finite"] = here().gather(str(error))
     fit = fitted(EXACT["enumerated mixture"], num_steps=5, seed=rank, parallel=False)
     said["apart"] = here().gather(fit.settings["num_processes"])
     said["errors of callbacks"] = here().gather(_of_callback())
     return said
+
+
+def sinking(x):
+    """Not finite from the second step on."""
+    level = pyro.param("level", torch.tensor(0.005, dtype=x.dtype))
+    with data_plate(x):
+        pyro.sample("x", dist.Normal(level.log(), 1.0).expand([len(x), 6]).to_event(1), obs=x - 50)
 
 
 def _of_callback():
@@ -265,15 +276,35 @@ def resuming():
     here().barrier()
     digests = [here().gather(digest(fit)) for fit in (whole, parts)]
     loaded = digest(pyrolvm.load(saved)) == digests[0][0]
+    stopped = here().gather(_of_interrupt(folder / "stopped"))
+    after = fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder / "stopped", resume=True)
+    digests.append(here().gather(digest(after)))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         one = folder / "one"
         if one.exists():
             fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=one, resume=True)
-    return {"digests": digests, "loaded": loaded, "warnings": [str(w.message) for w in said]}
+    return {
+        "digests": digests,
+        "loaded": loaded,
+        "stopped": stopped,
+        "warnings": [str(w.message) for w in said],
+    }
 
 
 AFTER = "AFTER_A_CHECKPOINT"
+
+
+def _of_interrupt(folder):
+    """What is said if one process gets a SIGTERM on the way."""
+
+    def kill(report):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder, callbacks=[kill])
+    except KeyboardInterrupt as stop:
+        return str(stop)
 
 
 def killed():

@@ -184,6 +184,7 @@ def test_what_is_wrong_in_one_process_is_said_in_all(results):
     own, other = said["bad here"]
     assert own.startswith("GaussianMixture was built for data of shape [rows, 6]")
     assert other == f"process 0 of 2 cannot go on: {own}"
+    assert all(words.startswith("the bound is nan at step 2: site 'x'") for words in said["not finite"])
     assert said["apart"] == [1, 1]
     assert said["errors of callbacks"][0] == "RuntimeError: no space"
     assert said["errors of callbacks"][1].endswith("a callback failed in process 0 of 2: no space")
@@ -191,8 +192,9 @@ def test_what_is_wrong_in_one_process_is_said_in_all(results):
 
 def test_a_run_goes_on_with_every_process_own_noise(results):
     said = results["resuming"]
-    whole, parts = said["digests"]
-    assert len({*whole, *parts}) == 1
+    whole, parts, stopped = said["digests"]
+    assert len({*whole, *parts, *stopped}) == 1
+    assert all(words.startswith("stopped at step 8; to go on, call fit again") for words in said["stopped"])
     assert said["loaded"]
     assert any("is of a run of 1 process, which 2 now go on with" in w for w in said["warnings"])
     with pytest.warns(

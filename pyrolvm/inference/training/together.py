@@ -39,6 +39,13 @@ def in_step(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def device_of(processes: Processes, device: torch.device) -> torch.device:
+    """The device of this process: of several on one machine each takes a CUDA device of its own."""
+    if processes.count == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", processes.local_rank % torch.cuda.device_count())
+
+
 def check_alike(setup: Setup, settings: dict[str, Any], processes: Processes) -> None:
     """Raise `SettingError`, with the first difference, unless all processes are about to do the same.
 
