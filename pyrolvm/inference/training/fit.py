@@ -31,7 +31,7 @@ from pyrolvm.inference.training.loop import Callback, Training
 from pyrolvm.inference.training.rules import NoMoreRise, Rule, most_steps
 from pyrolvm.inference.training.setup import Setup, alternating, cadence, plateau_of, set_up, settings_of
 from pyrolvm.inference.training.starts import checked, from_data
-from pyrolvm.inference.training.together import check_alike, in_step, share
+from pyrolvm.inference.training.together import check_alike, device_of, in_step, share
 from pyrolvm.inference.training.until import Until
 from pyrolvm.processes import ALONE, here
 from pyrolvm.progress import progress_bar
@@ -195,7 +195,7 @@ def fit(
     resume = resume or (folder is not None and processes.restarted)
     begun = processes.first(lambda: recorded_engine(folder, forget=processes.may_restart and not resume))
     begun = begun if resume else None
-    target = torch.device(resolve_device(device))
+    target = device_of(processes, torch.device(resolve_device(device)))
     until = num_steps is None and num_epochs is None
     free_rate = until and patience is None and learning_rate is None and schedule is None
     spec = OptimizerSpec(
