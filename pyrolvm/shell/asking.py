@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pyro.distributions import Delta
 
 from pyrolvm.data import Dataset
 from pyrolvm.errors import SettingError, count
 from pyrolvm.files import write_atomically
+from pyrolvm.inference.posterior.at_scale import deviations
 from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, evidence_table, khat_threshold
-from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.handlers import Means
-from pyrolvm.inference.program.structure import base
 from pyrolvm.runs import Source, add_evidence, open_run
 from pyrolvm.runs.recipe import CHOICES
 from pyrolvm.shell.options import LOADING, PICTURE, READING
@@ -204,23 +201,6 @@ def source_of(data: str, options: dict[str, Any]) -> Source:
     """DATA and the options that choose among it."""
     chosen = {name: options[name] for name in CHOICES if name in options}
     return Source(data, **chosen, options=options.get("data_option", {}))
-
-
-@torch.no_grad()
-def deviations(fitted: FittedModel, x: Any) -> dict[str, torch.Tensor]:
-    """Standard deviations of q(z | x) at the guide's means, site -> [rows, ...], where there is a closed form."""
-    names = [s.name for s in fitted.structure.local_latents if not s.discrete and not s.point]
-    parts: list[dict[str, torch.Tensor]] = []
-    for pair in fitted.pair(x).chunks():
-        trace = pair.guide(None, Means())
-        found: Any = {n: trace.nodes[n]["fn"] for n in names if n in trace.nodes}
-        # an AutoGuide computes its latents from auxiliary draws: of such a point the spread is not 0 but unknown
-        found = {n: fn for n, fn in found.items() if not isinstance(base(fn), Delta)}
-        try:
-            parts.append({n: d.stddev.expand_as(trace.nodes[n]["value"]) for n, d in found.items()})
-        except NotImplementedError:
-            return {}
-    return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
 
 
 def _print_evidence(entry: dict[str, Any], shift: float) -> None:
