@@ -76,6 +76,11 @@ class Dataset:
         return "\n".join(lines)
 
     @property
+    def has_labels(self) -> bool:
+        """Whether rows have labels."""
+        return self.labels is not None
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
         """The shape of a row."""
         return self.values.shape[1:]

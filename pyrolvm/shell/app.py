@@ -46,6 +46,7 @@ app.command("fit", context_settings={"allow_extra_args": True, "ignore_unknown_o
 for _command in (
     commands.sample,
     commands.encode,
+    commands.posterior,
     commands.reconstruct,
     latent.interpolate,
     latent.traverse,

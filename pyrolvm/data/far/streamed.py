@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -52,6 +52,8 @@ class StreamedDataset:
         Whether rows, of whatever shape, are flattened.
     holdout : Holdout, optional
         Rows that this view leaves out or, with `held_out`, those that it has alone.
+    relabel : callable, optional
+        Labels as they are read -> labels.
     part : (int, int, int)
         (a, b, of): of the view's N rows, those from N a / of to N b / of.
     window_rows : int, optional
@@ -64,6 +66,7 @@ class StreamedDataset:
     vectors: bool = False
     holdout: Holdout | None = None
     held_out: bool = False
+    relabel: Callable[[np.ndarray], np.ndarray] | None = None
     part: tuple[int, int, int] = (0, 1, 1)
     window_rows: int | None = None
 
@@ -134,7 +137,7 @@ class StreamedDataset:
 
     def split(
         self, fraction: float = 0.1, seed: int = 0, name: str = "fraction"
-    ) -> tuple[StreamedDataset, ...]:
+    ) -> tuple[StreamedDataset, StreamedDataset]:
         """Hold out a random part of the rows: `(train, held_out)`, disjoint, each in the order of the files.
 
         Of every 65,536 consecutive rows the same share is held out. Up to that many rows, they are the same rows as
@@ -252,6 +255,8 @@ class Reader:
         kept = data._kept(piece.block)
         chosen = rows if kept is None else np.flatnonzero(kept)[rows]
         values, labels = values[chosen], None if labels is None else labels[chosen]
+        if labels is not None and data.relabel is not None:
+            labels = data.relabel(labels)
         values = values.reshape(len(values), *data.row_shape)
         for transform in data.transforms:
             values = transform.apply(values)

@@ -21,7 +21,7 @@ from pyrolvm.data.far.streamed import StreamedDataset, joined
 from pyrolvm.data.far.windows import WindowPlan
 from pyrolvm.data.plan import is_share
 from pyrolvm.data.precision import check_precision
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.errors import DataError, SettingError, count
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.program import Program
 from pyrolvm.processes import Processes
@@ -179,7 +179,7 @@ def stream(
             "a guide with parameters for each row needs rows that stay in memory: load the data (`.load()`), or take "
             "an amortised guide"
         )
-    total, places = data.num_rows, processes.share(batch_size)
+    total, places = data.num_rows, processes.share(count("batch_size", batch_size))
     own = replace(data, part=(places.start, places.stop, batch_size))
     size = places.stop - places.start
     if not size or own.num_rows < size:
@@ -187,8 +187,10 @@ def stream(
             f"batch_size={batch_size} does not suit {total} rows and {processes.count} processes: each process needs "
             "at least one row of each batch, and as many rows as it takes"
         )
-    wanted = min(own.num_rows, data.window_rows or WINDOW_BYTES // data.row_bytes)
-    window = max(1, wanted // size) * size  # so that no batch crosses from one into the next
+    # whole batches, so that none crosses from one window into the next, and as many of them in all processes
+    most = -(-batch_size // processes.count)
+    wanted = (data.window_rows or WINDOW_BYTES // data.row_bytes) // most
+    window = max(1, min(total // batch_size, wanted)) * size
     reader, lock = own.reader(), threading.Lock()
 
     def read(index: int) -> Dataset:
