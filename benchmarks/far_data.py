@@ -1,9 +1,9 @@
 """Data in many files and larger than is held in memory: `python -m benchmarks.far_data --rows 20000000`.
 
-Writes N rows of 64 float32 columns to 40 parquet files of row groups of 50,000 rows, then, each in a process of its own:
-standardises by one pass, fits PPCA for one pass, and writes the codes of all rows. What is measured of each: seconds,
-the process's own memory (VmRSS less what is mapped from files) at its highest, sampled every 50 ms, and the bytes of
-values that were read beside those that there are; of the fit also of one of two processes, whose share is half.
+Writes N rows of 64 float32 columns to 40 parquet files of row groups of 50,000 rows. Then, each in a process of its
+own, standardises by one pass, fits PPCA for one pass, reads the share of one of two processes, and writes the codes of
+all rows. What is measured of each: seconds, the process's own memory (VmRSS less what is mapped from files) at its
+highest, sampled every 50 ms, and the bytes of values that were read beside those that there are.
 """
 
 from __future__ import annotations

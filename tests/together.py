@@ -55,7 +55,9 @@ def gammas(x, y):
     """A guide whose draws have gradients that follow from the draw itself."""
     w = pyro.param("w", torch.zeros(5, dtype=x.dtype))
     pyro.sample("weight", dist.Delta(w).to_event(1))
-    pyro.sample("noise", dist.Gamma(pyro.param("a", torch.tensor(3.0, dtype=x.dtype), dist.constraints.positive), 2.0))
+    pyro.sample(
+        "noise", dist.Gamma(pyro.param("a", torch.tensor(3.0, dtype=x.dtype), dist.constraints.positive), 2.0)
+    )
 
 
 def unplated(x, y):

@@ -159,9 +159,9 @@ class Question:
         """`pyrolvm impute`."""
         found = self.fitted.impute(self.dataset, **options)
         missing = found.missing.cpu().numpy()
-        read = (
-            self.source.like(self.recipe.record).read().values.reshape(missing.shape)
-        )  # not rounded by transforms
+        source = self.source.like(self.recipe.record).read()  # not rounded by transforms
+        source = source.load() if isinstance(source, StreamedDataset) else source
+        read = source.values.reshape(missing.shape)
         filled = {n: self.recipe.undo(getattr(found, n)) for n in ("mean", "lower", "upper")}
         arrays = {name: np.where(missing, values, read) for name, values in filled.items()}
         labels = {} if self.dataset.labels is None else {"label": self.dataset.labels}

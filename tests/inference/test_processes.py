@@ -19,7 +19,14 @@ def launch(task, file, *more, count=2, restarts=None, **environment):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, str(SCRIPT), task, str(file), *map(str, more)]
     if restarts is not None:
-        options = ["--nproc-per-node", str(count), "--max-restarts", str(restarts), "--monitor-interval", "0.1"]
+        options = [
+            "--nproc-per-node",
+            str(count),
+            "--max-restarts",
+            str(restarts),
+            "--monitor-interval",
+            "0.1",
+        ]
         command[1:1] = ["-m", "torch.distributed.run", *options]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -134,6 +134,15 @@ def test_images_of_a_model_that_converts_them_and_labels(tmp_path):
     assert fitted.encode(data.load()).shape == (300, 2)
 
 
+def test_restarts_are_judged_by_the_same_held_out_rows(folder):
+    options = OPTIONS | {"num_steps": 5, "validation": 0.2}
+    best, table = pyrolvm.fit_restarts(
+        lambda seed: pyrolvm.PPCA(5, 2), scan(folder, window_rows=400), num_restarts=2, **options
+    )
+    assert best.num_rows == 1600
+    assert table["bound"].notna().all()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
