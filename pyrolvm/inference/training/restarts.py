@@ -136,8 +136,8 @@ def _hold_out(data: Any, options: dict[str, Any], seed: int) -> tuple[Any, dict[
     """Hold out a share `validation` once, so that all restarts are judged by the same rows."""
     share = options.get("validation")
     if isinstance(data, StreamedDataset) and share is not None:
-        train, held_out = parted(data, share, seed)
-        return train, options | {"validation": held_out}
+        data, held_out = parted(data, share, seed)
+        return data, options | {"validation": held_out}
     if not is_share(share):
         return data, options
     batch = as_batch(data, as_dtype(options.get("dtype") or torch.float32))
