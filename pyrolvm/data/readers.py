@@ -12,6 +12,7 @@ import numpy as np
 
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.embedded import DATASETS, load_dataset, unknown_name
+from pyrolvm.data.far.scan import is_far, scan
 from pyrolvm.data.idx import read_idx
 from pyrolvm.data.numeric import check_finite, check_numeric
 from pyrolvm.data.table_files import read_csv, read_h5ad, read_parquet
@@ -44,7 +45,8 @@ def read(
     Parameters
     ----------
     source : str or path
-        A name such as `"digits"`, or the path of a file.
+        A name such as `"digits"`, or the path of a file; a folder, a pattern or a URL of files as `scan` takes them,
+        all of whose rows are then read into memory.
     columns : sequence of str, optional
         Names of the columns to take, in this order, each once; positions where the columns have no names.
     labels : str, optional
@@ -70,6 +72,9 @@ def read(
         There is no such name or file, the file is empty, damaged or of another kind, a column is missing,
         named twice or not numeric, a value is missing or infinite, or there are fewer than two rows.
     """
+    if is_far(source):
+        _check_far(source, key=key, header=header, mmap=mmap or None)
+        return scan(source, columns, labels=labels, allow_missing=allow_missing).load()
     path = _existing(source)
     if path is None:
         dataset = load_dataset(str(source))
@@ -100,8 +105,6 @@ def _existing(source: str | os.PathLike[str]) -> Path | None:
     if isinstance(source, str) and source.replace("-", "_") in DATASETS:
         return None
     path = Path(source).expanduser()
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: name a file in it")
     if not path.exists():
         raise DataError(
             _missing(path, isinstance(source, str) and str(path.parent) == "." and not path.suffix)
@@ -138,6 +141,12 @@ def _check_options(path: Path, kind: str, **options: object) -> None:
     for option, value in options.items():
         if value is not None and kind not in _OPTIONS[option]:
             raise DataError(f"{option}= is for {', '.join(_OPTIONS[option])}, not for {path}: leave it out")
+
+
+def _check_far(source: object, **options: object) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise DataError(f"{option}= is for single files, not for {source}: leave it out")
 
 
 def _read_numpy(path: Path, key: str | None, mmap: bool) -> np.ndarray:

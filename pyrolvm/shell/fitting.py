@@ -26,8 +26,9 @@ from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.plots import plot_elbo
 from pyrolvm.processes import ALONE, here
-from pyrolvm.runs import NamedModel, Preparation, RunFolder, described, find_model
+from pyrolvm.runs import NamedModel, Preparation, RunFolder, Source, described, find_model
 from pyrolvm.runs.folder import states
+from pyrolvm.runs.recipe import SAMPLED_ROWS
 from pyrolvm.seeds import Purpose, derived_seed
 from pyrolvm.shell.arguments import constructor_arguments, held, run_of_codes
 from pyrolvm.shell.asking import source_of
@@ -58,7 +59,10 @@ class Job:
         for word in (model, data):
             if word.startswith("-"):
                 raise SettingError(f"{word}: give MODEL and DATA first, then options")
-        self.options, self.text = options, data
+        extras = list(extras)
+        while extras and not extras[0].startswith("-"):  # a pattern that the shell has turned into its files
+            data = f"{data}\n{extras.pop(0)}"
+        self.options, self.text = options, Source(data).called
         self.named = _named(model, own, options)
         own |= read_flags(extras)
         self.first = run_of_codes(options.get("codes_of"), self.named, own, options)
@@ -67,6 +71,7 @@ class Job:
             as_vectors=self.named.takes_columns,
             takes_labels=self.named.takes_labels,
             transforms=None if self.first is None else self.first.recipe.transforms,
+            streamed="batch_size" in options,
         )
         self.arguments = constructor_arguments(
             self.named, own, options.get("set", {}), self._from_data() | held(self.first)
@@ -97,7 +102,7 @@ class Job:
         """The constructor's arguments that the data give."""
         found: dict[str, Any] = {}
         if self.named.takes_columns:
-            found["data_dim"] = int(self.data.train.values[:1].size)
+            found["data_dim"] = math.prod(self.data.train.row_shape)
         if self.named.takes_labels:
             classes = self.data.record["classes"]
             found |= {"num_classes": len(classes)} if classes else {"condition_dim": 1}
@@ -257,7 +262,7 @@ def _save(fitted: FittedModel, restarts: Any, folder: RunFolder, job: Job, infer
     if inference_data:
         from pyrolvm.diagnostics.inference_data import save_inference_data, to_inference_data
 
-        draws = to_inference_data(fitted, job.data.train)
+        draws = to_inference_data(fitted, job.data.in_memory(SAMPLED_ROWS).train)
         save_inference_data(draws, folder.path / "inference_data.nc")
 
 

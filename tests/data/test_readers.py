@@ -267,7 +267,7 @@ def test_an_idx_file_with_bytes_to_spare(tmp_path):
         ("two.npz", {"key": "trian"}, "has no array 'trian': did you mean 'train'"),
         ("xx.csv", {}, "there is no file .*xx.csv: did you mean .*x.csv"),
         ("none/x.csv", {}, "its folder .*none does not exist"),
-        (".", {}, "is a folder"),
+        (".", {}, "holds no file of data|files of several kinds"),
     ],
 )
 def test_bad_requests(folder, name, options, message):

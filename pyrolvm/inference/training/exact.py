@@ -69,7 +69,9 @@ def pair_of(setup: Setup) -> Pair:
 
 
 def is_small(setup: Setup, most_rows: int) -> bool:
-    """Whether latents and rows are few."""
+    """Whether latents and rows are few, and the rows in memory."""
+    if setup.streamed is not None:
+        return False
     latents = setup.problem.structure.latents
     numbers = sum(math.prod(s.batch_shape) * math.prod(s.event_shape) for s in latents)
     return numbers <= MOST_LATENTS and setup.batch.num_rows <= most_rows

@@ -223,6 +223,7 @@ def fit(
         dtype=as_dtype(dtype or torch.float32),
         seed=seed,
         init=init if begun in (None, exact.NAME) else "own",
+        processes=processes if alternate is None else ALONE,
     )
     setup = processes.each(prepare)
     check_alike(setup, settings_of(setup, spec, alternate, free_rate), processes)

@@ -243,7 +243,7 @@ class Training:
 
     def _chunk(self, good: TrainingState) -> Chunk:
         first = self.state.step
-        size = self._limited(self._size)
+        size = self.plan.most_steps(first, self._limited(self._size))
         rows, controls = self.plan.rows(first, size), self._controls(first, size)
         start = time.perf_counter() - self.engine.setup_seconds
         state, terms = self.engine.run(self.state, rows)

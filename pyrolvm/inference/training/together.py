@@ -98,4 +98,6 @@ def share(setup: Setup, processes: Processes) -> str:
     processes.align(setup.problem.program.tensors().values())
     setup.problem.processes = processes
     setup.problem, sentence = shared(setup.problem, processes, rows, seed)
+    if setup.streamed is not None and setup.problem.sharing is None:
+        raise SettingError(f"{sentence}, but each reads its share of the data only: pass parallel=False")
     return sentence
