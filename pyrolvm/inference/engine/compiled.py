@@ -91,7 +91,8 @@ class CompiledEngine:
 
     def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
         """As `Engine.run`."""
-        if self._given_up or not len(rows) or rows.shape[1] != len(self._traced.rows):
+        usual = len(rows) and rows.shape[1] == len(self._traced.rows)
+        if self._given_up or not usual or not (state is self._live or _have_one_count(state)):
             return self.eager.run(state, rows)
         done: list[Tensor] = []
         if not self._is_complete(state):
@@ -111,11 +112,10 @@ class CompiledEngine:
         _, expected = self.eager.run(state.clone(), rows[:CHECKED_STEPS])
         self.problem.program.load(before.parameters)  # so that `state` is intact if compiling is interrupted
         try:
-            self._loop = self._compile()
+            self._loop = self._compiled_together()
             self.num_compilations += 1
             self.setup_seconds = time.perf_counter() - start
-            after, terms = self._run(before.clone(), rows)
-            _check_equal(terms[:CHECKED_STEPS], expected)
+            after, terms = self.problem.processes.each(lambda: self._checked(before.clone(), rows, expected))
         except Exception as error:
             if not self.fall_back:
                 raise ProgramError(f"the compiled engine cannot run this program: {error}") from error
@@ -124,6 +124,20 @@ class CompiledEngine:
             self.note = f"eager engine: compiling failed ({error})"
             return self.eager.run(before, rows)
         return after, terms
+
+    def _checked(self, state: TrainingState, rows: Tensor, expected: Tensor) -> tuple[TrainingState, Tensor]:
+        after, terms = self._run(state, rows)
+        _check_equal(terms[:CHECKED_STEPS], expected)
+        return after, terms
+
+    def _compiled_together(self) -> Loop:
+        """The first process of a machine compiles, the others find it done; where one cannot, all raise."""
+        processes, loop = self.problem.processes, None
+        if processes.is_first_here:
+            loop = processes.each(self._compile)
+        else:
+            processes.agree(None)
+        return processes.each(lambda: loop or self._compile())
 
     def _compile(self) -> Loop:
         known = self._make_loop is NativeLoop and is_compiled(self._traced)
@@ -214,6 +228,11 @@ def _slots(traced: TracedStep) -> dict[str, dict[str, tuple[Tensor, torch.device
             where = torch.device("cpu") if slot == "step" else tensor.device
             found.setdefault(owner, {})[slot] = (tensor, where)
     return found
+
+
+def _have_one_count(state: TrainingState) -> bool:
+    """Whether all parameters have taken as many steps."""
+    return len({float(own["step"]) for own in state.optimizer.values() if "step" in own}) <= 1
 
 
 def _check_equal(terms: Tensor, expected: Tensor) -> None:
