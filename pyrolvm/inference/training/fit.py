@@ -103,9 +103,9 @@ def fit(
         the bound of each datum, the plate's scale outside the logarithm.
     optimizer : str or class
         A name ("adam", "sgd", ...) or a torch.optim class; one optimiser over all parameters. The loss is in nats per
-        datum. "lbfgs" takes no such steps: the ELBO of a Gaussian AutoGuide on the whole data is maximised on fixed
-        draws, doubled until the optimum stays. "auto" is that where it can be and nothing is given that it has not, up
-        to 600 numbers in all latents and 20,000 rows; else Adam.
+        datum. "lbfgs" takes no such steps: the ELBO on the whole data is maximised on fixed draws of the guide,
+        doubled until the optimum stays; layers cannot be trained so. "auto" is that where it can be and nothing is
+        given that it has not, up to 600 numbers in all latents and 20,000 rows; else Adam.
     learning_rate : float or callable, optional
         A number, or a function of the share of the run that is done. None is 0.001 for a run of given length; else a
         rate is found that starts high and falls until a lower one would gain nothing.
