@@ -21,13 +21,6 @@ FEW = IRIS[::5].double()  # thirty rows
 NETS = {"hidden": (8,), "noise_scale": 0.7}
 
 
-@pytest.fixture(autouse=True)
-def seeds():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
 def small(**settings):
     model = ProbabilisticVQVAE(4, 2, 3, 2, **NETS, **settings).double()
     for parameter in (model.code_prior.logits, model.log_precision):
