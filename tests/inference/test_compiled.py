@@ -620,8 +620,8 @@ def test_an_interrupt_does_not_wait_for_the_compiler(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(native.cache, "entry", lambda key, suffix: tmp_path / f"{key}{suffix}")
-    monkeypatch.setattr(native.graphs, "compiler_command", command)
-    monkeypatch.setattr(native.graphs, "cpp_source", interrupted)
+    monkeypatch.setattr(native.inductor, "compiler_command", command)
+    monkeypatch.setattr(native.inductor, "cpp_source", interrupted)
     start = time.perf_counter()
     step, _ = make("ppca")
     with pytest.raises(KeyboardInterrupt):
