@@ -117,7 +117,7 @@ def _run(name: str, how: str, num_steps: int) -> tuple[Any, Any]:
 
 def _steps(name: str, engine: Any) -> dict[str, Any]:
     """What a step takes by either engine, and from how many on compiling is chosen and pays."""
-    from pyrolvm.inference.engine import folding, native
+    from pyrolvm.inference.engine import choose, folding, native
 
     traced, minibatch = engine._traced, engine.problem.minibatch
     estimate = native.seconds_to_compile(traced, minibatch)
@@ -132,7 +132,7 @@ def _steps(name: str, engine: Any) -> dict[str, Any]:
         "estimate": estimate,
         "eager": 1e6 * eager,
         "compiled": 1e6 * compiled,
-        "auto": 2 * estimate / eager,
+        "auto": choose.MARGIN * estimate / eager,
         "worst": float((fast["elbo"][:FEW] - slow["elbo"]).abs().max()),
     }
 

@@ -664,7 +664,7 @@ def test_a_busy_machine_does_not_make_compiling_pay(monkeypatch):
 
 def test_short_runs_stay_eager():
     step, _ = make("ppca")
-    for steps, reason in ((5, "too few"), (30, "compiling them takes longer")):
+    for steps, reason in ((5, "too few"), (60, "compiling them takes longer")):
         engine, note = choose_engine("auto", step, steps)
         assert engine.name == "eager"
         assert f"{steps} steps" in note
