@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from pyrolvm.inference.posterior.covariance import covariance
 from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
 from pyrolvm.inference.posterior.history import held_out_elbo
 from pyrolvm.inference.posterior.imputation import Imputation, impute
+from pyrolvm.inference.posterior.laplace import laplace_approximation
 from pyrolvm.inference.posterior.suiting import carries, suited
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
 from pyrolvm.inference.program.handlers import Means
@@ -199,6 +201,23 @@ class FittedModel:
             lowers the bound.
         """
         return covariance(self._whole(self.pair(x), "covariance()"), sites, method, seed)
+
+    @torch.inference_mode(False)
+    def laplace_approximation(self, x: Any, *, seed: int = 0) -> FittedModel:
+        """The fit of an AutoLaplaceApproximation with the normal distribution around its point: a fit like any other.
+
+        `x` is the data that were fitted, whole. It is saved and loaded with `guide="AutoMultivariateNormal"`.
+
+        Raises
+        ------
+        SettingError
+            The guide is another.
+        ProgramError
+            The point is no maximum of the log joint.
+        """
+        pair = self._whole(self.pair(x), "laplace_approximation()")
+        program, structure, verdict = laplace_approximation(pair, seed)
+        return dataclasses.replace(self, program=program, structure=structure, convergence=verdict)
 
     @torch.no_grad()
     def predict(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
