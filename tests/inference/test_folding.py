@@ -128,6 +128,24 @@ def test_pieces_do_not_grow_with_the_loop(monkeypatch):
     assert sizes[60][1] < 0.25 * sizes[60][0]
 
 
+def many_sites(x, lengths):
+    """Sites without a loop: their guide's and the optimiser's operations repeat all the same."""
+    with pyro.plate("groups", 30):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    names = [f"site_{i}" for i in range(4)]
+    total = sum(pyro.sample(name, dist.HalfNormal(1.0)) for name in names)
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(total * level[lengths], 1.0), obs=x[:, 0])
+
+
+def test_the_sites_of_an_autoguide_are_no_loop(monkeypatch):
+    monkeypatch.setitem(PROGRAMS, "sites", (many_sites, pyro.infer.autoguide.AutoNormal, "trace"))
+    traced, minibatch = traced_step("sites", 14, monkeypatch)
+    size = len(traced.graph.graph.nodes)
+    assert size > folding.WORTHWHILE
+    assert folding.operations_to_compile(traced, minibatch) == size
+
+
 def test_the_compiled_pieces_give_the_bounds_of_the_eager_engine(monkeypatch, tmp_path):
     monkeypatch.setattr(native.cache, "folder", lambda: tmp_path)
     model, guide, objective = PROGRAMS["walk"]

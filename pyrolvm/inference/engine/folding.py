@@ -32,8 +32,9 @@ aten = torch.ops.aten
 
 WORTHWHILE = 500
 """Operations that a step must have; others are compiled whole, which fuses more."""
-LARGEST_SHARE = 0.7
-"""Of its operations, what the pieces may have."""
+LARGEST_SHARE = 0.5
+"""Of its operations, what the pieces may have: calls of pieces take longer than one fused step, ten times as long where
+the tensors are small, so that only a long compilation is worth them."""
 FEWEST_SLICES = 3
 """Slices of one tensor, in one dimension, that make it a sequence."""
 SLICES = (aten.select.int, aten.slice.Tensor)
