@@ -131,11 +131,12 @@ class Preparation:
         dataset: Dataset | None = None,
         as_vectors: bool = True,
         takes_labels: bool = False,
+        transforms: list[Transform] | None = None,
     ) -> Prepared:
         """Split, then transform.
 
         `as_vectors`: make each row, of whatever shape, a vector. `takes_labels`: the labels are data too, and their
-        classes are numbered.
+        classes are numbered. `transforms`: those of another run, in place of new ones.
         """
         dataset = source.read() if dataset is None else dataset
         classes = classes_of(dataset) if takes_labels else None
@@ -153,8 +154,10 @@ class Preparation:
         dataset = _numbered(dataset, classes)
         dataset = dataset.as_vectors() if as_vectors else dataset
         train, held_out = _split(dataset, self.validation, self.split_seed)
-        transforms: list[Transform] = []
-        if self.standardise:
+        known, transforms = transforms, list[Transform]()
+        if known is not None:
+            train, transforms = _transformed(train, known), known
+        elif self.standardise:
             train, *transforms = train.standardise(self.per_column)
         elif self.binarise:
             train, *transforms = train.binarise(self.threshold)

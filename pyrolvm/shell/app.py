@@ -46,6 +46,7 @@ app.command("fit", context_settings={"allow_extra_args": True, "ignore_unknown_o
 for _command in (
     commands.sample,
     commands.encode,
+    commands.most_probable,
     commands.reconstruct,
     latent.interpolate,
     latent.traverse,
@@ -60,4 +61,4 @@ for _command in (
     commands.models,
     commands.datasets,
 ):
-    app.command(_command.__name__)(_command)
+    app.command(_command.__name__.replace("_", "-"))(_command)

@@ -114,6 +114,16 @@ class Question:
             codes |= {f"{name}_sd": sd for name, sd in deviations(fitted, self.dataset).items()}
         write_values(codes, self.out, beside=beside)
 
+    def most_probable(self) -> None:
+        """`pyrolvm most-probable`: a column for each site, one array if all have one value a row."""
+        found = self.fitted.most_probable(self.dataset)
+        sites = [s.name for s in self.fitted.structure.enumerated]
+        each = found if isinstance(found, dict) else {sites[0]: found}
+        values: Any = each
+        if all(v.dim() == 1 for v in each.values()):  # [rows, steps]
+            values, sites = torch.stack([*each.values()], 1), list(each)
+        write_values(values, self.out, sites, self._beside())
+
     def _beside(self) -> dict[str, Any]:
         """What identifies a row of an answer."""
         labels = self.dataset.labels

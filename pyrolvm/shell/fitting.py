@@ -27,7 +27,7 @@ from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.plots import plot_elbo
 from pyrolvm.runs import NamedModel, Preparation, RunFolder, described, find_model
 from pyrolvm.seeds import Purpose, derived_seed
-from pyrolvm.shell.arguments import constructor_arguments
+from pyrolvm.shell.arguments import constructor_arguments, held, run_of_codes
 from pyrolvm.shell.asking import source_of
 from pyrolvm.shell.options import FIT
 from pyrolvm.shell.printing import caution, console, note, print_facts, print_table
@@ -58,13 +58,16 @@ class Job:
                 raise SettingError(f"{word}: give MODEL and DATA first, then options")
         self.options, self.text = options, data
         self.named = _named(model, own, options)
+        own |= read_flags(extras)
+        self.first = run_of_codes(options.get("codes_of"), self.named, own, options)
         self.data = _preparation(options).apply(
             source_of(data, options),
             as_vectors=self.named.takes_columns,
             takes_labels=self.named.takes_labels,
+            transforms=None if self.first is None else self.first.recipe.transforms,
         )
         self.arguments = constructor_arguments(
-            self.named, own | read_flags(extras), options.get("set", {}), self._from_data()
+            self.named, own, options.get("set", {}), self._from_data() | held(self.first)
         )
         self.num_restarts = count("num_restarts", options.get("num_restarts", 1))
         self.fit_options = self._fit_options()
@@ -74,6 +77,7 @@ class Job:
             "guide": options.get("guide"),
             "arguments": plain if self.named.cls is not None else None,
             "data": self.data.record,
+            **({"codes_of": options["codes_of"]} if self.first is not None else {}),
         }
         # what must agree for a run to be resumed, beside the data and settings that `fit` compares
         self.identity = {
@@ -132,6 +136,8 @@ class Job:
     def build(self, seed: int) -> Any:
         """The model, or (model, guide), its starting values drawn from `seed` alone."""
         with seeded(derived_seed(seed, Purpose.START), torch.device("cpu")):
+            if self.first is not None:
+                return self.first.fitted.model.with_prior(self.arguments["prior"])
             return self.named.build(self.arguments)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -81,6 +80,9 @@ class FittedModel(Record):
         self, x: Any, num_samples: int = 100, *, corrected: bool = False, seed: int = 0
     ) -> dict[str, Tensor]:
         """Draws of q(z | x): latent site -> [num_samples, rows, ...] (local) or [num_samples, ...] (global).
+
+        Latents that are summed out are drawn together from their exact posterior, of a chain (`pyro.markov`) whole
+        paths: site -> [num_samples, rows], the steps in order, with -1 where a mask leaves a step out.
 
         With `corrected`, draws are put right: taken again from at least 4,000 by their Pareto-smoothed importance
         weights, the answer's `khat` and `effective_share` saying how far to rely on them. Where latents are shared by
@@ -230,9 +232,8 @@ class FittedModel(Record):
     ) -> Iterator[Draws]:
         """The parts of `draws`, some rows of `x` at a time; all see the same draws of the global latents."""
         num_samples, shared = count("num_samples", num_samples), None
-        states = math.prod(s.num_states for s in self.structure.sites)
         purpose = Purpose.PRIOR if prior else Purpose.GUIDE
-        for index, pair in enumerate(self.pair(x).chunks(per_row=num_samples * states)):
+        for index, pair in enumerate(locating.independent(self.pair(x), num_samples)):
             with self._noise(seed, purpose, index):
                 part = draws_of(pair, num_samples, prior=prior, shared=shared)
             shared = shared or part.shared

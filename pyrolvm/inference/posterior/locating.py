@@ -26,7 +26,7 @@ def encoded(pair: Pair, seed: int) -> Values:
     if not names and not pair.structure.enumerated:
         raise ProgramError("this program has no local latents in its guide, so there is nothing to encode")
     asked: Question = (lambda part: _codes(part, names)) if names else decoding.probabilities
-    return _answered(_independent(pair), asked, seed)
+    return _answered(independent(pair), asked, seed)
 
 
 def most_probable(pair: Pair) -> Values:
@@ -35,7 +35,7 @@ def most_probable(pair: Pair) -> Values:
         raise ProgramError(
             "this program sums out no latents, so there is no most probable path: ask encode(x) or posterior(x)"
         )
-    return _answered(_independent(pair), decoding.most_probable, 0)
+    return _answered(independent(pair), decoding.most_probable, 0)
 
 
 def reconstructed(pair: Pair, seed: int) -> Values:
@@ -50,11 +50,11 @@ def one_or_all(values: dict[str, Tensor]) -> Values:
     return next(iter(values.values())) if len(values) == 1 else values
 
 
-def _independent(pair: Pair) -> Iterator[Pair]:
+def independent(pair: Pair, num_samples: int = 1) -> Iterator[Pair]:
     """Some rows at a time; all at once where a latent that is summed out is shared by them."""
     enumerated = pair.structure.enumerated
     if all(s.local for s in enumerated):
-        yield from pair.chunks(per_row=max(1, sum(s.num_states for s in enumerated)))
+        yield from pair.chunks(per_row=num_samples * max(1, sum(s.num_states for s in enumerated)))
     else:
         yield pair
 
