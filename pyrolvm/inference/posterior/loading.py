@@ -222,7 +222,9 @@ def read_history(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path / HISTORY} is damaged: {error}") from None
     if not text.endswith("\n") or "step" not in history:
-        raise RunFolderError(f"{path / HISTORY} is damaged: it is cut off; restore it from a copy or fit again")
+        raise RunFolderError(
+            f"{path / HISTORY} is damaged: it is cut off; restore it from a copy or fit again"
+        )
     return history
 
 
