@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +29,18 @@ def main(folder: Path = FOLDER, num_epochs: int = 150) -> FittedModel:
     )
     torch.manual_seed(0)
     vae = VAE(data_dim=64, latent_dim=2, likelihood="gaussian", hidden=(128, 64))
-    fitted = pyrolvm.fit(
-        vae,
-        train,
-        validation=held_out,
-        batch_size=128,
-        num_epochs=num_epochs,
-        learning_rate=2e-3,
-        kl_warmup=0.1,
-        clip_norm=50.0,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pyrolvm.ConvergenceWarning)  # `_show` has the verdict
+        fitted = pyrolvm.fit(
+            vae,
+            train,
+            validation=held_out,
+            batch_size=128,
+            num_epochs=num_epochs,
+            learning_rate=2e-3,
+            kl_warmup=0.1,
+            clip_norm=50.0,
+        )
     fitted.save(folder)
     _show(console, fitted, held_out)
     _draw(folder, fitted, held_out)
@@ -68,6 +71,7 @@ def _show(console: Console, fitted: FittedModel, held_out: Dataset) -> None:
     console.print(
         f"{fitted.engine}; {len(fitted.history):,} steps in {seconds:.1f} s; {fitted.stopped_because}"
     )
+    console.print(fitted.convergence.sentence)
 
 
 def _draw(folder: Path, fitted: FittedModel, held_out: Dataset) -> None:

@@ -23,6 +23,7 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 import pyrolvm
-from benchmarks.reproduce.common import arguments, binary_mnist, glorot, kept, write_table
+from benchmarks.reproduce.common import arguments, binary_mnist, gathered, glorot, kept, write_table
 from pyrolvm import BernoulliVAE, FittedModel
 from pyrolvm.diagnostics import gradient_variance
 from pyrolvm.inference.objectives import NVIL, REBAR, RELAX, Concrete, MuProp, Objective
@@ -66,7 +67,7 @@ def run(
     name: str, estimator: str, train: Tensor, held_out: Tensor, options: argparse.Namespace
 ) -> tuple[dict[str, Any], FittedModel]:
     """Train (or go on) one model by one estimator; its row of the table and the fitted model."""
-    folder = options.checkpoints / f"{_slug(name)}-{estimator}"
+    folder = folder_of(name, estimator, options)
     steps = round(options.scale * STEPS)
     torch.manual_seed(options.seed)
     model = glorot(BernoulliVAE(784, 200, **MODELS[name]))
@@ -165,25 +166,34 @@ def main() -> None:
     options = parser.parse_args()
     images = binary_mnist("train", seed=options.seed)
     train, held_out = images[:50_000], images[50_000:]
-    rows: list[dict[str, Any]] = []
     for name in options.models:
-        found = {e: run(name, e, train, held_out, options) for e in options.estimators}
-        rows += [row for row, _ in found.values()]
-        first = found[options.estimators[0]][1]
-        folder = options.checkpoints / f"{_slug(name)}-{options.estimators[0]}" / "variances"
-        settings = {
-            "steps": len(first.history),
-            "estimators": options.estimators,
-            "own_steps": options.own_steps,
-        }
-        settings |= {"draws": options.variance_draws}
-        rows += kept(folder, settings, partial(variances, name, first, train, options))["rows"]
-        rows.sort(key=lambda row: "at step" in row)  # bounds first, then variances
-        write_table(options.out, "RELAX: the MNIST rows", _notes(options), rows)
+        first: FittedModel | None = None
+        for estimator in options.estimators:
+            _, fitted = run(name, estimator, train, held_out, options)
+            first = first or fitted
+            write_table(options.out, "RELAX: the MNIST rows", _notes(options), rows_of(options))
+        assert first is not None
+        settings = {"steps": len(first.history), "estimators": options.estimators}
+        settings |= {"own_steps": options.own_steps, "draws": options.variance_draws}
+        kept(_variances_of(name, options), settings, partial(variances, name, first, train, options))
+        write_table(options.out, "RELAX: the MNIST rows", _notes(options), rows_of(options))
 
 
-def _slug(name: str) -> str:
-    return name.replace(", ", "-").replace(" ", "-")
+def folder_of(name: str, estimator: str, options: argparse.Namespace) -> Path:
+    """Where a row keeps its checkpoint and its numbers."""
+    return options.checkpoints / f"{name.replace(', ', '-').replace(' ', '-')}-{estimator}"
+
+
+def _variances_of(name: str, options: argparse.Namespace) -> Path:
+    return folder_of(name, options.estimators[0], options) / "variances"
+
+
+def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows that are kept, bounds first, then variances."""
+    bounds = gathered([folder_of(name, e, options) for name in MODELS for e in ESTIMATORS])
+    return bounds + [
+        r for f in gathered([_variances_of(name, options) for name in MODELS]) for r in f["rows"]
+    ]
 
 
 def _notes(options: argparse.Namespace) -> list[str]:

@@ -18,7 +18,8 @@ from pyrolvm.diagnostics.dims import Arrays, Dims, Layout, check_dims, name_dims
 from pyrolvm.diagnostics.predictive import observed_mask
 from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.posterior.saving import model_record, versions
+from pyrolvm.inference.posterior.record import model_record
+from pyrolvm.inference.posterior.saving import versions
 from pyrolvm.inference.program.draws import tidy
 from pyrolvm.inference.program.enumerated import TOGETHER, enumerated_sites
 from pyrolvm.inference.program.pair import Pair
@@ -56,11 +57,12 @@ def collect(
     fitted: FittedModel,
     x: Any,
     num_samples: int,
+    prior_samples: int | None,
+    rows: Sequence[int] | None,
     groups: Sequence[str],
     dims: Mapping[str, Sequence[str]],
     seed: int,
-    *,
-    progress: bool = True,
+    progress: bool,
 ) -> tuple[Arrays, Dims, dict[str, Any], dict[str, Any]]:
     """The wanted groups for the rows of `x`; draws that are not wanted are dropped chunk by chunk.
 
@@ -69,28 +71,18 @@ def collect(
     arrays, dims, coords, attrs : dict
         As `to_arviz` takes them.
     """
-    count("num_samples", num_samples)
-    pair = fitted.pair(x)
-    _check_memory(fitted, pair.num_rows, num_samples, groups)
+    prior_samples = num_samples if prior_samples is None else prior_samples
+    numbers = {"posterior": count("num_samples", num_samples), "prior": count("prior_samples", prior_samples)}
+    pair, names = _chosen_rows(fitted.pair(x), rows, row_names(x))
+    _check_memory(fitted, pair.num_rows, max(numbers.values()), groups)
     parts = _Parts({s.name for s in fitted.structure.sites if s.local} | {TOGETHER, *ROWS}, groups)
     layouts = _observe(pair, parts)
     check_dims(layouts, dims)
-    for source in ("posterior", "prior"):
-        prior = source == "prior"
-        if not (PRIOR if prior else POSTERIOR) & set(groups):
-            continue
-        if not prior:
-            enumerated_sites(
-                fitted.structure
-            )  # those that cannot be drawn are refused, not left at the prior
-        chunks = fitted.draw_chunks(pair.batch, num_samples, seed=seed, prior=prior)
-        number = len(list(pair.chunks(num_samples)))
-        for draws in watched(chunks, f"draws of the {source}", number, enabled=progress):
-            parts.add(source, draws.values)
-            parts.add(f"{source}_predictive", draws.predictive)
-            if not prior:
-                parts.add("log_likelihood", draws.pointwise)
-                parts.add("sample_stats", _densities(draws))
+    if POSTERIOR & set(groups):
+        enumerated_sites(fitted.structure)  # those that cannot be drawn are refused, not left at the prior
+        _draw("posterior", fitted, pair, parts, numbers["posterior"], seed, progress)
+    if PRIOR & set(groups):
+        _draw("prior", fitted, pair, parts, numbers["prior"], seed, progress)
     arrays, attrs = {g: parts.whole(g) for g in groups}, _attrs(fitted, seed)
     if arrays.get("sample_stats"):
         arrays["sample_stats"], note = _stats(arrays["sample_stats"], fitted, pair)
@@ -98,8 +90,36 @@ def collect(
     arrays = {group: values for group, values in arrays.items() if values}
     plate = fitted.structure.data_plate.name if fitted.structure.data_plate else "row"
     columns = fitted.columns or pair.batch.columns
-    named, coords = name_dims(arrays, layouts, dims, plate, row_names(x), columns)
+    named, coords = name_dims(arrays, layouts, dims, plate, names, columns)
     return arrays, named, coords, attrs
+
+
+def _chosen_rows(pair: Pair, rows: Sequence[int] | None, names: Any) -> tuple[Pair, Any]:
+    """The pair on these rows and their names, which are their numbers where the data have none of their own."""
+    if rows is None:
+        return pair, names
+    if not pair.structure.chunkable:
+        raise SettingError("rows= needs rows that can be taken apart, and this program takes its data whole")
+    chosen = np.asarray(rows)
+    if chosen.dtype.kind not in "iu" or not len(chosen) or chosen.min() < 0 or chosen.max() >= pair.num_rows:
+        raise SettingError(f"rows must be numbers from 0 to {pair.num_rows - 1}, one at least")
+    part = pair.take(torch.as_tensor(chosen, device=pair.device))
+    return part, chosen if names is None else np.asarray(names)[chosen]
+
+
+def _draw(
+    source: str, fitted: FittedModel, pair: Pair, parts: _Parts, num_samples: int, seed: int, progress: bool
+) -> None:
+    """Add the draws of a source, "posterior" or "prior", to the parts."""
+    prior = source == "prior"
+    chunks = fitted.draw_chunks(pair.batch, num_samples, seed=seed, prior=prior)
+    number = len(list(pair.chunks(num_samples)))
+    for draws in watched(chunks, f"draws of the {source}", number, enabled=progress):
+        parts.add(source, draws.values)
+        parts.add(f"{source}_predictive", draws.predictive)
+        if not prior:
+            parts.add("log_likelihood", draws.pointwise)
+            parts.add("sample_stats", _densities(draws))
 
 
 def physical_memory() -> float:

@@ -72,47 +72,92 @@ def disentanglement(
 ) -> Disentanglement:
     """Score codes against the factors that the data were made from.
 
-    codes: [rows, codes], such as `fitted.encode(x)`. factors: [rows, factors] whole numbers, or a table of them
-    (`Dataset.factors`). metrics: which; "dci" takes most of the time. continuous_factors: whether sap takes the
-    squared correlation instead of a classifier's accuracy. classifier: makes what dci predicts each factor by,
-    with `feature_importances_`; gradient-boosted trees by default.
+    Parameters
+    ----------
+    codes : array [rows, codes]
+        Such as `fitted.encode(x)`.
+    factors : array [rows, factors]
+        Whole numbers, or a table of them (`Dataset.factors`).
+    metrics : sequence of str
+        Which of `METRICS`; "dci" takes most of the time.
+    continuous_factors : bool
+        Whether sap takes the squared correlation instead of a classifier's accuracy.
+    classifier : callable, optional
+        Makes what dci predicts each factor by, with `feature_importances_`; gradient-boosted trees by default.
 
-    Raises `DataError` for arrays that do not fit, missing values, or a factor that does not vary; `SettingError`
-    for an unknown metric.
+    Raises
+    ------
+    DataError
+        Arrays that do not fit, missing values, or a factor that does not vary.
+    SettingError
+        An unknown metric.
     """
     if not metrics:
         raise SettingError(f"metrics is empty: choose from {', '.join(METRICS)}")
     for metric in metrics:
         one_of("metrics", metric, METRICS)
     z, v, names = _arrays(codes, factors)
-    rng = np.random.default_rng(seed)
-    order, cut = rng.permutation(len(z)), min(TRAIN_ROWS, len(z) * 2 // 3)
-    train, test = order[:cut], order[cut : cut + TEST_ROWS]
-    scores: dict[str, float] = {}
-    matrices: dict[str, np.ndarray] = {}
-    if {"mig", "modularity"} & set(metrics):
-        matrices["mutual_information"] = information = mutual_information(z[train], v[train])
-    if "mig" in metrics:
-        entropies = [entropy(np.unique(factor, return_counts=True)[1]) for factor in v[train].T]
-        scores["mig"] = float((_gaps(information) / entropies).mean())
-    if "sap" in metrics:
-        linear = squared_correlation(z, v) if continuous_factors else predictability(z, v, train, test, seed)
-        matrices["predictability"], scores["sap"] = linear, float(_gaps(linear).mean())
-    if "dci" in metrics:
+    scored = _Scored(z, v, continuous_factors, classifier, seed, progress)
+    scores = {name: score for m in METRICS if m in metrics for name, score in getattr(scored, m)().items()}
+    labels = [f"z{i}" for i in range(z.shape[1])]
+    tables = {name: pd.DataFrame(m, index=labels, columns=names) for name, m in scored.matrices.items()}
+    return Disentanglement(pd.Series(scores, name="score"), tables)
+
+
+class _Scored:
+    """Codes z [rows, codes] and factors v [rows, factors]: a method for each of `METRICS`, and its matrices."""
+
+    def __init__(
+        self,
+        z: np.ndarray,
+        v: np.ndarray,
+        continuous_factors: bool,
+        classifier: Callable[[], Any] | None,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        self.z, self.v, self.continuous_factors = z, v, continuous_factors
+        self.classifier, self.seed, self.progress = classifier, seed, progress
+        self.rng = np.random.default_rng(seed)
+        order, cut = self.rng.permutation(len(z)), min(TRAIN_ROWS, len(z) * 2 // 3)
+        self.train, self.test = order[:cut], order[cut : cut + TEST_ROWS]
+        self.matrices: dict[str, np.ndarray] = {}
+
+    def information(self) -> np.ndarray:
+        if "mutual_information" not in self.matrices:
+            found = mutual_information(self.z[self.train], self.v[self.train])
+            self.matrices["mutual_information"] = found
+        return self.matrices["mutual_information"]
+
+    def mig(self) -> dict[str, float]:
+        entropies = [entropy(np.unique(factor, return_counts=True)[1]) for factor in self.v[self.train].T]
+        return {"mig": float((_gaps(self.information()) / entropies).mean())}
+
+    def sap(self) -> dict[str, float]:
+        if self.continuous_factors:
+            linear = squared_correlation(self.z, self.v)
+        else:
+            linear = predictability(self.z, self.v, self.train, self.test, self.seed)
+        self.matrices["predictability"] = linear
+        return {"sap": float(_gaps(linear).mean())}
+
+    def dci(self) -> dict[str, float]:
         from sklearn.ensemble import GradientBoostingClassifier
 
-        make = classifier or (lambda: GradientBoostingClassifier(random_state=seed))
-        matrices["importance"], accuracy = importances(z, v, train, test, make, progress=progress)
-        scores["dci_disentanglement"] = dci_disentanglement(matrices["importance"])
-        scores["dci_completeness"] = dci_completeness(matrices["importance"])
-        scores["dci_informativeness"] = accuracy
-    if "factor_vae" in metrics:
-        scores["factor_vae"] = factor_vae_score(z, v, rng)
-    if "modularity" in metrics:
-        scores["modularity"] = modularity(matrices["mutual_information"])
-    labels = [f"z{i}" for i in range(z.shape[1])]
-    tables = {name: pd.DataFrame(m, index=labels, columns=names) for name, m in matrices.items()}
-    return Disentanglement(pd.Series(scores, name="score"), tables)
+        make = self.classifier or (lambda: GradientBoostingClassifier(random_state=self.seed))
+        found, accuracy = importances(self.z, self.v, self.train, self.test, make, progress=self.progress)
+        self.matrices["importance"] = found
+        return {
+            "dci_disentanglement": dci_disentanglement(found),
+            "dci_completeness": dci_completeness(found),
+            "dci_informativeness": accuracy,
+        }
+
+    def factor_vae(self) -> dict[str, float]:
+        return {"factor_vae": factor_vae_score(self.z, self.v, self.rng)}
+
+    def modularity(self) -> dict[str, float]:
+        return {"modularity": modularity(self.information())}
 
 
 def mutual_information(z: np.ndarray, v: np.ndarray) -> np.ndarray:

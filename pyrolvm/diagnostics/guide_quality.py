@@ -107,7 +107,7 @@ class Diagnosis(KhatReport):
         names = [FIRST, *(name for name in MEASURES if name != FIRST)]
         found = [s for name in names if name in self.reports for s in self.reports[name].sentences]
         points = [self.verdict] if self.points else []
-        return points + found + [f"Not computed: {what} ({why})." for what, why in self.not_done.items()]
+        return points + found + _not_computed(self.not_done)
 
     @property
     def paragraph(self) -> str:
@@ -125,6 +125,18 @@ class Diagnosis(KhatReport):
     def __repr__(self) -> str:
         lines = [f"Diagnosis: {self.verdict}", *(s for s in self.sentences if s != self.verdict)]
         return "\n  ".join(lines)
+
+
+def _not_computed(reasons: Mapping[str, str]) -> list[str]:
+    """A sentence for each reason, with all measures that are refused for want of the same thing."""
+    wanting: dict[str, list[str]] = {}
+    for what, why in reasons.items():
+        wanting.setdefault(why.partition(" needs ")[2] or why, []).append(what)
+    found = []
+    for same, names in wanting.items():
+        why = reasons[names[0]] if len(names) == 1 else f"each needs {same}"
+        found.append(f"Not computed: {', '.join(names)} ({why}).")
+    return found
 
 
 def diagnose(
@@ -173,7 +185,7 @@ def diagnose(
     wanted = {"gaps": gaps, "reference": _is_wanted(reference)}
     names = [name for name in MEASURES if wanted.get(name, True)]
     pair = fitted.pair(x)
-    part, rows = _looked_at(pair, count("max_rows", max_rows), seed)
+    part, rows = looked_at(pair, count("max_rows", max_rows), seed)
     options = {"seed": seed, "progress": progress}
     asked = Asked(fitted, pair, part, rows, num_samples, reference, statistics, options)
     reports: dict[str, Any] = {}
@@ -193,7 +205,7 @@ def diagnose(
     return Diagnosis(reports, refused, rows.to_numpy(), pair.num_rows, num_samples, tempered, points)
 
 
-def _looked_at(pair: Pair, max_rows: int, seed: int) -> tuple[Pair, pd.Index]:
+def looked_at(pair: Pair, max_rows: int, seed: int) -> tuple[Pair, pd.Index]:
     """The rows that are looked at one by one, and their numbers."""
     rows = np.arange(pair.num_rows)
     if pair.structure.chunkable and len(rows) > max_rows:

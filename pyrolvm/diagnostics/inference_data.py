@@ -36,6 +36,8 @@ def to_inference_data(
     x: Any,
     *,
     num_samples: int = 500,
+    prior_samples: int | None = None,
+    rows: Sequence[int] | None = None,
     groups: Sequence[str] = GROUPS,
     dims: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
@@ -71,6 +73,10 @@ def to_inference_data(
     ----------
     num_samples : int
         Draws.
+    prior_samples : int, optional
+        Draws of the two groups of the prior; `num_samples` by default.
+    rows : sequence of int, optional
+        The numbers of the rows that are wanted, which then name them; all by default.
     groups : list of str
         Those wanted. What is not is not kept in memory; predictions and likelihoods hold
         num_samples x rows (x features) numbers.
@@ -84,7 +90,7 @@ def to_inference_data(
     Raises
     ------
     SettingError
-        An unknown group, dims that do not fit, or more numbers than the machine's memory holds.
+        An unknown group or row, dims that do not fit, or more numbers than the machine's memory holds.
     ProgramError
         The model sums out latents that are not inside its data plate.
     DataError
@@ -92,7 +98,9 @@ def to_inference_data(
     """
     from pyrolvm.diagnostics.collect import collect
 
-    return to_arviz(*collect(fitted, x, num_samples, _known(groups), dims or {}, seed, progress=progress))
+    return to_arviz(
+        *collect(fitted, x, num_samples, prior_samples, rows, _known(groups), dims or {}, seed, progress)
+    )
 
 
 def _known(groups: Sequence[str]) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class Measure(IntEnum):
     RESTARTS = 8
     ROWS = 9
     GRADIENTS = 10
+    EXPORT = 11
 
 
 def measure_seed(seed: int, measure: Measure, *index: int) -> int:

@@ -71,20 +71,7 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
     p, p_kind = _marginals(p_node["fn"])
     event_dims = len(q_node["fn"].event_shape)
     if isinstance(q, Delta):
-        # of a function of an auxiliary: the Delta has the Jacobian, the auxiliary the rest
-        sources = {name, f"{name}_unconstrained", f"{name}_aux"}
-        drawn = {
-            s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary") and pair.is_local(s)
-        }
-        if drawn and not drawn & sources:  # one vector for all latents of a datum
-            if len(pair.structure.local_latents) > 1:
-                raise ProgramError(
-                    f"the guide draws '{name}' together with other latents: its own KL is not known"
-                )
-            sources |= drawn
-        log_q = pair.log_prob(guide, lambda s: s["name"] in sources)
-        log_p = pair.log_prob(model, lambda s: s["name"] == name)
-        return (log_q - log_p).unsqueeze(-1), "monte carlo"
+        return _of_auxiliary(pair, model, guide, name), "monte carlo"
     if q.event_shape or p.event_shape:
         q, p, kind = _moments(q), _moments(p), "moments"
     elif p_kind == "marginal":
@@ -97,6 +84,21 @@ def site_kl(pair: Pair, model: Trace, guide: Trace, name: str) -> tuple[Tensor, 
         value = q_node["value"]
         difference = q.log_prob(value) - p.log_prob(value)
         return pair.spread(q_node, difference, event_dims).double(), "monte carlo"
+
+
+def _of_auxiliary(pair: Pair, model: Trace, guide: Trace, name: str) -> Tensor:
+    """log q - log p [draws, rows, 1] of a function of an auxiliary: the Delta has the Jacobian, the latter the rest."""
+    sources = {name, f"{name}_unconstrained", f"{name}_aux"}
+    drawn = {s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary") and pair.is_local(s)}
+    if drawn and not drawn & sources:  # one vector for all latents of a datum
+        if len(pair.structure.local_latents) > 1:
+            raise ProgramError(
+                f"the guide draws '{name}' together with other latents: its own KL is not known"
+            )
+        sources |= drawn
+    log_q = pair.log_prob(guide, lambda s: s["name"] in sources)
+    log_p = pair.log_prob(model, lambda s: s["name"] == name)
+    return (log_q - log_p).unsqueeze(-1)
 
 
 def base_of(fn: Distribution) -> Distribution:

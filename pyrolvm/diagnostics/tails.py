@@ -208,30 +208,36 @@ def global_khat(
     names = judged_together(structure)
     if reason := _why_not(fitted, pair, names):
         return GlobalTail(None, names, reason, num_samples, joint)
-    chunks = [pair] if joint else list(pair.chunks(num_samples))
-    inner = num_inner if structure.local_latents and not joint else 1
-    totals, variances = [], []
+    inner = None if joint else num_inner if structure.local_latents else 1
     bars = progress_bar("k-hat, shared latents", num_samples, enabled=progress, unit="draws", after=PATIENCE)
     with bars as bar, noise(pair, seed, Measure.SHARED_KHAT):
-        for model, guide, draws in joint_draws(chunks[0], num_samples):
-            shared: Any = {s["name"]: s["value"] for s in sample_sites(guide) if not pair.is_local(s)}
-            outside = _log_ratio(pair, model, guide, lambda s: not pair.is_local(s))[:, 0]
-            if joint:
-                inside = _log_ratio(pair, model, guide, pair.is_local).sum(1)
-                variance = torch.zeros_like(outside)
-                bar.advance(draws)
-            else:
-                inside, variance = _integrated(chunks, shared, draws, inner, bar)
-            totals.append(outside + inside)
-            variances.append(variance)
-    error = float(torch.cat(variances).mean().sqrt())
+        log_weight, variance = _shared_weights(pair, num_samples, inner, bar)
+    error = float(variance.mean().sqrt())
     if error > NOISE_LIMIT:
         reason = (
             f"integrating out the latents of each datum leaves {error:.1f} nats of noise in the weights: raise "
             "num_inner, or improve the guide of each datum"
         )
         return GlobalTail(None, names, reason, num_samples)
-    return GlobalTail(float(pareto_khat(torch.cat(totals).unsqueeze(1))), names, "", num_samples, joint)
+    return GlobalTail(float(pareto_khat(log_weight.unsqueeze(1))), names, "", num_samples, joint)
+
+
+def _shared_weights(pair: Pair, num_samples: int, inner: int | None, bar: Bar) -> tuple[Tensor, Tensor]:
+    """log p(x, g) / q(g) [num_samples] and its variance; without `inner` draws of the rest, of all latents together."""
+    chunks = [pair] if inner is None else list(pair.chunks(num_samples))
+    totals, variances = [], []
+    for model, guide, draws in joint_draws(chunks[0], num_samples):
+        shared: Any = {s["name"]: s["value"] for s in sample_sites(guide) if not pair.is_local(s)}
+        outside = _log_ratio(pair, model, guide, lambda s: not pair.is_local(s))[:, 0]
+        if inner is None:
+            inside = _log_ratio(pair, model, guide, pair.is_local).sum(1)
+            variance = torch.zeros_like(outside)
+            bar.advance(draws)
+        else:
+            inside, variance = _integrated(chunks, shared, draws, inner, bar)
+        totals.append(outside + inside)
+        variances.append(variance)
+    return torch.cat(totals), torch.cat(variances)
 
 
 def judged_together(structure: Structure) -> tuple[str, ...]:

@@ -41,12 +41,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import count, one_of, positive
+from pyrolvm.errors import one_of, positive
 from pyrolvm.models.alignment import match_components
-from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
-from pyrolvm.models.gmm import Covariance
+from pyrolvm.models.gaussian_components import Covariance, GaussianComponents
 from pyrolvm.models.priors import InverseWishartCholesky, covariance_prior, inverse_chi, normal_component
-from pyrolvm.models.starts import Clusters, as_columns, kmeans_clusters, moments
+from pyrolvm.models.starts import Clusters, as_columns, kmeans_clusters
 from pyrolvm.models.stick_breaking import StickBreaking
 
 WeightsPrior = Literal["dirichlet", "stick_breaking"]
@@ -54,7 +53,7 @@ WeightsPrior = Literal["dirichlet", "stick_breaking"]
 MOST_START_ROWS = 2**13  # that coordinate ascent looks at
 
 
-class BayesianGaussianMixture(LatentVariableModel):
+class BayesianGaussianMixture(GaussianComponents):
     """At most `num_components` Gaussians over data [batch, data_dim] (or [batch] if it is 1), and their posterior.
 
     Parameters
@@ -83,9 +82,6 @@ class BayesianGaussianMixture(LatentVariableModel):
     mean 0 and variance 1.
     """
 
-    location: Tensor  # m [data_dim]
-    unit: Tensor  # s [data_dim]
-
     def __init__(
         self,
         data_dim: int,
@@ -96,22 +92,18 @@ class BayesianGaussianMixture(LatentVariableModel):
         mean_precision: float = 1.0,
         spread: float = 1.0,
     ):
-        super().__init__()
-        D, K = count("data_dim", data_dim), count("num_components", num_components)
-        self.data_dim, self.num_components = D, K
-        self.covariance = one_of("covariance", covariance, get_args(Covariance))
+        super().__init__(data_dim, num_components, covariance)
+        D, K = self.data_dim, self.num_components
         self.weights_prior = one_of("weights_prior", weights_prior, get_args(WeightsPrior))
         self.concentration = positive("concentration", 1 / K if concentration is None else concentration)
         self.mean_precision = positive("mean_precision", mean_precision)
         self.spread = positive("spread", spread)
-        self.register_buffer("location", torch.zeros(D))
-        self.register_buffer("unit", torch.ones(D))
         # of q; means and roots of covariances in units of s
         num_weights = K if weights_prior == "dirichlet" else 2 * (K - 1)
         self.log_counts = nn.Parameter(torch.zeros(num_weights))  # alpha, or a and b
         self.raw_means = nn.Parameter(torch.randn(K, D))  # (m_k - m) / s
         self.log_precision = nn.Parameter(torch.zeros(K))  # kappa_k
-        shape = {"full": (K, D, D), "diagonal": (K, D), "spherical": (K, 1)}[covariance]
+        shape = self.scale_shape
         self.log_df = nn.Parameter(torch.full(shape[:1] if covariance == "full" else shape, math.log(3.0)))
         self.raw_scale = nn.Parameter(torch.zeros(shape))  # C_k, its diagonal in logs
 
@@ -183,11 +175,6 @@ class BayesianGaussianMixture(LatentVariableModel):
         return self.weights_posterior().mean_weights
 
     @property
-    def means(self) -> Tensor:
-        """E[mu] under q [num_components, data_dim]."""
-        return self.location + self.unit * self.raw_means
-
-    @property
     def scale_tril(self) -> Tensor:
         """Cholesky factors C_k [num_components, data_dim, data_dim] of E[Sigma_k^-1]^-1 under q."""
         if self.covariance == "full":
@@ -222,8 +209,7 @@ class BayesianGaussianMixture(LatentVariableModel):
     @torch.no_grad()
     def effective_components(self, x: Tensor) -> int:
         """How many components hold at least one of the data `x` [rows, data_dim], by their responsibilities."""
-        held = torch.stack([self.responsibilities(part).sum(0) for part in x.split(2**16)]).sum(0)  # [K]
-        return int((held >= 1).sum())
+        return int((self.counts(x) >= 1).sum())
 
     # ------------------------------------------------------------------ the start: coordinate ascent
 
@@ -324,10 +310,7 @@ class BayesianGaussianMixture(LatentVariableModel):
         DataError
             For fewer different rows than components.
         """
-        x = as_columns(self.check_data(x), self.data_dim).to(self.unit)
-        location, unit = moments(x)
-        self.location.copy_(location)
-        self.unit.copy_(unit.square().mean().sqrt() if self.covariance == "spherical" else unit)
+        x = self.take_units(x)
         rows = x[:: -(-len(x) // MOST_START_ROWS)]
         joints = [_log_joint(c, rows) for c in kmeans_clusters(x, self.num_components, seed, num_starts)]
         r = max(joints, key=lambda joint: float(joint.logsumexp(-1).mean())).softmax(-1)
@@ -362,13 +345,6 @@ class BayesianGaussianMixture(LatentVariableModel):
         order = torch.stack(orders)  # [S, K]
         row = torch.arange(len(order), device=order.device).unsqueeze(-1)
         return {name: draws[name][row, order] for name in ("log_weights", "means", "scale")}
-
-    def check_data(self, x: Tensor) -> Tensor:
-        """`x` as floats; raises `DataError` unless they are [rows, data_dim] and finite."""
-        rows = as_columns(x, self.data_dim)
-        check_columns(rows, self.data_dim, type(self).__name__)
-        check_finite(rows)
-        return self.as_floats(x)
 
 
 def _log_joint(clusters: Clusters, x: Tensor) -> Tensor:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import DataError, ProgramError, count
+from pyrolvm.errors import DataError, ProgramError, SettingError, count
 from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
 from pyrolvm.models.code_networks import make_code_networks
 from pyrolvm.models.code_priors import CodePrior, make_code_prior
 from pyrolvm.models.codebook import Codebook, perplexity_of
 from pyrolvm.models.likelihoods import Likelihood, make_likelihood
 from pyrolvm.models.make import start_decoder
+from pyrolvm.models.pieces import plain
 
 MOST_STATES = 2**14
 """The most settings of a datum's codes that `log_marginal` sums over."""
+
+
+Same = TypeVar("Same", bound="CodeModel")
 
 
 class CodeModel(LatentVariableModel):
@@ -33,7 +38,11 @@ class CodeModel(LatentVariableModel):
         Height and width of the codes of a datum.
     num_codes : int
         Codes of a datum, height * width.
+    hold : bool
+        Whether a fit trains the prior alone.
     """
+
+    hold = False
 
     def __init__(
         self,
@@ -65,6 +74,43 @@ class CodeModel(LatentVariableModel):
     def codebook_size(self) -> int:
         """K."""
         return self.codebook.codebook_size
+
+    # ------------------------------------------------------------------ the second fit, of the prior
+
+    def with_prior(self: Same, prior: str | CodePrior) -> Same:
+        """A copy with another prior, the only part of it that a fit trains.
+
+        Parameters
+        ----------
+        prior : str or CodePrior
+            As of the constructor.
+
+        Examples
+        --------
+        `second = pyrolvm.fit(first.model.with_prior("pixelcnn"), x)`
+        """
+        other = copy.deepcopy(self)
+        other.code_prior = make_code_prior(prior, self.codebook_size, self.grid).to(self.codebook.vectors)
+        other.constructor = {**self.constructor, "prior": plain(prior), "hold": True}
+        other.fresh = False
+        other._hold()
+        return other
+
+    def _hold(self) -> None:
+        """Train the prior alone."""
+        self.hold = True
+        prior = {id(p) for p in self.code_prior.parameters()}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in prior)
+        self.train(self.training)
+
+    def train(self: Same, mode: bool = True) -> Same:
+        """As of any module; what is held stays in evaluation mode."""
+        super().train(mode)
+        if self.hold:
+            self.encoder.eval()
+            self.decoder.eval()
+        return self
 
     # ------------------------------------------------------------------ the parts of the program
 
@@ -140,7 +186,17 @@ class CodeModel(LatentVariableModel):
         x : Tensor [rows, data_dim]
         seed : int
             Of the choice of outputs.
+
+        Raises
+        ------
+        SettingError
+            If all but the prior is held, since nothing is trained yet.
         """
+        if self.hold:
+            raise SettingError(
+                "hold=True trains the prior of a model that is fitted: leave it out, or use "
+                "fitted.model.with_prior('pixelcnn')"
+            )
         x = self.check_data(x)
         start = self.likelihood.start(x)
         if start is not None:

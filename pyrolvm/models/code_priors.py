@@ -21,7 +21,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding, one_hot, pad
 
 from pyrolvm.errors import SettingError, count
 from pyrolvm.models.pieces import Piece, make_piece
@@ -134,6 +134,58 @@ class Autoregressive(dist.TorchDistribution):
         for place in range(self.places):
             codes[:, place] = choose(self.logits(codes)[:, place])
         return codes
+
+
+class OneHot(dist.TorchDistribution):
+    """A prior over codes [places] as one over one-hot vectors [places, K].
+
+    Parameters
+    ----------
+    codes : distribution
+        With event [places].
+    codebook_size : int
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own name and form)
+    support = constraints.independent(constraints.one_hot, 1)
+
+    def __init__(self, codes: dist.TorchDistribution, codebook_size: int, like: Tensor) -> None:
+        self.codes, self.codebook_size, self.like = codes, codebook_size, like
+        event = torch.Size((*codes.event_shape, codebook_size))
+        super().__init__(codes.batch_shape, event, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> OneHot:
+        """The same for more rows."""
+        return OneHot(self.codes.expand(torch.Size(batch_shape)), self.codebook_size, self.like)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """[...], nats, for one-hot codes [..., places, K]."""
+        return self.codes.log_prob(value.argmax(-1))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
+        """One-hot codes [*sample_shape, *batch_shape, places, K]."""
+        return self._vectors(self.codes.sample(torch.Size(sample_shape)))
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """[K^places, *batch or ones, places, K]."""
+        return all_settings(self, self.like, expand)
+
+    @property
+    def mean(self) -> Tensor:
+        """One-hot codes: an average means nothing."""
+        return self._vectors(self.codes.mean)
+
+    def _vectors(self, codes: Tensor) -> Tensor:
+        return one_hot(codes.long(), self.codebook_size).to(self.like)
+
+
+def all_settings(codes: dist.TorchDistribution, like: Tensor, expand: bool) -> Tensor:
+    """All one-hot codes of a distribution with event [places, K]: [K^places, *batch or ones, places, K]."""
+    places, size = codes.event_shape
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    every = torch.cartesian_prod(*[torch.arange(size, device=eye.device)] * places).reshape(-1, places)
+    states = eye[every].reshape(-1, *(1,) * len(codes.batch_shape), places, size)
+    return states.expand(-1, *codes.batch_shape, -1, -1) if expand else states
 
 
 class GatedLayer(nn.Module):

@@ -40,14 +40,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyrolvm.errors import DivergenceError, count, one_of
+from pyrolvm.errors import DivergenceError, one_of
 from pyrolvm.models.alignment import match_components
-from pyrolvm.models.base import LatentVariableModel, check_columns, check_finite
 from pyrolvm.models.baselines import InputBaseline, ScalarBaseline, baseline_options
+from pyrolvm.models.gaussian_components import Covariance, GaussianComponents
 from pyrolvm.models.priors import covariance_prior, normal_component
-from pyrolvm.models.starts import Clusters, as_columns, kmeans_clusters, moments
+from pyrolvm.models.starts import Clusters, as_columns, kmeans_clusters
 
-Covariance = Literal["full", "diagonal", "spherical"]
 Assignments = Literal["enumerated", "sampled"]
 Prior = Literal["none", "conjugate"]
 Baseline = Literal["none", "scalar", "input"]
@@ -55,7 +54,7 @@ Baseline = Literal["none", "scalar", "input"]
 FLOOR = 1e-3  # the smallest standard deviation of a component, in standard deviations of the data
 
 
-class GaussianMixture(LatentVariableModel):
+class GaussianMixture(GaussianComponents):
     """A mixture of `num_components` Gaussians over data [batch, data_dim] (or [batch] if data_dim is 1).
 
     Parameters
@@ -83,8 +82,6 @@ class GaussianMixture(LatentVariableModel):
     taken to have mean 0 and variance 1.
     """
 
-    location: Tensor  # [data_dim], the data's mean: parameters live in standardised units
-    unit: Tensor  # [data_dim], the data's standard deviation
     pairs: Tensor  # [2, num_pairs], the products x_i x_j that the guide's logits see
 
     def __init__(
@@ -96,19 +93,14 @@ class GaussianMixture(LatentVariableModel):
         prior: Prior = "none",
         baseline: Baseline = "scalar",
     ):
-        super().__init__()
-        D, K = count("data_dim", data_dim), count("num_components", num_components)
-        self.data_dim, self.num_components = D, K
-        self.covariance = one_of("covariance", covariance, get_args(Covariance))
+        super().__init__(data_dim, num_components, covariance)
+        D, K = self.data_dim, self.num_components
         self.assignments = one_of("assignments", assignments, get_args(Assignments))
         self.prior = one_of("prior", prior, get_args(Prior))
         one_of("baseline", baseline, get_args(Baseline))
-        self.register_buffer("location", torch.zeros(D))
-        self.register_buffer("unit", torch.ones(D))
         self.weight_logits = nn.Parameter(torch.zeros(K))
         self.raw_means = nn.Parameter(torch.randn(K, D))
-        shape = {"full": (K, D, D), "diagonal": (K, D), "spherical": (K, 1)}[covariance]
-        self.raw_scale = nn.Parameter(torch.zeros(shape))
+        self.raw_scale = nn.Parameter(torch.zeros(self.scale_shape))
         if assignments == "sampled":
             squares = torch.arange(D).repeat(2, 1)
             self.register_buffer("pairs", torch.triu_indices(D, D) if covariance == "full" else squares)
@@ -163,11 +155,6 @@ class GaussianMixture(LatentVariableModel):
     def weights(self) -> Tensor:
         """Component weights pi [num_components]."""
         return self.weight_logits.softmax(-1)
-
-    @property
-    def means(self) -> Tensor:
-        """Component means [num_components, data_dim]."""
-        return self.location + self.unit * self.raw_means
 
     @property
     def scale(self) -> Tensor:
@@ -244,10 +231,7 @@ class GaussianMixture(LatentVariableModel):
         -----
         Sets the units to the data's mean and deviation, and q(z | x) to the exact responsibilities.
         """
-        x = as_columns(self.check_data(x), self.data_dim).to(self.unit)
-        location, unit = moments(x)
-        self.location.copy_(location)
-        self.unit.copy_(unit.square().mean().sqrt() if self.covariance == "spherical" else unit)
+        x = self.take_units(x)
         clusters = kmeans_clusters(x, self.num_components, seed, num_starts)
         self.set_components(*max(clusters, key=lambda c: self._set_and_score(c, x)))
         if self.assignments == "sampled":
@@ -309,21 +293,13 @@ class GaussianMixture(LatentVariableModel):
 
     def _collapsed(self, x: Tensor, needed: int) -> list[str]:
         """A sentence for each component with fewer than `needed` data or a variance at the floor."""
-        counts = torch.stack([self.responsibilities(part).sum(0) for part in x.split(2**16)]).sum(0)  # [K]
         return [
             f"component {k} holds {count:.3g} of {len(x)} data and its smallest variance is {variance:.1e} "
             "times the data's: use fewer components, a simpler covariance, or prior='conjugate'"
-            for k, (count, variance) in enumerate(zip(counts, self._narrowest(), strict=True))
+            for k, (count, variance) in enumerate(zip(self.counts(x), self._narrowest(), strict=True))
             if count < needed or variance < 10 * FLOOR**2
         ]
 
     def _narrowest(self) -> Tensor:
         """The smallest eigenvalue [K] of each covariance, in variances of the data."""
         return torch.linalg.matrix_norm(self.scale_tril / self.unit.unsqueeze(-1), ord=-2) ** 2
-
-    def check_data(self, x: Tensor) -> Tensor:
-        """`x` as floats; raises `DataError` unless they are [rows, data_dim] and finite."""
-        rows = as_columns(x, self.data_dim)
-        check_columns(rows, self.data_dim, type(self).__name__)
-        check_finite(rows)
-        return self.as_floats(x)

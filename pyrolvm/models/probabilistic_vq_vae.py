@@ -2,13 +2,14 @@
 
 Generative story, for each of N rows, with a codebook of K vectors e_k:
 
-    z_m ~ Categorical(logits = prior_m)            m = 1, ..., num_codes; z_m a one-hot vector [K]
+    z ~ p(z)                                       num_codes one-hot vectors z_m [K], on a grid
     x | z ~ N(decoder(z e), noise_scale^2 I)       likelihood="gaussian", or another
 
     q(z_m = k | x) = softmax_k(-precision |h_m(x) - e_k|^2),          h(x) the outputs of the encoder
 
-The same networks as the VQ-VAE's; but the guide is a distribution, whose precision is learned, and the bound
-(Sonderby, Poole and Mnih 2017)
+The prior has learned logits for each place, or is autoregressive over the grid (`code_priors.py`), fitted beside the
+rest or in a second run with everything else held (`with_prior`). The networks are those of the VQ-VAE; but the guide is
+a distribution, whose precision is learned, and the bound (Sonderby, Poole and Mnih 2017)
 
     log p(x) >= E_q [log p(x | z)] - KL(q(z | x) || p(z))
 
@@ -33,8 +34,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import DataError, one_of
+from pyrolvm.errors import DataError
 from pyrolvm.models.code_model import CodeModel
+from pyrolvm.models.code_priors import CodePrior, OneHot, all_settings
 from pyrolvm.models.codebook import Codebook
 from pyrolvm.models.likelihoods import Likelihood
 
@@ -57,11 +59,7 @@ class OneHotCodes(dist.Independent):
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """[K^num_codes, *batch or ones, num_codes, K]."""
-        places, size = self.event_shape
-        eye = torch.eye(size, dtype=self.base_dist.logits.dtype, device=self.base_dist.logits.device)
-        every = torch.cartesian_prod(*[torch.arange(size, device=eye.device)] * places).reshape(-1, places)
-        states = eye[every].reshape(-1, *(1,) * len(self.batch_shape), places, size)
-        return states.expand(-1, *self.batch_shape, -1, -1) if expand else states
+        return all_settings(self, self.base_dist.logits, expand)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> OneHotCodes:
         """The same for more rows."""
@@ -77,8 +75,11 @@ class ProbabilisticVQVAE(CodeModel):
         As in `VQVAE`.
     noise_scale, hidden, activation, image_shape, channels
         As in `VQVAE`.
-    prior : {"learned", "uniform"}
-        p(z): a learned distribution at each place, or every code alike.
+    prior : str or CodePrior
+        p(z), of `pyrolvm.models.code_priors.CODE_PRIORS`, with its settings: a learned distribution at each place by
+        default, every code alike ("uniform"), or autoregressive over the grid ("pixelcnn:6,channels=64").
+    hold : bool
+        Train the prior alone; `with_prior` makes such a model.
 
     Raises
     ------
@@ -102,18 +103,20 @@ class ProbabilisticVQVAE(CodeModel):
         activation: str = "relu",
         image_shape: Sequence[int] | None = None,
         channels: Sequence[int] = (32, 64),
-        prior: str = "learned",
+        prior: str | CodePrior = "learned",
+        hold: bool = False,
     ) -> None:
         codebook = Codebook(codebook_size, code_dim, "gradient", revive_below=0)
         nets = (encoder, decoder, noise_scale, hidden, activation, image_shape, channels)
-        one_of("prior", prior, ("learned", "uniform"))
         super().__init__(data_dim, num_codes, codebook, likelihood, *nets, prior)
         self.log_precision = nn.Parameter(torch.zeros(()))
+        if hold:
+            self._hold()
 
     def model(self, x: Tensor | None = None) -> Tensor:
         """p(x, z); `x`: [batch, data_dim] or None to generate. Returns x."""
         with self.data_plate(x):
-            z = pyro.sample("z", OneHotCodes(self.code_prior.logits))  # [batch, num_codes, K]
+            z = pyro.sample("z", self.prior_dist())  # [batch, num_codes, K]
             return pyro.sample("x", self.likelihood_dist(self.vectors_of(z)), obs=x)  # [batch, data_dim]
 
     def guide(self, x: Tensor | None = None) -> Tensor:
@@ -123,6 +126,13 @@ class ProbabilisticVQVAE(CodeModel):
         with self.data_plate(x):
             infer: Any = {"enumerate": "parallel"} if self.summed else {}
             return pyro.sample("z", self.posterior_dist(x), infer=infer)
+
+    def prior_dist(self) -> dist.TorchDistribution:
+        """p(z), event [num_codes, K]."""
+        prior = self.code_prior
+        if isinstance(prior.logits, Tensor):  # places that are independent of each other
+            return OneHotCodes(prior.logits)
+        return OneHot(prior(), self.codebook_size, self.codebook.vectors)
 
     def posterior_dist(self, x: Tensor) -> OneHotCodes:
         """q(z | x) for x [..., data_dim], event [num_codes, K]."""
@@ -138,8 +148,11 @@ class ProbabilisticVQVAE(CodeModel):
         return self.codebook_size**self.num_codes <= MOST_SUMMED
 
     def objective(self) -> str:
-        """The sum over all codes where they are few, else the score function of several draws."""
-        return "enum" if self.summed else "vimco"
+        """The sum over all codes where they are few, else the score function of several draws.
+
+        Where the prior alone is trained no gradient goes through a draw, and one of the plain ELBO will do.
+        """
+        return "enum" if self.summed else "trace" if self.hold else "vimco"
 
     @torch.no_grad()
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:

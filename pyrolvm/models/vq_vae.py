@@ -31,7 +31,6 @@ A. van den Oord, O. Vinyals and K. Kavukcuoglu, "Neural discrete representation 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Literal
 
@@ -40,12 +39,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrolvm.errors import DataError, SettingError, positive
+from pyrolvm.errors import DataError, positive
 from pyrolvm.models.code_model import CodeModel
-from pyrolvm.models.code_priors import CodePrior, make_code_prior
+from pyrolvm.models.code_priors import CodePrior
 from pyrolvm.models.codebook import Codebook
 from pyrolvm.models.likelihoods import Likelihood
-from pyrolvm.models.pieces import plain
 
 
 class VQVAE(CodeModel):
@@ -116,8 +114,7 @@ class VQVAE(CodeModel):
         nets = (encoder, decoder, noise_scale, hidden, activation, image_shape, channels)
         super().__init__(data_dim, num_codes, codebook, likelihood, *nets, prior)
         self.commitment = 0.0 if commitment == 0 else positive("commitment", commitment)
-        self.hold = bool(hold)
-        if self.hold:
+        if hold:
             self._hold()
 
     def model(self, x: Tensor | None = None) -> Tensor:
@@ -166,44 +163,3 @@ class VQVAE(CodeModel):
         x = self.as_data(x)
         codes = self.codes(x)
         return self.likelihood_dist(self.codebook(codes)).log_prob(x) + self.code_prior().log_prob(codes)
-
-    def with_prior(self, prior: str | CodePrior) -> VQVAE:
-        """A copy with another prior, the only part of it that a fit trains.
-
-        Parameters
-        ----------
-        prior : str or CodePrior
-            As of the constructor.
-
-        Examples
-        --------
-        `second = pyrolvm.fit(first.model.with_prior("pixelcnn"), x)`
-        """
-        other = copy.deepcopy(self)
-        other.code_prior = make_code_prior(prior, self.codebook_size, self.grid).to(self.codebook.vectors)
-        other.constructor = {**self.constructor, "prior": plain(prior), "hold": True}
-        other.hold, other.fresh = True, False
-        other._hold()
-        return other
-
-    def _hold(self) -> None:
-        for part in (self.encoder, self.decoder, self.codebook, self.likelihood):
-            part.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> VQVAE:
-        """As of any module; what is held stays in evaluation mode."""
-        super().train(mode)
-        if getattr(self, "hold", False):
-            self.encoder.eval()
-            self.decoder.eval()
-        return self
-
-    def initialise_from(self, x: Tensor, seed: int = 0) -> None:
-        """As of `CodeModel`; refused if all but the prior is held, since nothing is trained yet."""
-        if self.hold:
-            raise SettingError(
-                "hold=True trains the prior of a model that is fitted: leave it out, or use "
-                "fitted.model.with_prior('pixelcnn')"
-            )
-        super().initialise_from(x, seed)

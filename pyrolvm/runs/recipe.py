@@ -166,13 +166,14 @@ class Preparation:
         as_vectors: bool = True,
         takes_labels: bool = False,
         streamed: bool = False,
+        transforms: list[Transform] | None = None,
     ) -> Prepared:
         """Split, then transform; a large file that would be copied for it is read as it is needed, if `streamed`.
 
         `as_vectors`: make each row, of whatever shape, a vector. `takes_labels`: the labels are data too, and their
-        classes are numbered.
+        classes are numbered. `transforms`: those of another run, in place of new ones.
         """
-        copied = self.standardise or self.binarise or self.validation is not None
+        copied = self.standardise or self.binarise or bool(transforms) or self.validation is not None
         dataset = source.read(streamed and copied) if dataset is None else dataset
         classes = classes_of(dataset) if takes_labels else None
         record = {
@@ -190,8 +191,10 @@ class Preparation:
         dataset = _numbered(dataset, classes)
         dataset = dataset.as_vectors() if as_vectors else dataset
         train, held_out = _split(dataset, self.validation, self.split_seed)
-        transforms: list[Transform] = []
-        if self.standardise:
+        known, transforms = transforms, list[Transform]()
+        if known is not None:
+            train, transforms = _transformed(train, known), known
+        elif self.standardise:
             train, *transforms = train.standardise(self.per_column)
         elif self.binarise:
             train, *transforms = train.binarise(self.threshold)

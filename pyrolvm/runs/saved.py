@@ -109,21 +109,8 @@ def read_config(path: Path, named: bool = True) -> dict[str, Any]:
     if not path.is_dir():
         raise RunFolderError(f"{path} is not a folder: name the folder that a run was saved in")
     begun = _command_begun(path)
-    if not (path / CONFIG).exists() and (path / CHECKPOINT / BEGUN).exists():
-        command = begun or "pyrolvm fit ..."
-        if states(path):
-            raise RunFolderError(f"the run in {path} is not finished: resume it with {command} --resume")
-        raise RunFolderError(
-            f"the run in {path} ended before its first checkpoint: start it again with {command} --overwrite"
-        )
-    config = read_json(path / CONFIG)
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise RunFolderError(f"{path / CONFIG} is not the record of a run")
-    # what was recorded beside the fit; a fit saved from Python may have nothing
-    config["run"] = config["run"] if isinstance(config.get("run"), dict) else {}
-    for key, kind in RECORD.items():
-        if key in config and not isinstance(config[key], kind):
-            raise RunFolderError(f"{path / CONFIG} is damaged: {key}={config[key]!r} is of the wrong type")
+    _check_finished(path, begun)
+    config = _checked(path, read_json(path / CONFIG))
     if begun not in (None, config["run"].get("command", begun)):
         warn_user(
             f"these are results of the earlier run in {path}: the one begun since is not finished ({begun})"
@@ -135,6 +122,29 @@ def read_config(path: Path, named: bool = True) -> dict[str, Any]:
             f"the run in {path} is of '{name}', a pair of your own, and a run folder executes nothing: name the pair, "
             f"--model {text} at the shell, model=... in Python"
         )
+    return config
+
+
+def _check_finished(path: Path, begun: str | None) -> None:
+    """Raise `RunFolderError` if the folder holds the checkpoint of a run and no result yet."""
+    if (path / CONFIG).exists() or not (path / CHECKPOINT / BEGUN).exists():
+        return
+    command = begun or "pyrolvm fit ..."
+    if states(path):
+        raise RunFolderError(f"the run in {path} is not finished: resume it with {command} --resume")
+    raise RunFolderError(
+        f"the run in {path} ended before its first checkpoint: start it again with {command} --overwrite"
+    )
+
+
+def _checked(path: Path, config: Any) -> dict[str, Any]:
+    """The record, of the types that it must have; "run" is what was recorded beside the fit, if anything."""
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise RunFolderError(f"{path / CONFIG} is not the record of a run")
+    config["run"] = config["run"] if isinstance(config.get("run"), dict) else {}
+    for key, kind in RECORD.items():
+        if key in config and not isinstance(config[key], kind):
+            raise RunFolderError(f"{path / CONFIG} is damaged: {key}={config[key]!r} is of the wrong type")
     return config
 
 

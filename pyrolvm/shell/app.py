@@ -47,6 +47,7 @@ for _command in (
     commands.sample,
     commands.encode,
     commands.posterior,
+    commands.most_probable,
     commands.reconstruct,
     latent.interpolate,
     latent.traverse,
@@ -61,4 +62,4 @@ for _command in (
     commands.models,
     commands.datasets,
 ):
-    app.command(_command.__name__)(_command)
+    app.command(_command.__name__.replace("_", "-"))(_command)

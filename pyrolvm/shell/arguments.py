@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import typing
 from inspect import Parameter
+from pathlib import Path
 from typing import Any
 
 from pyrolvm.errors import SettingError, did_you_mean
-from pyrolvm.runs import NamedModel
+from pyrolvm.runs import NamedModel, open_run
 from pyrolvm.shell.options import FIT, PREPARING
 from pyrolvm.shell.values import annotation_text, read_as
+
+TRANSFORMS = ("standardise", "standardise_overall", "binarise")
 
 
 def constructor_arguments(
@@ -39,6 +42,32 @@ def constructor_arguments(
         hints = {}
     read = {n: read_as(n, annotation_text(hints.get(n, Parameter.empty)), w) for n, w in words.items()}
     return from_data | read | settings
+
+
+def run_of_codes(run: str | None, named: NamedModel, own: dict[str, str], options: dict[str, Any]) -> Any:
+    """The run whose codes a prior is fitted to, None if there is none. Raises `SettingError` if it cannot be one."""
+    if run is None:
+        return None
+    first = open_run(Path(run))
+    if type(first.fitted.model) is not named.cls or not hasattr(first.fitted.model, "with_prior"):
+        raise SettingError(
+            f"codes_of={run} is a run of {type(first.fitted.model).__name__}: give the run of a model with a codebook, "
+            "and its name as MODEL"
+        )
+    if "prior" not in own:
+        raise SettingError(f"codes_of={run} needs the prior to fit to its codes, e.g. prior=pixelcnn")
+    other = next((n for n in [*own, *options.get("set", {})] if n != "prior"), None)
+    if other is not None:
+        raise SettingError(f"{other} is that of codes_of={run}: leave it out")
+    prepared = next((n for n in TRANSFORMS if options.get(n)), None)
+    if prepared is not None:
+        raise SettingError(f"the data are prepared as those of codes_of={run} were: leave {prepared} out")
+    return first
+
+
+def held(first: Any) -> dict[str, Any]:
+    """The constructor's arguments of a model of which the prior alone is trained."""
+    return {} if first is None else {**first.fitted.model.constructor, "hold": True}
 
 
 def _unknown(named: NamedModel, name: str) -> str:

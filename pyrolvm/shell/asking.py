@@ -150,6 +150,16 @@ class Question:
             codes |= {f"{name}_sd": sd for name, sd in deviations(fitted, self.dataset).items()}
         write_values(codes, self.out, beside=beside)
 
+    def most_probable(self) -> None:
+        """`pyrolvm most-probable`: a column for each site, one array if all have one value a row."""
+        found = self.fitted.most_probable(self.dataset)
+        sites = [s.name for s in self.fitted.structure.enumerated]
+        each = found if isinstance(found, dict) else {sites[0]: found}
+        values: Any = each
+        if all(v.dim() == 1 for v in each.values()):  # [rows, steps]
+            values, sites = torch.stack([*each.values()], 1), list(each)
+        write_values(values, self.out, sites, self._beside())
+
     def _beside(self) -> dict[str, Any]:
         """What identifies a row of an answer."""
         labels = self.dataset.labels
@@ -228,6 +238,7 @@ class Question:
         With `out`, k-hat and evidence of every row; of data larger than memory the rest is of a sample.
         """
         from pyrolvm.diagnostics import diagnose
+        from pyrolvm.diagnostics.affordable import affordable
         from pyrolvm.diagnostics.inference_data import save_inference_data, summarise, to_inference_data
 
         written = []
@@ -245,8 +256,18 @@ class Question:
             if diagnosis.k_hat is not None:
                 write_atomically(self.path / "k_hat.csv", diagnosis.k_hat.to_csv)
                 written.append("k_hat.csv")
-        shared = {k: options[k] for k in ("num_samples", "seed") if k in options}
-        idata = to_inference_data(self.fitted, self.dataset, **shared)
+        shared = {k: options[k] for k in ("num_samples", "max_rows", "seed") if k in options}
+        extent = affordable(self.fitted, self.fitted.pair(self.dataset), **shared)
+        idata = to_inference_data(
+            self.fitted,
+            self.dataset,
+            num_samples=extent.num_samples,
+            prior_samples=extent.prior_samples,
+            rows=extent.rows,
+            seed=options.get("seed", 0),
+        )
+        if extent.sentence:
+            note(f"inference_data.nc has {extent.sentence}.")
         written.append(save_inference_data(idata, self.path / "inference_data.nc").name)
         names = [site.name for site in self.fitted.structure.global_latents]
         summary = summarise(idata, names)

@@ -170,6 +170,23 @@ def posterior(
     question.posterior(overwrite, **given(shared, POSTERIOR))
 
 
+@sharing(READING, LOADING)
+def most_probable(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+    """The values of discrete latents that RUN sums out, most probable together for each row of DATA: of a chain a path.
+
+    -1 stands where a mask of the program leaves a step out. `encode` has the probabilities of each alone.
+
+    [bold]Examples[/bold]
+
+    pyrolvm most-probable runs/faithful faithful --out clusters.csv
+
+    pyrolvm most-probable runs/hmm sequences.csv --model hmm.py:Chain --out paths.csv
+    """
+    from pyrolvm.shell.asking import Question
+
+    Question(run, shared, out, data=data).most_probable()
+
+
 @sharing(RECONSTRUCT, PICTURE, READING, LOADING)
 def reconstruct(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
     """The mean of p(x | z) at each row's code, in the units of the data; --out may be a png.

@@ -28,7 +28,7 @@ from pyrolvm.plots import plot_elbo
 from pyrolvm.runs import NamedModel, Preparation, RunFolder, Source, described, find_model
 from pyrolvm.runs.recipe import SAMPLED_ROWS
 from pyrolvm.seeds import Purpose, derived_seed
-from pyrolvm.shell.arguments import constructor_arguments
+from pyrolvm.shell.arguments import constructor_arguments, held, run_of_codes
 from pyrolvm.shell.asking import source_of
 from pyrolvm.shell.options import FIT
 from pyrolvm.shell.printing import caution, console, note, print_facts, print_table
@@ -62,14 +62,17 @@ class Job:
             data = f"{data}\n{extras.pop(0)}"
         self.options, self.text = options, Source(data).called
         self.named = _named(model, own, options)
+        own |= read_flags(extras)
+        self.first = run_of_codes(options.get("codes_of"), self.named, own, options)
         self.data = _preparation(options).apply(
             source_of(data, options),
             as_vectors=self.named.takes_columns,
             takes_labels=self.named.takes_labels,
             streamed="batch_size" in options,
+            transforms=None if self.first is None else self.first.recipe.transforms,
         )
         self.arguments = constructor_arguments(
-            self.named, own | read_flags(extras), options.get("set", {}), self._from_data()
+            self.named, own, options.get("set", {}), self._from_data() | held(self.first)
         )
         self.num_restarts = count("num_restarts", options.get("num_restarts", 1))
         self.fit_options = self._fit_options()
@@ -79,6 +82,7 @@ class Job:
             "guide": options.get("guide"),
             "arguments": plain if self.named.cls is not None else None,
             "data": self.data.record,
+            **({"codes_of": options["codes_of"]} if self.first is not None else {}),
         }
         # what must agree for a run to be resumed, beside the data and settings that `fit` compares
         self.identity = {
@@ -137,6 +141,8 @@ class Job:
     def build(self, seed: int) -> Any:
         """The model, or (model, guide), its starting values drawn from `seed` alone."""
         with seeded(derived_seed(seed, Purpose.START), torch.device("cpu")):
+            if self.first is not None:
+                return self.first.fitted.model.with_prior(self.arguments["prior"])
             return self.named.build(self.arguments)
 
     @property

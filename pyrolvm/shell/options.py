@@ -119,6 +119,12 @@ ADDED = listed(
     Option("gradient", "str", help="Of iwae: standard, stl or dreg.", panel=TRAINING),
     Option("num_restarts", "int", "1", "Fits from several starts; the best is kept.", panel=TRAINING),
     Option("set", "dict", help="Any option of the model, e.g. guide=full.", panel=MODEL),
+    Option(
+        "codes_of",
+        "str",
+        help="Fit --prior to the codes of this run of a model with a codebook, all else of it held.",
+        panel=MODEL,
+    ),
 )
 PREPARING = listed(
     Option("standardise", "bool", help="Mean 0 and deviation 1.", panel=DATA),

@@ -226,8 +226,6 @@ def _saved(fit: Any, pair: Pair) -> Any:
             fit.save(f"{folder}/run"), model=anew.model, guide=anew.guide, example=data_of(anew)
         )
     for name, tensor in fit.program.tensors().items():
-        if name.startswith("objective."):  # of the loss, which is not loaded
-            continue
         assert torch.equal(loaded.program.tensors()[name], tensor), name
     before, after = (f.posterior(data_of(pair), 3) for f in (fit, loaded))
     for name, value in before.items():

@@ -175,3 +175,14 @@ def test_what_takes_long_shows_where_it_is(monkeypatch):
     diagnose(fitted, x, 100, gaps=True)
     for name in ("diagnose", "k-hat", "collapse", "evidence gaps", "predictive check", "6/6"):
         assert name in stream.getvalue(), name
+
+
+def test_measures_that_want_the_same_are_refused_in_one_sentence():
+    x = torch.randn(30, 3)
+    fitted = pyrolvm.fit(
+        pyrolvm.DiffusionVAE(3, chain_length=20, hidden=(8,)), x, num_steps=5, progress=False, engine="eager"
+    )
+    found = pyrolvm.diagnose(fitted, x, 50, progress=False)
+    [sentence] = [s for s in found.sentences if s.startswith("Not computed")]
+    assert sentence.startswith("Not computed: k-hat per datum, log p(x), collapse (each needs densities, and")
+    assert set(found.not_done) == {"k-hat per datum", "log p(x)", "collapse"}

@@ -328,3 +328,15 @@ def test_labels_are_counted_and_not_averaged():
     fitted = pyrolvm.fit(mixture, x, num_steps=20, learning_rate=0.02, engine="eager", progress=False)
     idata = to_inference_data(fitted, x, num_samples=5, groups=["posterior"])
     assert not any(str(name).startswith("z") for name in summarise(idata).index)
+
+
+def test_chosen_rows_keep_their_numbers_and_names(ppca):
+    some = to_inference_data(ppca, TABLE, num_samples=5, prior_samples=3, rows=[4, 2])
+    assert list(some["posterior"]["data"].values) == [TABLE.index[4], TABLE.index[2]]
+    assert some["observed_data"]["x"].values == pytest.approx(TABLE.iloc[[4, 2]].to_numpy(), rel=1e-6)
+    assert (some["posterior"].sizes["draw"], some["prior"].sizes["draw"]) == (5, 3)
+    without = to_inference_data(ppca, TABLE.to_numpy(), num_samples=5, rows=[4, 2], groups=["posterior"])
+    assert list(without["posterior"]["data"].values) == [4, 2]
+    for rows in ([], [30], [-1], [0.5]):
+        with pytest.raises(SettingError, match="rows must be numbers from 0 to 29"):
+            to_inference_data(ppca, TABLE, rows=rows)

@@ -433,6 +433,15 @@ def test_either_engine_goes_on_from_the_others_state(fitted_in_one):
         assert_same(state, after, 1e-4)
 
 
+def test_parameters_of_other_numbers_of_steps_are_trained_by_their_own(fitted_in_one):
+    engine, plan, _, after, _ = fitted_in_one
+    state = after.clone()
+    next(iter(state.optimizer.values()))["step"] += 100.0
+    expected, _ = EagerEngine(engine.problem).run(state.clone(), plan.rows(50, 3))
+    found, _ = engine.run(state.clone(), plan.rows(50, 3))
+    assert_same(found, expected, 0.0)
+
+
 def test_noise_is_fresh_in_every_step():
     step, plan = make(
         (ppca(), DATA, None, None), learning_rate=1e-12

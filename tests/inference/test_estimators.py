@@ -646,3 +646,28 @@ def test_a_temperature_of_the_run_must_be_positive_and_modules_stay_with_their_p
         pyrolvm.fit(BernoulliVAE(4, 3), X.float(), objective=objective, num_steps=1, **QUIET)
         with pytest.raises((SettingError, ProgramError), match="make a new objective"):
             pyrolvm.fit(BernoulliVAE(3, 3), X[:, :3].float(), objective=objective, num_steps=1, **QUIET)
+
+
+def test_held_out_bounds_do_not_move_what_the_objective_has_learned():
+    """The averages of the costs are those of training: a run that is validated is the run that is not."""
+    fits = []
+    for options in ({}, {"validation": X[:2].float(), "validate_every": 2}):
+        torch.manual_seed(0)
+        fits.append(
+            pyrolvm.fit(BernoulliVAE(4, 3), X.float(), objective=NVIL(), num_steps=8, **options, **QUIET)
+        )
+    for name, value in fits[0].program.tensors().items():
+        assert torch.equal(value, fits[1].program.tensors()[name]), name
+
+
+def test_restarts_do_not_share_what_the_objective_has_learned():
+    def build(seed):
+        torch.manual_seed(seed)
+        return BernoulliVAE(4, 3)
+
+    options = {"num_steps": 6, "learning_rate": 0.05, **QUIET}
+    _, table = pyrolvm.fit_restarts(build, X.float(), num_restarts=2, objective=NVIL(), **options)
+    for row in table.itertuples():
+        alone = pyrolvm.fit(build(row.seed), X.float(), objective=NVIL(), seed=row.seed, **options)
+        elbo = alone.history["elbo"]
+        assert row.bound == pytest.approx(elbo.tail(max(1, round(0.1 * len(elbo)))).mean(), abs=1e-9)

@@ -8,8 +8,8 @@ from torch.distributions import constraints
 
 import pyrolvm
 from pyrolvm.inference.engine import folding, native
-from pyrolvm.inference.engine.folding import Call, Slice
 from pyrolvm.inference.engine.loops import StaticLoop
+from pyrolvm.inference.engine.pieces import Call, Slice
 from pyrolvm.inference.engine.repeats import repeats
 
 
@@ -140,6 +140,7 @@ def many_sites(x, lengths):
 
 def test_the_sites_of_an_autoguide_are_no_loop(monkeypatch):
     monkeypatch.setitem(PROGRAMS, "sites", (many_sites, pyro.infer.autoguide.AutoNormal, "trace"))
+    monkeypatch.setattr(folding, "WORTHWHILE", 100)
     traced, minibatch = traced_step("sites", 14, monkeypatch)
     size = len(traced.graph.graph.nodes)
     assert size > folding.WORTHWHILE
@@ -148,6 +149,7 @@ def test_the_sites_of_an_autoguide_are_no_loop(monkeypatch):
 
 def test_the_compiled_pieces_give_the_bounds_of_the_eager_engine(monkeypatch, tmp_path):
     monkeypatch.setattr(native.cache, "folder", lambda: tmp_path)
+    monkeypatch.setattr(folding, "WORTHWHILE", 500)
     model, guide, objective = PROGRAMS["walk"]
     found, texts = {}, []
     written = native._whole

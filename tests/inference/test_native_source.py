@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
-from pyrolvm.inference.engine import graphs, rewrites
+from pyrolvm.inference.engine import draws, inductor, rewrites
 from pyrolvm.inference.engine.source import LARGEST_KEPT, looped
 
 
@@ -91,7 +93,7 @@ def test_a_function_of_a_broadcast_is_taken_before_it():
         return ()
 
     inputs = [torch.full((4,), 2.0), torch.randn(5, 3, 4), torch.zeros(())]
-    graph = graphs.functional(run, inputs)
+    graph = inductor.functional(run, inputs)
     shapes = [
         n.meta["val"].shape for n in graph.graph.nodes if n.op == "call_function" and "log" in str(n.target)
     ]
@@ -111,7 +113,7 @@ def test_a_category_is_drawn_as_torch_draws_it(monkeypatch, by_inversion):
         out.copy_(torch.multinomial(weights, 1, replacement=True)[:, 0])
         return ()
 
-    graph = graphs.functional(run, [weights, out])
+    graph = inductor.functional(run, [weights, out])
     torch.manual_seed(4)
     expected = torch.multinomial(weights, 1, replacement=True)[:, 0]
     after = torch.get_rng_state()
@@ -119,3 +121,58 @@ def test_a_category_is_drawn_as_torch_draws_it(monkeypatch, by_inversion):
     graph(weights, out)
     assert torch.equal(out, expected)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_what_is_written_twice_is_done_once():
+    def run(scale: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> tuple[()]:
+        noise = torch.rand(4) + torch.rand(4)  # two draws, though they look alike
+        out.copy_(
+            noise + scale.exp() * x + scale.exp() + scale.detach().exp() + (scale.add(1) - scale.add(1.0))
+        )
+        return ()
+
+    inputs = [torch.full((4,), 0.5), torch.randn(4), torch.zeros(4)]
+    graph = inductor.functional(run, inputs)
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert sum("exp" in name for name in names) == 1
+    assert sum("rand" in name for name in names) == 2
+    torch.manual_seed(0)
+    graph(*inputs)
+    torch.manual_seed(0)
+    scale, x = inputs[:2]
+    torch.testing.assert_close(inputs[2], torch.rand(4) + torch.rand(4) + scale.exp() * x + 2 * scale.exp())
+
+
+@pytest.mark.parametrize("categories", [5, 20])
+def test_categories_are_drawn_in_their_proportions_and_never_where_there_is_none(categories):
+    weights = torch.rand(categories, generator=torch.Generator().manual_seed(1))
+    weights[[0, 2, -1]] = 0
+    torch.manual_seed(0)
+    with draws.by_inversion():
+        found = torch.multinomial(weights.expand(100_000, categories), 1)
+        several = torch.multinomial(weights, 3)  # without replacement: torch's own
+    assert found.shape == (100_000, 1)
+    assert found.dtype == torch.int64
+    assert len(set(several.tolist())) == 3
+    shares, expected = found.flatten().bincount(minlength=categories) / 1e5, weights / weights.sum()
+    assert (shares[[0, 2, -1]] == 0).all()
+    assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / 1e5).sqrt()).all()
+
+
+def test_the_largest_uniform_number_draws_no_category_of_weight_zero(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: torch.full(*size, 1 - 2**-24))
+    for total in torch.logspace(-3, 3, 1000):
+        weights = torch.tensor([[0.3, 0.7, 0.0], [0.0, 1.0, 0.0]]) * total
+        assert draws.inverted(weights).tolist() == [1, 1]
+
+
+def test_other_threads_draw_as_torch_does():
+    found, weights = [], torch.rand(50, 5)
+    torch.manual_seed(0)
+    expected = torch.multinomial(weights, 1)
+    with draws.by_inversion():
+        torch.manual_seed(0)
+        other = threading.Thread(target=lambda: found.append(torch.multinomial(weights, 1)))
+        other.start()
+        other.join()
+    assert torch.equal(found[0], expected)

@@ -12,11 +12,6 @@ from pyrolvm.models.alignment import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
-
-
 def random_rotation(size, *batch):
     return torch.linalg.qr(torch.randn(*batch, size, size, dtype=torch.double))[0]
 

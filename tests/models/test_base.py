@@ -32,13 +32,6 @@ BUILT = {
 OPTIONAL = ("check_data", "check_fit", "log_marginal", "initialise_from", "controls", "decode")
 
 
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
 class Tokens(LatentVariableModel):
     """A user's model of token ids [batch]: it knows nothing but its program."""
 

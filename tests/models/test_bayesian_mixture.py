@@ -26,13 +26,6 @@ PRIORS = {
 }  # ours, scikit-learn's
 
 
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
 def data(name):
     return torch.tensor(load_dataset(name).values)  # float64
 

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -23,13 +22,6 @@ from pyrolvm.models.unet import TimeMLP, UNet
 
 MEAN, SPREAD = 0.7, 1.6
 QUIET = {"progress": False, "engine": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
 
 
 class Optimal(nn.Module):

@@ -1,13 +1,11 @@
 import warnings
 
 import numpy as np
-import pyro
 import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
-from sklearn.datasets import load_iris
 from sklearn.decomposition import FactorAnalysis
 from torch.distributions import Gamma, InverseGamma, LowRankMultivariateNormal, MultivariateNormal, Normal
 
@@ -16,18 +14,6 @@ from pyrolvm.models.factor_analysis import BayesianFactorAnalysis
 from pyrolvm.plates import data_rows
 
 PRIORS = ["normal", "ard"]
-
-
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
-@pytest.fixture
-def iris():
-    return torch.tensor(load_iris().data)  # [150, 4], float64
 
 
 def simulated(rows=400, data_dim=6, latent_dim=2):

@@ -1,11 +1,9 @@
 import copy
 
 import numpy as np
-import pyro
 import pytest
 import torch
 from pyro.infer import Predictive, TraceEnum_ELBO, TraceGraph_ELBO
-from sklearn.datasets import load_iris
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch.distributions import Dirichlet, Normal
 
@@ -16,18 +14,6 @@ from pyrolvm.models.priors import InverseWishartCholesky, inverse_chi
 from pyrolvm.plates import data_rows
 
 COVARIANCES = {"full": "full", "diagonal": "diag", "spherical": "spherical"}  # ours, scikit-learn's
-
-
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
-@pytest.fixture
-def iris():
-    return torch.tensor(load_iris().data)  # [150, 4], float64
 
 
 def random_mixture(data_dim=4, num_components=3, **options):

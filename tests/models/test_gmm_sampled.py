@@ -1,30 +1,16 @@
 import copy
 
-import pyro
 import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 from pyro.optim import Adam
-from sklearn.datasets import load_iris
 
 import pyrolvm
 from pyrolvm.models.gmm import GaussianMixture
 from pyrolvm.plates import data_rows
 
 COVARIANCES = ["full", "diagonal", "spherical"]
-
-
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
-@pytest.fixture
-def iris():
-    return torch.tensor(load_iris().data)  # [150, 4], float64
 
 
 def random_mixture(covariance="full"):

@@ -1,20 +1,8 @@
 import numpy as np
 import pandas as pd
-import pytest
 import torch
-from sklearn.datasets import load_iris
 
 from pyrolvm.models.factor_analysis import BayesianFactorAnalysis
-
-
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def iris():
-    return torch.tensor(load_iris().data)  # [150, 4], float64
 
 
 def simulated(rows=400, data_dim=6, latent_dim=2):

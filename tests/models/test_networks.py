@@ -20,14 +20,6 @@ from pyrolvm.models.networks import (
     split_loc_scale,
 )
 
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
 IMAGES = [(1, 8, 8), (1, 28, 28), (3, 9, 14)]
 
 

@@ -15,13 +15,6 @@ from pyrolvm.models.vae import VAE
 from pyrolvm.plates import data_rows
 
 
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
 def bound(vae, x, seed=3):
     """One-sample ELBO in nats per datum, on the noise of `seed`, with its gradients."""
     torch.manual_seed(seed)

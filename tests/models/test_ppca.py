@@ -5,7 +5,6 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from sklearn.datasets import load_iris
 from sklearn.decomposition import PCA
 from torch.distributions import MultivariateNormal
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,18 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyrolvm.errors import DataError, SettingError
 from pyrolvm.models.ppca import PPCA
 from pyrolvm.plates import data_rows
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
-@pytest.fixture
-def iris():
-    return torch.tensor(load_iris().data)  # [150, 4], float64
 
 
 def random_ppca(data_dim=5, latent_dim=3, guide="full", noise_scale=0.7):

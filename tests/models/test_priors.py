@@ -6,11 +6,6 @@ from torch.distributions import transform_to
 from pyrolvm.models.priors import InverseWishartCholesky, inverse_chi
 
 
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
-
-
 def log_jacobian(tril):
     """log |d Sigma / d L| of Sigma = L L^T over the lower triangles, by autograd."""
     rows, columns = torch.tril_indices(*tril.shape)

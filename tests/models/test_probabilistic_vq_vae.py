@@ -21,13 +21,6 @@ FEW = IRIS[::5].double()  # thirty rows
 NETS = {"hidden": (8,), "noise_scale": 0.7}
 
 
-@pytest.fixture(autouse=True)
-def seeds():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
 def small(**settings):
     model = ProbabilisticVQVAE(4, 2, 3, 2, **NETS, **settings).double()
     for parameter in (model.code_prior.logits, model.log_precision):
@@ -153,8 +146,61 @@ def test_estimators_for_bits_and_bad_settings_are_refused():
         pyrolvm.fit(ProbabilisticVQVAE(4), IRIS, **options)
     with pytest.raises(SettingError, match="codebook_size must be a whole number of at least 2"):
         ProbabilisticVQVAE(4, codebook_size=1)
-    with pytest.raises(SettingError, match="choose from learned, uniform"):
-        ProbabilisticVQVAE(4, prior="pixelcnn")
+    with pytest.raises(SettingError, match="prior='pixel'"):
+        ProbabilisticVQVAE(4, prior="pixel")
+
+
+# ------------------------------------------------------------------ autoregressive priors
+
+
+def test_the_evidence_under_an_autoregressive_prior_is_the_sum_by_hand():
+    model = ProbabilisticVQVAE(4, 2, 3, 2, prior="transformer:1", **NETS).double()
+    model.eval()
+    law = model.prior_dist()
+    every = OneHotCodes(torch.zeros(2, 3).double()).enumerate_support()  # [9, 2, 3]
+    torch.testing.assert_close(law.log_prob(every).exp().sum(), torch.tensor(1.0).double())
+    torch.manual_seed(1)
+    seen = law.expand((3000,)).sample().flatten(1)  # [3000, 6]
+    shares = (seen[:, None] == every.flatten(1)).all(-1).double().mean(0)
+    exact = law.log_prob(every).exp()
+    assert ((shares - exact).abs() < 4.5 * (exact * (1 - exact) / 3000).sqrt()).all()
+    joint = law.log_prob(every)[:, None] + torch.stack(
+        [model.likelihood_dist(model.vectors_of(z)).log_prob(FEW) for z in every]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model.log_marginal(FEW), joint.logsumexp(0))
+    guide = model.posterior_dist(FEW).log_prob(every[:, None])
+    found = estimate(pyro.infer.TraceEnum_ELBO(max_plate_nesting=1), model.model, model.guide, (FEW,))
+    assert found.bound.item() == pytest.approx((guide.exp() * (joint - guide)).sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (3, 16)])  # summed, and drawn
+def test_a_second_fit_trains_the_prior_alone(sizes, tmp_path):
+    """Five kinds need two places of four codes, and are no product: places that depend on each other say more."""
+    torch.manual_seed(0)
+    kinds = torch.randint(5, (200,))
+    x = 3 * torch.eye(5)[kinds] + 0.3 * torch.randn(200, 5)
+    first = pyrolvm.fit(
+        ProbabilisticVQVAE(5, *sizes, 2, hidden=(16,), noise_scale=0.3),
+        x,
+        num_steps=150,
+        learning_rate=0.02,
+        **QUIET,
+    )
+    prior = first.model.with_prior("pixelcnn:2,channels=16")
+    options = {"num_steps": 100, "batch_size": 100, "learning_rate": 0.01, **QUIET}
+    second = pyrolvm.fit(prior, x, **options)
+    held = {n: t for n, t in first.model.state_dict().items() if not n.startswith("code_prior")}
+    assert all(torch.equal(prior.state_dict()[n], t) for n, t in held.items())
+    assert all(n.startswith("code_prior") for n in second.program.parameters)
+    assert torch.equal(second.encode(x), first.encode(x))
+    before, after = (
+        f.log_evidence(x, "iwae", 200, num_particles=50, progress=False) for f in (first, second)
+    )
+    assert after.mean() > before.mean() + 0.1
+    again = pyrolvm.load(second.save(tmp_path / "run"))
+    assert again.model.hold
+    assert torch.equal(again.sample(5), second.sample(5))
 
 
 @pytest.mark.slow

@@ -5,11 +5,6 @@ from torch.distributions import Beta, Dirichlet, biject_to
 from pyrolvm.models.stick_breaking import StickBreaking
 
 
-@pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
-
-
 def sticks(size=4):
     return torch.rand(size, dtype=torch.double) + 0.2, torch.rand(size, dtype=torch.double) + 0.2
 

@@ -14,13 +14,6 @@ from pyrolvm.models.vae import VAE
 from pyrolvm.plates import data_rows
 
 
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
 def traces(vae, x):
     guide = poutine.trace(vae.guide).get_trace(x)
     model = poutine.trace(poutine.replay(vae.model, guide)).get_trace(x)

@@ -24,13 +24,6 @@ IRIS = torch.tensor(load_iris().data, dtype=torch.float32)
 NETS = {"hidden": (16,)}
 
 
-@pytest.fixture(autouse=True)
-def seeds():
-    torch.manual_seed(0)
-    with pyro.get_param_store().scope():
-        yield
-
-
 def identity(size=5, **settings):
     """A VQ-VAE that is k-means: one code for each datum, and nothing around it."""
     nets = {"encoder": nn.Identity(), "decoder": nn.Identity()}

@@ -24,7 +24,7 @@ TRACE_SECONDS = 1.0
 """The least that tracing a step takes; shorter runs stay eager."""
 FEW_STEPS = 20
 KNOWN_TORCH = ((2, 11), (2, 13))
-"""First and last version of torch that the compiled engine supports (see `graphs`)."""
+"""First and last version of torch that the compiled engine supports (see `graphs` and `inductor`)."""
 
 
 class Engine(Protocol):

@@ -91,7 +91,8 @@ class CompiledEngine:
 
     def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
         """As `Engine.run`."""
-        if self._given_up or not len(rows) or rows.shape[1] != len(self._traced.rows):
+        usual = len(rows) and rows.shape[1] == len(self._traced.rows)
+        if self._given_up or not usual or not (state is self._live or _have_one_count(state)):
             return self.eager.run(state, rows)
         done: list[Tensor] = []
         if not self._is_complete(state):
@@ -227,6 +228,11 @@ def _slots(traced: TracedStep) -> dict[str, dict[str, tuple[Tensor, torch.device
             where = torch.device("cpu") if slot == "step" else tensor.device
             found.setdefault(owner, {})[slot] = (tensor, where)
     return found
+
+
+def _have_one_count(state: TrainingState) -> bool:
+    """Whether all parameters have taken as many steps."""
+    return len({float(own["step"]) for own in state.optimizer.values() if "step" in own}) <= 1
 
 
 def _check_equal(terms: Tensor, expected: Tensor) -> None:

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from pyrolvm.inference.engine import graphs
-from pyrolvm.inference.engine.folding import Call, Folded, Number, Slice
+from pyrolvm.inference.engine import inductor
+from pyrolvm.inference.engine.pieces import Call, Folded, Number, Slice
 
-LARGEST_SCALAR = 4096
-"""Elements of the largest tensor of a piece that is compiled without vectors, in half the time."""
 CALL, SLICE, DROP = range(3)
 _INCLUDE = re.compile(r"^#include .*$", re.MULTILINE)
 _RELEASE = "    py::gil_scoped_release_simple release;\n"
@@ -24,7 +22,7 @@ TYPES = {torch.float32: "float", torch.float64: "double", torch.int64: "int64_t"
 
 def source(folded: Folded) -> str:
     """The pieces, and `inductor_entry_impl` for steps made of them. Raises `RuntimeError` for pieces in Python."""
-    with graphs.quiet():  # entered once: it takes a while
+    with inductor.quiet():  # entered once: it takes a while
         codes = [_piece(folded, i) for i in range(len(folded.pieces))]
     once, each = _program(folded)
     strides = [n for kinds in folded.strides for own in kinds for n in (len(own), *own)]
@@ -49,9 +47,9 @@ def source(folded: Folded) -> str:
 
 
 def _piece(folded: Folded, index: int) -> str:
-    graph = graphs.functional(folded.pieces[index], folded.examples(index))
-    graphs.keep_strides(graph, folded.strides[index])
-    code = graphs.cpp_source(graph, vectorised=folded.largest(index) > LARGEST_SCALAR)
+    graph = inductor.functional(folded.pieces[index], folded.examples(index))
+    inductor.keep_strides(graph, folded.strides[index])
+    code = inductor.cpp_source(graph, long=True)
     if "PyGILState" in code or "PyObject" in code:
         raise RuntimeError("a piece of the step calls Python")
     body = _INCLUDE.sub("", code).replace('extern "C"', "static").replace(_RELEASE, "")

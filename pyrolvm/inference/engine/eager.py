@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.engine.draws import by_inversion
 from pyrolvm.inference.engine.entries import blank_slots, collected, is_per_row, places_of, put_back, taken
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
@@ -42,7 +43,7 @@ class EagerEngine:
         program, device = self.problem.program, self.problem.program.device
         controls = self.problem.controls(state.step, len(rows))
         rows = rows.to(device)
-        with program.scope(), kept_generators(device):
+        with program.scope(), kept_generators(device), by_inversion():
             set_generator_state(state.random, device)
             terms = [self._update(r, c) for r, c in zip(rows, controls.tolist(), strict=True)]
             random = generator_state(device)

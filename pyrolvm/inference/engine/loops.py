@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.engine import inductor
 from pyrolvm.inference.engine.tracing import TracedStep
 from pyrolvm.inference.program.noise import kept_generators
 
@@ -119,7 +119,7 @@ def _fused(advance: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[]
     if find_spec("triton") is None:
         return None
     try:
-        compiled = graphs.fused(graphs.functional(advance, inputs))
+        compiled = inductor.fused(inductor.functional(advance, inputs))
         compiled(inputs)
     except Exception:
         return None

@@ -20,7 +20,20 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrolvm.inference.engine import cache, driver, folding, graphs, loops, repeats, rewrites, source, tracing
+from pyrolvm.inference.engine import (
+    cache,
+    driver,
+    folding,
+    graphs,
+    inductor,
+    loops,
+    operations,
+    pieces,
+    repeats,
+    rewrites,
+    source,
+    tracing,
+)
 from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.tracing import TracedStep
 
@@ -28,6 +41,21 @@ CPP = Path(__file__).with_name("cpp")
 LEAST_SECONDS, SECONDS_PER_OPERATION = 5.0, 0.012
 """Of a compilation; on a busy machine it takes longer, as the steps themselves do."""
 COMPILERS = ("g++", "clang++")
+GENERATORS = (
+    driver,
+    folding,
+    graphs,
+    inductor,
+    loops,
+    operations,
+    pieces,
+    repeats,
+    rewrites,
+    source,
+    tracing,
+    sys.modules[__name__],
+)
+"""On whose code that of a step depends."""
 
 
 class CompilerError(RuntimeError):
@@ -36,8 +64,7 @@ class CompilerError(RuntimeError):
 
 def key(traced: TracedStep) -> str:
     """The name of the compiled step in the cache, a hash of the step and of the sources that generate its code."""
-    modules = (driver, folding, graphs, loops, repeats, rewrites, source, tracing, sys.modules[__name__])
-    sources = [Path(module.__file__ or "").read_text("utf-8") for module in modules]
+    sources = [Path(module.__file__ or "").read_text("utf-8") for module in GENERATORS]
     own = [_header_text(path.name) for path in sorted(CPP.glob("*.h"))]
     return cache.digest(traced.text(), *sources, *own)
 
@@ -70,7 +97,7 @@ class NativeLoop(StaticLoop):
 
     def run(self, num_steps: int) -> None:
         """As `Loop.run`."""
-        with graphs.borrowed(self._inputs) as handles:
+        with inductor.borrowed(self._inputs) as handles:
             error = self._library(num_steps, handles)
         if error is not None:
             raise RuntimeError(error.decode(errors="replace"))
@@ -95,11 +122,11 @@ def _compile(
         if folded is not None:
             code = "\n".join([_header_text("driver.h"), driver.source(folded), _header_text("interpreter.h")])
         else:
-            code = source.looped(graphs.cpp_source(graphs.functional(advance, inputs)))
+            code = source.looped(inductor.cpp_source(inductor.functional(advance, inputs)))
     with cache.storing(path) as target:
         written = target.with_suffix(".cpp")
         written.write_text(_whole(code, len(inputs)), encoding="utf-8")
-        _call(graphs.compiler_command(written, target, header))
+        _call(inductor.compiler_command(written, target, header))
 
 
 def _whole(code: str, num_inputs: int) -> str:
@@ -107,7 +134,7 @@ def _whole(code: str, num_inputs: int) -> str:
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
     lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {steps}"]
-    return "\n".join([graphs.HEADERS, *lines, _header_text("runtime.h"), code])
+    return "\n".join([inductor.HEADERS, *lines, _header_text("runtime.h"), code])
 
 
 def _header_text(name: str) -> str:
@@ -115,11 +142,11 @@ def _header_text(name: str) -> str:
 
 
 def _header() -> Path:
-    example = graphs.compiler_command(Path("torch.h"), Path("torch.h.gch"))
-    path = cache.entry(cache.digest(graphs.HEADERS, *example), ".h")
+    example = inductor.compiler_command(Path("torch.h"), Path("torch.h.gch"))
+    path = cache.entry(cache.digest(inductor.HEADERS, *example), ".h")
     if not cache.is_stored(path):
         with cache.storing(path) as target:
-            target.write_text(graphs.HEADERS, encoding="utf-8")
+            target.write_text(inductor.HEADERS, encoding="utf-8")
     return path
 
 
@@ -135,7 +162,7 @@ def _precompiling(header: Path) -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         made = Path(folder) / path.name
-        with _compiler(graphs.compiler_command(header, made)) as process:
+        with _compiler(inductor.compiler_command(header, made)) as process:
             yield
             process.communicate()
         if process.returncode == 0:

@@ -1,6 +1,7 @@
 """Rewrites of a step's graph for inductor: the same numbers in fewer or cheaper operations.
 
     decompositions     operators in terms of others
+    share_equals       operations that are written twice, done once
     delay_expansions   elementwise operations before a broadcast, not after it
     hoist_scalars      costly scalars computed once
 
@@ -10,6 +11,7 @@ Draws remain ATen's own, from the default generators.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +70,40 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def share_equals(graph: fx.GraphModule) -> None:
+    """Do what several nodes do alike once: a program asks for its parameters, and their constraints, at every site."""
+    known: dict[Any, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not _is_pure(node.target):
+            continue
+        if node.target in SAME_VALUE:
+            same = node.args[0]
+        else:
+            key = node.target, _hashable(node.args), _hashable(tuple(node.kwargs.items()))
+            same = known.setdefault(key, node)
+        if same is not node and not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+SAME_VALUE = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+def _is_pure(target: Any) -> bool:
+    """Whether the operation gives the same for the same arguments, and changes nothing."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _hashable(value: Any) -> Any:
+    """An argument as part of a key: 1, 1.0 and True differ."""
+    if isinstance(value, list | tuple):
+        return type(value), tuple(_hashable(part) for part in value)
+    return value if isinstance(value, fx.Node) else (type(value), str(value))
 
 
 COSTLY = (
@@ -130,7 +166,7 @@ def hoist_scalars(graph: fx.GraphModule) -> None:
 
     Adam's bias corrections are two powers; inlined, they cost as much as the matrix products of a VAE.
     """
-    operator = _realized()
+    realize = _realized()
     costly: set[fx.Node] = set()
     for node in list(graph.graph.nodes):
         value = node.meta.get("val")
@@ -143,7 +179,7 @@ def hoist_scalars(graph: fx.GraphModule) -> None:
             costly.add(node)
             continue
         with graph.graph.inserting_after(node):
-            once = graph.graph.call_function(operator, (node,))
+            once = graph.graph.call_function(realize, (node,))
         once.meta["val"] = value
         for user in list(node.users):
             if user is not once:
@@ -166,11 +202,11 @@ def _realized() -> Any:
         return value.clone()
 
     realized.register_fake(torch.empty_like)
-    operator = torch.ops.pyrolvm.realized.default
+    overload = torch.ops.pyrolvm.realized.default
 
-    @register_lowering(operator, type_promotion_kind=None)
+    @register_lowering(overload, type_promotion_kind=None)
     def lower(value: Any) -> Any:
         value.realize()
         return value
 
-    return operator
+    return overload

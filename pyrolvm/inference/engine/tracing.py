@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.engine.draws import by_inversion
 from pyrolvm.inference.engine.entries import collected, is_per_row, places_of
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.reads import ROWS, Reads
@@ -189,7 +190,14 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         written[:] = new
         return (*new.values(), terms)
 
-    with program.scope(), kept_generators(device), kept(program), explained() as site, static_pyro():
+    with (
+        program.scope(),
+        kept_generators(device),
+        kept(program),
+        explained() as site,
+        static_pyro(),
+        by_inversion(),
+    ):
         graph, constants = graphs.record(run, inputs)
     check_writes(graph, list(state), len(inputs))
     names = tuple(state)
@@ -250,6 +258,8 @@ def _update(
     # the single-tensor form is the one without host-side grouping; all forms compute the same
     for group in optimizer.param_groups:
         group.update(lr=learning_rate, foreach=False, fused=False)
+    # all have taken as many steps (see `CompiledEngine.run`): what follows from the count is computed once for all
+    steps = [value for key, value in state.items() if key.startswith("optimizer/step/")]
     old: dict[str, Tensor] = {}
     for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
         parameter.grad = gradient
@@ -258,7 +268,7 @@ def _update(
             slot, _, owner = slot.partition("/")
             if kind == "optimizer" and owner == name:
                 # the host computes with the step count in double precision
-                own = value.to(torch.float64, copy=True) if slot == "step" else value.clone()
+                own = steps[0].to(torch.float64, copy=True) if slot == "step" else value.clone()
                 optimizer.state[parameter][slot] = own
                 old[key] = value
     with ExitStack() as stack:

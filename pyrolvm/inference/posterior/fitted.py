@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,28 +13,21 @@ import torch
 from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
-from pyrolvm.errors import DataError, ProgramError, SettingError, count
-from pyrolvm.inference.posterior import decoding, evidence, refine, saving
-from pyrolvm.inference.posterior.convergence import Convergence, unknown
+from pyrolvm.errors import ProgramError, SettingError, count
+from pyrolvm.inference.posterior import evidence, locating, refine, rows, saving
 from pyrolvm.inference.posterior.corrected import corrected as corrected_draws
 from pyrolvm.inference.posterior.covariance import covariance
-from pyrolvm.inference.posterior.generation import Generator, locations, real_rows
-from pyrolvm.inference.posterior.history import held_out_elbo
+from pyrolvm.inference.posterior.generation import Generator
 from pyrolvm.inference.posterior.imputation import Imputation, impute
-from pyrolvm.inference.posterior.suiting import carries, suited
+from pyrolvm.inference.posterior.record import Record, model_record
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
-from pyrolvm.inference.program.handlers import Means
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.structure import Structure, sample_sites
 from pyrolvm.seeds import Purpose, derived_seed
-
-Values = Tensor | dict[str, Tensor]
 
 
 @dataclass(repr=False)
-class FittedModel:
+class FittedModel(Record):
     """A trained model/guide pair.
 
     Attributes
@@ -62,61 +53,8 @@ class FittedModel:
     found: the same `seed` gives the same draws.
     """
 
-    program: Program
-    structure: Structure
-    history: pd.DataFrame
-    settings: dict[str, Any]
-    example: Batch | None
-    num_rows: int
-    engine: str = ""
-    stopped_because: str = ""
-    columns: list[str] | None = None
-    arguments: dict[str, Any] | None = None
-    convergence: Convergence = field(default_factory=unknown)
-    call: Batch | None = None
-
-    def __repr__(self) -> str:
-        name = saving.model_record(self.model)["name"]
-        unit = "nats per datum" if self.structure.data_plate else "nats in total"
-        steps = int(self.history["step"].iloc[-1]) if len(self.history) else 0
-        lines = [f"FittedModel of {name}: {self.num_rows} rows, {steps} steps, {self.stopped_because}"]
-        if steps:
-            lines.append(f"  {self.structure.bound_name} {self.elbo:.4f} {unit}")
-        if not math.isnan(self.held_out_elbo):
-            lines[-1] += f", held out {self.held_out_elbo:.4f}"
-        for role, sites in (("latents", self.structure.latents), ("data", self.structure.observed)):
-            lines.append(f"  {role}: " + (", ".join(f"{s.name} ({s.family})" for s in sites) or "none"))
-        return "\n".join([*lines, f"  {self.convergence.sentence}", f"  {self.engine}"])
-
-    @property
-    def model(self) -> Any:
-        """The fitted model itself: the module or function that was passed to `fit`."""
-        return self.program.source
-
-    @property
-    def num_data(self) -> int:
-        """The rows that bounds are per datum of; 1 if the program has no data plate."""
-        return self.structure.num_data
-
-    @property
-    def elbo(self) -> float:
-        """The bound, nats per datum: at these parameters, or over the last hundred steps; of a point, log p(x, z)."""
-        kept = self.convergence.numbers.get("elbo")  # of a run whose parameters are an average over its steps
-        return float(self.history["elbo"].tail(100).mean()) if kept is None else kept
-
-    @property
-    def held_out_elbo(self) -> float:
-        """The validation bound of these parameters, nats per datum; nan if nothing was held out.
-
-        Where `patience` chose the parameters by it, it is a little too high: the rows that chose cannot also judge.
-        """
-        kept = self.convergence.numbers.get("held_out_elbo")
-        return held_out_elbo(self.history, self.settings.get("kept_step")) if kept is None else kept
-
-    # ------------------------------------------------------------------ questions
-
     @torch.no_grad()
-    def encode(self, x: Any, *, seed: int = 0) -> Values:
+    def encode(self, x: Any, *, seed: int = 0) -> locating.Values:
         """Where the guide puts each datum: the mean of q(z | x), [rows, ...]; class probabilities if discrete.
 
         A tensor if the program has one local latent, else a dict of them. Means are propagated: a site that
@@ -125,42 +63,26 @@ class FittedModel:
         Of latents that are summed out, their exact probabilities given all data of the row: of a chain (`pyro.markov`)
         site -> [rows, states], the steps in order, with nan where a mask leaves a step out.
         """
-        names = [s.name for s in self.structure.local_latents if s.in_guide]
-        if not names and not self.structure.enumerated:
-            raise ProgramError(
-                "this program has no local latents in its guide, so there is nothing to encode"
-            )
-        parts = [self._codes(pair, names, seed, i) for i, pair in enumerate(self._independent(x))]
-        return _one_or_all(_joined(parts))
+        return locating.encoded(self.pair(x), seed)
 
     @torch.no_grad()
-    def most_probable(self, x: Any) -> Values:
+    def most_probable(self, x: Any) -> locating.Values:
         """The values of the latents that are summed out that are most probable together given `x`: [rows, ...].
 
         Of a chain (`pyro.markov`) the most probable path, as by Viterbi's algorithm: site -> [rows], the steps in
         order, with -1 where a mask leaves a step out. It need not go through the most probable value of each step,
         which are `encode(x)[site].argmax(-1)`. Other latents are held at the guide's means.
         """
-        if not self.structure.enumerated:
-            raise ProgramError(
-                "this program sums out no latents, so there is no most probable path: ask encode(x) or posterior(x)"
-            )
-        parts = [decoding.most_probable(pair) for pair in self._independent(x)]
-        return _one_or_all(_joined(parts))
-
-    def _independent(self, x: Any) -> Iterator[Pair]:
-        """Some rows at a time; all at once where a latent that is summed out is shared by them."""
-        pair, states = self.pair(x), sum(s.num_states for s in self.structure.enumerated)
-        if all(s.local for s in self.structure.enumerated):
-            yield from pair.chunks(per_row=max(1, states))
-        else:
-            yield pair
+        return locating.most_probable(self.pair(x))
 
     @torch.no_grad()
     def posterior(
         self, x: Any, num_samples: int = 100, *, corrected: bool = False, seed: int = 0
     ) -> dict[str, Tensor]:
         """Draws of q(z | x): latent site -> [num_samples, rows, ...] (local) or [num_samples, ...] (global).
+
+        Latents that are summed out are drawn together from their exact posterior, of a chain (`pyro.markov`) whole
+        paths: site -> [num_samples, rows], the steps in order, with -1 where a mask leaves a step out.
 
         With `corrected`, draws are put right: taken again from at least 4,000 by their Pareto-smoothed importance
         weights, the answer's `khat` and `effective_share` saying how far to rely on them. Where latents are shared by
@@ -172,7 +94,7 @@ class FittedModel:
             `corrected`, of a guide without a density, or for other data than the fit's where latents are shared.
         """
         if corrected:
-            pair = self._whole(self.pair(x), "corrected=True")
+            pair = rows.check_whole(self, self.pair(x), "corrected=True")
             return corrected_draws(pair, count("num_samples", num_samples), seed)
         return self.draws(x, num_samples, seed=seed).values
 
@@ -198,7 +120,7 @@ class FittedModel:
             The guide is no normal AutoGuide; for linear response, no mean field, not at its optimum, or its response
             lowers the bound.
         """
-        return covariance(self._whole(self.pair(x), "covariance()"), sites, method, seed)
+        return covariance(rows.check_whole(self, self.pair(x), "covariance()"), sites, method, seed)
 
     @torch.no_grad()
     def predict(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
@@ -221,17 +143,15 @@ class FittedModel:
         return impute(batch, self.structure, self.draw_chunks(batch, num_samples, seed=seed), interval)
 
     @torch.no_grad()
-    def reconstruct(self, x: Any, *, seed: int = 0) -> Values:
+    def reconstruct(self, x: Any, *, seed: int = 0) -> locating.Values:
         """The mean of p(x | z) at the guide's means: [rows, ...], a dict if several sites are observed."""
         self._check_observes()
-        parts = []
-        for i, pair in enumerate(self.pair(x).chunks()):
-            with self._noise(seed, Purpose.MEANS, i):
-                parts.append(locations(pair, pair.model(None, Means(), given=pair.means())))
-        return _one_or_all(_joined(parts))
+        return locating.reconstructed(self.pair(x), seed)
 
     @torch.no_grad()
-    def sample(self, num_samples: int = 1, *, given: Any = None, mean: bool = False, seed: int = 0) -> Values:
+    def sample(
+        self, num_samples: int = 1, *, given: Any = None, mean: bool = False, seed: int = 0
+    ) -> locating.Values:
         """New data from the fitted model: [num_samples, ...], a dict if several sites are observed.
 
         Local latents come from the prior, global ones from the guide, anew for each sample.
@@ -248,10 +168,10 @@ class FittedModel:
         """
         self._check_observes()
         generator = Generator(
-            self.program, self.structure, self.example, self.num_rows, self._num_carrying, self.call
+            self.program, self.structure, self.example, self.num_rows, rows.num_carrying(self), self.call
         )
         with self._noise(seed, Purpose.GENERATE):
-            return _one_or_all(generator(count("num_samples", num_samples), given, mean))
+            return locating.one_or_all(generator(count("num_samples", num_samples), given, mean))
 
     @torch.no_grad()
     def log_evidence(
@@ -312,9 +232,8 @@ class FittedModel:
     ) -> Iterator[Draws]:
         """The parts of `draws`, some rows of `x` at a time; all see the same draws of the global latents."""
         num_samples, shared = count("num_samples", num_samples), None
-        states = math.prod(s.num_states for s in self.structure.sites)
         purpose = Purpose.PRIOR if prior else Purpose.GUIDE
-        for index, pair in enumerate(self.pair(x).chunks(per_row=num_samples * states)):
+        for index, pair in enumerate(locating.independent(self.pair(x), num_samples)):
             with self._noise(seed, purpose, index):
                 part = draws_of(pair, num_samples, prior=prior, shared=shared)
             shared = shared or part.shared
@@ -361,26 +280,8 @@ class FittedModel:
         ProgramError
             No continuous latents of each datum, or the guide draws those of all data at once.
         """
-        data = suited(self.program, x, self.call)
-        self._check_columns(data)
-        found = refine.climb(
-            self, data, family, num_steps, learning_rate, num_samples, seed, engine, progress
-        )
-        return Refined(
-            found.program,
-            found.structure,
-            self.history,
-            self.settings | {"data": found.batch.fingerprint(), "kept_step": None},
-            example=found.batch,
-            num_rows=found.batch.num_rows,
-            engine=found.engine,
-            stopped_because=f"rows refined in {num_steps} steps",
-            columns=self.columns,
-            table=found.table,
-            family=found.family,
-            of_guide=found.of_guide,
-            trained=bool(self.structure.per_datum),
-        )
+        steps = refine.Steps(num_steps, learning_rate, num_samples, seed, engine, progress)
+        return Refined.of(self, refine.climb(self, x, family, steps), num_steps)
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> Path:
         """Write the run folder: config.json, parameters.safetensors, history.csv. See `pyrolvm.load`.
@@ -389,114 +290,31 @@ class FittedModel:
         """
         return saving.save_run(self, Path(path), extra)
 
+    def pair(self, x: Any = None) -> Pair:
+        """The program on the rows of `x`, in predict mode; on the data it was fitted to if it takes no arguments."""
+        return Pair(self.program, self.structure, self.batch(x))
+
+    def batch(self, x: Any) -> Batch:
+        """`x` as the program's arguments: on its device, of its dtype, refused if it does not fit."""
+        return rows.batch_of(self, x)
+
+    def is_training_data(self, data: Batch) -> bool:
+        """Whether `data` holds the rows that were fitted, in their order."""
+        return rows.is_training_data(self, data)
+
+    def is_whole(self, pair: Pair) -> bool:
+        """Whether a pair holds the data of the fit, of which the posterior of what all data share is that."""
+        return rows.is_whole(self, pair)
+
     def _check_observes(self) -> None:
         if not self.structure.observed:
             raise ProgramError(
                 "the program observes no data that it could make anew: a factor or a loss is no distribution of data"
             )
 
-    # ------------------------------------------------------------------ the pair behind them
-
-    def pair(self, x: Any = None) -> Pair:
-        """The program on the rows of `x`, in predict mode; on the data it was fitted to if it takes no arguments."""
-        return Pair(self.program, self.structure, self.batch(x))
-
-    @property
-    def vectorized(self) -> bool:
-        """Whether draws are taken at once (tried out on the first use) or one by one."""
-        return Pair(self.program, self.structure, real_rows(self.example)).vectorized
-
-    def batch(self, x: Any) -> Batch:
-        """`x` as the program's arguments: on its device, of its dtype, refused if it does not fit."""
-        data = suited(self.program, x, self.call)
-        self._check_number(data)
-        data.check_rows() if self.structure.data_plate else None
-        self._check_columns(data)
-        self._check_rows(data)
-        # row numbers count within the fitted data where the plate carries N, else within what is asked about
-        plate = self.structure.data_plate
-        own = plate is None or plate.full_size == plate.size
-        rows = len(data.indices)
-        return data if data.rows is not None else data.of(rows if own else max(self.num_rows, rows))
-
-    def _check_rows(self, data: Batch) -> None:
-        if not self.structure.takes_any_rows and data.num_rows != self.num_rows and data.num_rows:
-            raise DataError(
-                f"the program was fitted to {self.num_rows} rows as a whole, so it cannot take "
-                f"{data.num_rows}: declare the rows by `with pyrolvm.data_plate(x):` if they are independent data"
-            )
-        new = data.num_rows != self.num_rows or (
-            self.structure.row_tables and not self.is_training_data(data)
-        )
-        if self.structure.per_datum and data.rows is None and new:
-            raise DataError(
-                f"the guide has parameters for each of the {self.num_rows} training rows "
-                f"('{self.structure.per_datum[0]}') and none for new ones: pass the training data, ask "
-                "fitted.refine(x) about others, or fit an amortised guide"
-            )
-
-    def _check_number(self, data: Batch) -> None:
-        """Refuse fewer arguments than the fit had: a label that is left out is not the label of nothing."""
-        if len(data.args) + len(data.kwargs) < (wanted := self._num_arguments):
-            names = ", ".join(list(inspect.signature(self.program.model).parameters)[:wanted])
-            raise DataError(f"the program was fitted to {wanted} arguments: pass all of them, ({names})")
-
-    @property
-    def _num_arguments(self) -> int:
-        if self.example is not None:
-            return len(self.example.args) + len(self.example.kwargs)
-        known = self.arguments or {}
-        return len(known.get("positional", ())) + len(known.get("keyword", ()))
-
-    @property
-    def _num_carrying(self) -> int:
-        """Arguments that hold rows."""
-        if self.call is None:
-            return self._num_arguments
-        return sum(carries(self.call, key) for key in (*range(len(self.call.args)), *self.call.kwargs))
-
-    def is_training_data(self, data: Batch) -> bool:
-        """Whether `data` holds the rows that were fitted, in their order."""
-        return data.num_rows == self.num_rows and data.fingerprint() == self.settings.get("data")
-
-    def is_whole(self, pair: Pair) -> bool:
-        """Whether a pair holds the data of the fit, of which the posterior of what all data share is that."""
-        if self.structure.data_plate is None:
-            return True
-        same = self.settings.get("data") in (None, pair.batch.fingerprint())
-        return same and pair.num_rows == self.num_rows
-
-    def _whole(self, pair: Pair, what: str) -> Pair:
-        """`pair`; raises `SettingError` if it is to be weighed and holds other data than the fit's."""
-        shared = self.structure.global_latents
-        if shared and not self.is_whole(pair):
-            raise SettingError(
-                f"{what} weighs '{shared[0].name}' by the data, which all of them share: pass the {self.num_rows} rows "
-                f"that were fitted, not {pair.num_rows} others"
-            )
-        return pair
-
-    def _check_columns(self, data: Batch) -> None:
-        if self.columns and data.columns and data.columns != self.columns:
-            raise DataError(
-                f"the columns {data.columns} are not those the model was fitted to: pass x[{self.columns}]"
-            )
-
     def _noise(self, seed: int, purpose: Purpose, chunk: int = 0) -> AbstractContextManager[None]:
         """Generators of their own for a chunk; the caller's are left as found."""
         return seeded(derived_seed(seed, purpose, chunk), self.program.device)
-
-    def _codes(self, pair: Pair, names: list[str], seed: int, chunk: int) -> dict[str, Tensor]:
-        with self._noise(seed, Purpose.MEANS, chunk):
-            if not names:
-                return decoding.probabilities(pair)
-            guide = pair.guide(None, Means())
-        found = {}
-        for site in (s for s in sample_sites(guide) if s["name"] in names):
-            probs = getattr(site["fn"], "probs", None)
-            discrete = getattr(site["fn"], "has_enumerate_support", False)
-            found[site["name"]] = probs if discrete and probs is not None else site["value"]
-        return found
 
 
 @dataclass(repr=False)
@@ -520,8 +338,28 @@ class Refined(FittedModel):
     of_guide: bool = True
     trained: bool = False
 
+    @classmethod
+    def of(cls, fitted: FittedModel, found: refine.Climb, num_steps: int) -> Refined:
+        """What a climb of `num_steps` found for its rows."""
+        pair = found.pair
+        return cls(
+            pair.program,
+            pair.structure,
+            fitted.history,
+            fitted.settings | {"data": pair.batch.fingerprint(), "kept_step": None},
+            example=pair.batch,
+            num_rows=pair.batch.num_rows,
+            engine=found.engine,
+            stopped_because=f"rows refined in {num_steps} steps",
+            columns=fitted.columns,
+            table=found.table,
+            family=found.family,
+            of_guide=found.of_guide,
+            trained=bool(fitted.structure.per_datum),
+        )
+
     def __repr__(self) -> str:
-        return f"Refined {saving.model_record(self.model)['name']}: {self.sentence}"
+        return f"Refined {model_record(self.model)['name']}: {self.sentence}"
 
     @property
     def sentence(self) -> str:
@@ -541,12 +379,3 @@ class Refined(FittedModel):
         raise SettingError(
             "a refinement is not saved: save the fit, and refine the rows again after pyrolvm.load"
         )
-
-
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The rows of all parts; of programs that take their data whole there is one, which may have no rows."""
-    return parts[0] if len(parts) == 1 else {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
-
-
-def _one_or_all(values: dict[str, Tensor]) -> Values:
-    return next(iter(values.values())) if len(values) == 1 else values

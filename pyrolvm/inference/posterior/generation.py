@@ -105,38 +105,46 @@ def conditioned(program: Program, given: Any, num_samples: int, call: Batch | No
         for n, p in inspect.signature(program.model).parameters.items()
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
-    names, wide = list(taken), _settings(call, list(taken))
-    if isinstance(given, Mapping):
-        unknown = sorted(set(given) - set(names))
-        if unknown:
-            raise SettingError(f"given has '{unknown[0]}', but the model's arguments are {', '.join(names)}")
-        batch = as_batch(dict(given), program.dtype, program.device)
-    else:
-        found = as_batch(given, program.dtype, program.device).args
-        data = [name for name in names if name not in wide]
-        batch = Batch((), dict(zip(data[len(data) - len(found) :], found, strict=True)))
+    settings = _settings(call, list(taken))
+    passed = _by_name(program, given, list(taken), settings)
     rows = torch.arange(num_samples, device=program.device)
-    shared = wide.keys() - batch.kwargs.keys()
-    for name, value in batch.kwargs.items():
-        if isinstance(value, int | float) and name not in wide:  # one value for all rows
-            value = as_tensor(value, name, batch).to(
-                program.device, program.dtype if isinstance(value, float) else None
-            )
-        if not isinstance(value, Tensor):
-            wide[name] = value
-            continue
-        if value.dim() and len(value) not in (1, num_samples):
-            raise DataError(
-                f"given['{name}'] has {len(value)} rows: pass 1, or {num_samples}, the rows to make"
-            )
-        alone = not value.dim() or len(value) == 1
-        wide[name] = value.reshape(1, *value.shape[1:])[rows * 0] if alone else value
     usual = {name: None if p.default is p.empty else p.default for name, p in taken.items()}
-    values = {name: wide.get(name, usual[name]) for name in names}
+    made = {
+        n: v if n in settings and not isinstance(v, Tensor) else _by_row(passed, n, rows, program)
+        for n, v in passed.kwargs.items()
+    }
+    values = {name: (usual | settings | made)[name] for name in taken}
     kwargs = {name: values.pop(name) for name, p in taken.items() if p.kind is p.KEYWORD_ONLY}
     places = {name: f"args[{i}]" for i, name in enumerate(values)}
-    parts = [part for name in shared for part, _ in leaves(wide[name], places.get(name, name))]
+    shared = settings.keys() - passed.kwargs.keys()
+    parts = [part for name in shared for part, _ in leaves(settings[name], places.get(name, name))]
     return Batch(tuple(values.values()), kwargs, rows=rows, total=num_samples, shared=frozenset(parts))
+
+
+def _by_name(program: Program, given: Any, names: list[str], settings: Mapping[str, Any]) -> Batch:
+    """What is given, by the model's names: by position it is the last of the arguments that are no settings."""
+    if not isinstance(given, Mapping):
+        found = as_batch(given, program.dtype, program.device).args
+        data = [name for name in names if name not in settings]
+        return Batch((), dict(zip(data[len(data) - len(found) :], found, strict=True)))
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise SettingError(f"given has '{unknown[0]}', but the model's arguments are {', '.join(names)}")
+    return as_batch(dict(given), program.dtype, program.device)
+
+
+def _by_row(passed: Batch, name: str, rows: Tensor, program: Program) -> Any:
+    """The value of an argument for each of the rows; what is neither a number nor a tensor as it is."""
+    value = passed.kwargs[name]
+    if isinstance(value, int | float):
+        dtype = program.dtype if isinstance(value, float) else None
+        value = as_tensor(value, name, passed).to(program.device, dtype)
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() and len(value) not in (1, len(rows)):
+        raise DataError(f"given['{name}'] has {len(value)} rows: pass 1, or {len(rows)}, the rows to make")
+    alone = not value.dim() or len(value) == 1
+    return value.reshape(1, *value.shape[1:])[rows * 0] if alone else value
 
 
 def _settings(call: Batch | None, names: list[str]) -> dict[str, Any]:

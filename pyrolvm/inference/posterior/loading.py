@@ -102,7 +102,9 @@ def _rebuilt(
     placeholder = given or zeros
     _initialise(program, placeholder, saved, path)
     own = program.tensors()
-    program.load({k: v for k, v in saved.items() if k in own or not k.startswith(OBJECTIVE)})
+    beside = {k: v for k, v in saved.items() if k not in own and k.startswith(OBJECTIVE)}
+    program.load({k: v for k, v in saved.items() if k not in beside})
+    program.buffers |= {k: v.to(where) for k, v in beside.items()}  # for a fit that begins here: `init`
     structure = _structure(config["structure"])
     program.complete_guide([s.name for s in structure.sites if s.left_to_prior])
     if program.contract is not None:

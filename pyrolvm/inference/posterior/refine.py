@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 import torch
@@ -28,12 +28,14 @@ from pyrolvm.errors import ProgramError, SettingError, count, one_of
 from pyrolvm.inference.engine import Problem, TrainingState, choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import prepare
+from pyrolvm.inference.posterior.record import Record
+from pyrolvm.inference.posterior.rows import batch_of, check_columns, is_training_data
+from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.noise import noise_state, seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.per_datum import FAMILIES, PerDatum, kind_of_gaussian
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.structure import Structure
 from pyrolvm.plates import data_rows
 from pyrolvm.progress import PATIENCE, progress_bar
 from pyrolvm.seeds import Purpose, derived_seed
@@ -44,20 +46,6 @@ RATES = (4.0, 2.0, 1.0)
 """Climbs of a row, by their share of the learning rate; each takes its units from what the last one found."""
 JUDGED_DRAWS = 1000
 """Draws for each of the two bounds of a row."""
-
-
-class Refinable(Protocol):
-    """What a refinement needs of a `FittedModel`."""
-
-    program: Program
-    structure: Structure
-    example: Batch | None
-
-    def pair(self, x: Any = None) -> Pair:
-        """The program on some rows."""
-
-    def is_training_data(self, data: Batch) -> bool:
-        """Whether they are the rows that were fitted."""
 
 
 class _Elsewhere:
@@ -71,13 +59,41 @@ class _Elsewhere:
             return self.guide(*self.rows.args, **self.rows.kwargs)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How the rows climb: parameters of `FittedModel.refine`."""
+
+    num_steps: int
+    learning_rate: float
+    num_samples: int
+    seed: int
+    engine: str
+    progress: bool
+
+    def __post_init__(self) -> None:
+        count("num_steps", self.num_steps)
+        count("num_samples", self.num_samples)
+        if not self.learning_rate > 0:
+            raise SettingError(f"learning_rate must be positive, not {self.learning_rate}")
+
+    @property
+    def each(self) -> int:
+        """Steps of one climb."""
+        return max(1, self.num_steps // len(RATES))
+
+    @property
+    def optimizer(self) -> OptimizerSpec:
+        """Adam with the rate of every climb."""
+        return OptimizerSpec(learning_rate=lambda share: self.learning_rate * _falling(share))
+
+
 @dataclass
 class Climb:
     """The rows of one refinement, and how far they got.
 
     Attributes
     ----------
-    program, structure
+    pair : Pair
         The fitted model with a guide per datum for these rows; its entries are all that it learns.
     table : DataFrame
         One row per datum, in nats: `elbo_start`, `elbo`, their difference `gap` and its `standard_error`.
@@ -85,55 +101,52 @@ class Climb:
         Whether the start is the fitted guide itself, so that the gap is that of amortisation.
     """
 
-    program: Program
-    structure: Structure
-    batch: Batch
+    pair: Pair
     table: pd.DataFrame
     family: str
     of_guide: bool
     engine: str
 
 
-def climb(
-    fitted: Refinable,
-    batch: Batch,
-    family: str,
-    num_steps: int,
-    learning_rate: float,
-    num_samples: int,
-    seed: int,
-    engine: str,
-    progress: bool,
-) -> Climb:
-    """Refine the rows of `batch`; arguments as of `FittedModel.refine`."""
-    own = _starting_guide(fitted, batch)
-    batch = batch.of(len(batch.indices))
+def climb(fitted: Record, x: Any, family: str, steps: Steps) -> Climb:
+    """Refine the rows of `x`, in the family asked for or, if "auto", in the guide's own."""
+    data = suited(fitted.program, x, fitted.call)
+    check_columns(fitted, data)
+    own = _starting_guide(fitted, data)
+    batch = data.of(len(data.indices))
     family, of_guide = _family(fitted, batch, own, one_of("family", family, ("auto", *FAMILIES)))
     guide = PerDatum(family).bind(fitted.program.model, own, _shared_guide(fitted))
-    program = fitted.program.with_row_guide(guide)
-    every = torch.arange(batch.num_rows, device=program.device)
-    parts = list(every.split(CHUNK_ROWS)) if fitted.structure.chunkable else [every]
-    first = batch.take(parts[0])
+    parts = _parts(fitted, batch)
+    pair = _started(fitted.program.with_row_guide(guide), guide, batch, batch.take(parts[0]), steps.seed)
+    before = {name: table.clone() for name, table in guide.entries().items()}
+    start = pair
+    if of_guide and not fitted.structure.per_datum:
+        start = Pair(fitted.program, fitted.structure, batch_of(fitted, batch))
+    judged = [_bounds(start, steps.seed, i) for i in range(2)]
+    note = _take_steps(pair, guide, parts, steps)
+    _keep_better(guide, before, judged[0], _bounds(pair, steps.seed, 0))
+    return Climb(pair, _table(judged[1], _bounds(pair, steps.seed, 1)), family, of_guide, note)
+
+
+def _parts(fitted: Record, batch: Batch) -> list[Tensor]:
+    """The rows that climb at once."""
+    every = torch.arange(batch.num_rows, device=fitted.program.device)
+    return list(every.split(CHUNK_ROWS)) if fitted.structure.chunkable else [every]
+
+
+def _started(program: Program, guide: PerDatum, batch: Batch, first: Batch, seed: int) -> Pair:
+    """The pair with an entry for every row, where the fitted guide puts it; nothing else is learned."""
     program.initialise(first, derived_seed(seed, Purpose.REFINE))
     program.start_rows(batch, derived_seed(seed, Purpose.REFINE, 1))
-    guide.count_in_units(every)
+    guide.count_in_units(torch.arange(batch.num_rows, device=program.device))
     program.collect()
     with seeded(derived_seed(seed, Purpose.CHECK), program.device):
         structure = inspect_program(program, first)
     program.hold(structure.row_tables)
-    pair = Pair(program, structure, batch)
-    before = {name: table.clone() for name, table in guide.entries().items()}
-    start = fitted.pair(batch) if of_guide and not fitted.structure.per_datum else pair
-    judged = [_bounds(start, seed, i) for i in range(2)]
-    note = _take_steps(
-        pair, parts, count("num_steps", num_steps), learning_rate, num_samples, seed, engine, progress
-    )
-    _keep_better(guide, before, judged[0], _bounds(pair, seed, 0))
-    table = _table(judged[1], _bounds(pair, seed, 1))
-    return Climb(program, structure, batch, table, family, of_guide, note)
+    return Pair(program, structure, batch)
 
 
-def _starting_guide(fitted: Refinable, batch: Batch) -> Any:
+def _starting_guide(fitted: Record, batch: Batch) -> Any:
     """The fitted guide if it knows these rows, else the one that the model brings, else None (the prior)."""
     structure = fitted.structure
     if structure.joint_guide:
@@ -141,12 +154,12 @@ def _starting_guide(fitted: Refinable, batch: Batch) -> Any:
             f"the guide draws the latents of all data at once ('{structure.joint_guide}'), so that no row can be "
             "refined alone: use a guide that is independent over data, such as AutoNormal"
         )
-    if not structure.per_datum or fitted.is_training_data(batch):
+    if not structure.per_datum or is_training_data(fitted, batch):
         return fitted.program.guide
     return fitted.program.contract.guide if fitted.program.knows("guide") else None
 
 
-def _shared_guide(fitted: Refinable) -> Any:
+def _shared_guide(fitted: Record) -> Any:
     """The guide of what the rows share, run on rows that it has parameters for."""
     guide, example = fitted.program.guide, fitted.example
     if not fitted.structure.per_datum:
@@ -159,7 +172,7 @@ def _shared_guide(fitted: Refinable) -> Any:
     return _Elsewhere(guide, example)
 
 
-def _family(fitted: Refinable, batch: Batch, own: Any, family: str) -> tuple[str, bool]:
+def _family(fitted: Record, batch: Batch, own: Any, family: str) -> tuple[str, bool]:
     """(family, whether the guide is of it): what "auto" means."""
     if own is not fitted.program.guide:
         return ("mean_field" if family == "auto" else family), False
@@ -180,46 +193,40 @@ def _family(fitted: Refinable, batch: Batch, own: Any, family: str) -> tuple[str
     return chosen, kinds == {chosen}
 
 
-def _take_steps(
-    pair: Pair,
-    parts: list[Tensor],
-    num_steps: int,
-    learning_rate: float,
-    num_samples: int,
-    seed: int,
-    engine: str,
-    progress: bool,
-) -> str:
+def _take_steps(pair: Pair, guide: PerDatum, parts: list[Tensor], steps: Steps) -> str:
     """Climb, some rows at a time, each with an optimiser of its own; the engine's sentence."""
-    program, structure = pair.program, pair.structure
-    at_once = pair.vectorized
-    kind = TraceEnum_ELBO if structure.enumerated else TraceMeanField_ELBO
-    elbo = kind(
-        num_particles=count("num_samples", num_samples), vectorize_particles=at_once and num_samples > 1
-    )
-    if not learning_rate > 0:
-        raise SettingError(f"learning_rate must be positive, not {learning_rate}")
-    spec = OptimizerSpec(learning_rate=lambda share: learning_rate * _falling(share))
-    length = max(1, num_steps // len(RATES))
-    guide = program.row_guide
-    assert guide is not None
-    problem = Problem(
-        program, structure, prepare(elbo, structure), spec, pair.batch, minibatch=True, num_rows=pair.batch.num_rows,
-        schedules=dict(program.controls), num_steps=length * len(RATES),
-    )  # fmt: skip
+    program, total = pair.program, len(parts) * steps.each * len(RATES)
     with (
         program.evaluating(),
-        progress_bar("refining", len(parts) * length * len(RATES), enabled=progress, after=PATIENCE) as bar,
+        progress_bar("refining", total, enabled=steps.progress, after=PATIENCE) as bar,
     ):
-        running, note = choose_engine(engine, problem, len(parts) * length * len(RATES), on_compile=bar.note)
+        running, note = choose_engine(steps.engine, _problem(pair, steps), total, on_compile=bar.note)
         for i, rows in enumerate(parts):
-            random = noise_state(derived_seed(seed, Purpose.REFINE, 2, i), program.device)
+            random = noise_state(derived_seed(steps.seed, Purpose.REFINE, 2, i), program.device)
             for turn in range(len(RATES)):
-                state = TrainingState(program.tensors(), {}, turn * length, random)
-                random = running.run(state, rows.cpu().expand(length, -1))[0].random
+                state = TrainingState(program.tensors(), {}, turn * steps.each, random)
+                random = running.run(state, rows.cpu().expand(steps.each, -1))[0].random
                 guide.count_in_units(rows)
-                bar.advance(length)
+                bar.advance(steps.each)
     return getattr(running, "note", note)
+
+
+def _problem(pair: Pair, steps: Steps) -> Problem:
+    """The bound of every row, as the engines take it."""
+    kind = TraceEnum_ELBO if pair.structure.enumerated else TraceMeanField_ELBO
+    many = steps.num_samples
+    elbo = kind(num_particles=many, vectorize_particles=pair.vectorized and many > 1)
+    return Problem(
+        pair.program,
+        pair.structure,
+        prepare(elbo, pair.structure),
+        steps.optimizer,
+        pair.batch,
+        minibatch=True,
+        num_rows=pair.batch.num_rows,
+        schedules=dict(pair.program.controls),
+        num_steps=steps.each * len(RATES),
+    )
 
 
 def _falling(share: float) -> float:

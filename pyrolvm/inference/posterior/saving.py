@@ -8,14 +8,11 @@ checkpoint/              the training state, if `fit` was asked to keep it there
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import platform
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import pandas as pd
 import pyro
 import torch
 
@@ -24,31 +21,13 @@ from pyrolvm.data.arguments import described, is_plain, is_setting
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import RunFolderError
 from pyrolvm.files import FORMAT, Writer, json_writer, tensor_writer, write_together
-from pyrolvm.inference.posterior.convergence import Convergence
-from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.structure import Structure
+from pyrolvm.inference.posterior.record import Record, model_record
 from pyrolvm.processes import here
 
 CONFIG, PARAMETERS, HISTORY = "config.json", "parameters.safetensors", "history.csv"
 
 
-class Savable(Protocol):
-    """What a run folder keeps of a `FittedModel`."""
-
-    program: Program
-    structure: Structure
-    history: pd.DataFrame
-    settings: dict[str, Any]
-    example: Batch | None
-    num_rows: int
-    engine: str
-    stopped_because: str
-    convergence: Convergence
-    columns: list[str] | None
-    arguments: dict[str, Any] | None
-
-
-def save_run(fitted: Savable, path: Path, extra: dict[str, Any] | None = None) -> Path:
+def save_run(fitted: Record, path: Path, extra: dict[str, Any] | None = None) -> Path:
     """Write the run folder; its files are replaced when all are whole, other files in it are left alone.
 
     `extra` is kept in config.json under "run"; `load_run` does not look at it. Of several processes that made the fit
@@ -74,7 +53,7 @@ def save_run(fitted: Savable, path: Path, extra: dict[str, Any] | None = None) -
     return path
 
 
-def _config(fitted: Savable) -> dict[str, Any]:
+def _config(fitted: Record) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": model_record(fitted.program.source),
@@ -125,17 +104,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def model_record(model: Any) -> dict[str, Any]:
-    """How to build the model again: its class and arguments if they are plain, else its name alone."""
-    arguments = getattr(model, "constructor", None)
-    name = (
-        type(model).__name__
-        if isinstance(model, torch.nn.Module)
-        else getattr(model, "__name__", repr(model))
-    )
-    record: dict[str, Any] = {"name": name, "arguments": None}
-    with contextlib.suppress(TypeError, ValueError):  # networks passed as objects: the caller builds them
-        record["arguments"] = json.loads(json.dumps(arguments))
-    return record

@@ -20,7 +20,6 @@ from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
     Site,
     Structure,
-    find_data_plate,
     in_plate,
     is_bound,
     sample_sites,
@@ -35,7 +34,7 @@ def inspect_program(program: Program, batch: Batch) -> Structure:
     what to type.
     """
     model, guide, rows = trial_traces(program, batch)
-    _check_match(model, guide, batch)
+    _check_match(model, guide)
     left = [s["name"] for s in sample_sites(model) if s["infer"].get(LEFT_TO_PRIOR) and _is_missing(s, guide)]
     _check_own_guide(model, guide)
     structure = read_structure(program, batch, model, guide, rows)
@@ -56,7 +55,7 @@ def _is_missing(site: dict, guide: Trace) -> bool:
     return not site["is_observed"] and site["name"] not in guide.nodes
 
 
-def _check_match(model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:
+def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
     in_model = {s["name"]: s for s in sample_sites(model_trace)}
     latents = [n for n, s in in_model.items() if not s["is_observed"]]
     for site in sample_sites(guide_trace):
@@ -68,15 +67,14 @@ def _check_match(model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:
                 f"{', '.join(latents) or 'none'}): {near}give both the same name; if '{name}' is an auxiliary draw "
                 f"that the latents are computed from, mark it infer={{'is_auxiliary': True}}"
             )
-    plate = find_data_plate(model_trace, len(batch.indices))
     for name in latents:
         site = in_model[name]
         infer = site["infer"]
         if name not in guide_trace.nodes and not infer.get("enumerate") and not infer.get(LEFT_TO_PRIOR):
-            _refuse_forgotten(name, in_plate(site, plate))
+            _refuse_forgotten(name)
 
 
-def _refuse_forgotten(name: str, local: bool) -> None:
+def _refuse_forgotten(name: str) -> None:
     original = name.removesuffix("_unobserved")
     if original != name:
         raise ProgramError(

@@ -11,9 +11,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.program.enumerated import TOGETHER, Summed, can_be_drawn, draw_summed
+from pyrolvm.inference.program.enumerated import TOGETHER, Summed, draw_summed
 from pyrolvm.inference.program.pair import Pair, total_of
 from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.inference.program.sums import where_seen
 from pyrolvm.inference.program.weights import log_densities
 
 
@@ -51,7 +52,10 @@ class Draws:
     def log_weight(self) -> Tensor:
         """log p(x, z) - log q(z | x): [S, cells]."""
         if self.log_prior is None or self.log_likelihood is None or self.log_guide is None:
-            raise ProgramError("draws from the prior have no importance weights: draw from the posterior")
+            raise ProgramError(
+                "these draws have no importance weights: they are of the prior, or all rows share a discrete latent "
+                "that is summed out"
+            )
         return self.log_likelihood + self.log_prior - self.log_guide
 
 
@@ -61,9 +65,10 @@ def draws_of(
     """z ~ q(z | x) with p(x, z) at the draws, or (x, z) ~ p(x, z) for as many rows if `prior`.
 
     `shared` are global values of draws for other rows. Latents that are summed out are drawn from their exact
-    posterior. Draws are taken at once where the program allows it, else one by one.
+    posterior, all of a row together; -1 where a mask leaves one out. Draws are taken at once where the program allows
+    it, else one by one.
     """
-    take = _prior if prior else enumerated_draw if can_be_drawn(pair.structure) else _posterior
+    take = _prior if prior else enumerated_draw if pair.structure.enumerated else _posterior
     if pair.vectorized:
         return take(pair, num_draws, (shared or [{}])[0])
     return stack([take(pair, None, values) for values in shared or [{}] * num_draws])
@@ -122,27 +127,28 @@ def _data(pair: Pair, trace: Trace) -> list[Any]:
 def enumerated_draw(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws:
     """As `_posterior`, with densities that are sums over the states of the latents that are summed out."""
     summed, model, guide = draw_summed(pair, num_draws, given)
-    draws = read_draws(pair, model, guide)
-    values = {k: tidy(pair.structure, model.nodes[k], v) for k, v in summed.values.items()}
-    return _with_sums(replace(draws, values=draws.values | values), summed)
+    draws, nodes = read_draws(pair, model, guide), dict[str, Any](model.nodes)
+    for name, value in summed.values.items():
+        site = nodes[name]
+        seen = where_seen(site, value, -1, len(site["fn"].event_shape))
+        draws.values[name] = tidy(pair.structure, site, seen)
+    return _with_sums(pair, model, draws, summed)
 
 
-def _with_sums(draws: Draws, summed: Summed) -> Draws:
-    """The draws with densities at the chosen states replaced by their sums over all states."""
-    assert draws.log_prior is not None
-    assert draws.log_likelihood is not None
-    joint, prior = (t.gather(0, summed.chosen[None])[0] for t in (summed.joint, summed.prior))
-    log_prior, log_joint = summed.prior.logsumexp(0), summed.joint.logsumexp(0)
+def _with_sums(pair: Pair, model: Trace, draws: Draws, summed: Summed) -> Draws:
+    """The draws with densities that are sums over all states in place of those at the states that were drawn.
+
+    Where a state is shared by all rows there are no such sums for a row: the guide's density is then left out.
+    """
+    if summed.log_joint is None or summed.log_prior is None:
+        return replace(draws, log_guide=None, global_log_guide=None)
+    log_likelihood = summed.log_joint - summed.log_prior
     pointwise = {k: v for k, v in draws.pointwise.items() if k not in summed.observed}
     if summed.observed:
         name = summed.observed[0] if len(summed.observed) == 1 else TOGETHER
-        pointwise[name] = log_joint - log_prior
-    return replace(
-        draws,
-        pointwise=pointwise,
-        log_prior=draws.log_prior - prior + log_prior,
-        log_likelihood=draws.log_likelihood - (joint - prior) + log_joint - log_prior,
-    )
+        beside = pair.log_prob(model, lambda s: s["is_observed"] and s["name"] not in summed.observed)
+        pointwise[name] = log_likelihood - beside.to(log_likelihood)
+    return replace(draws, pointwise=pointwise, log_prior=summed.log_prior, log_likelihood=log_likelihood)
 
 
 def tidy(structure: Structure, site: Any, value: Tensor, *, event: bool = True) -> Tensor:

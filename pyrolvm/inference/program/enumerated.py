@@ -1,10 +1,11 @@
 """Draws for programs whose discrete latents are summed out: the exact p(k | x, z) stands for their guide.
 
-With k enumerated, a program's joint density has one value per state of k. Under q(z | x) for the rest,
+Under q(z | x) for the rest, all discrete latents k of a row are drawn together,
 
     k ~ p(k | x, z)  proportional to  p(x, z, k),       log p(x | z) = log sum_k p(x, z, k) - log sum_k p(z, k),
 
-so that predictions go on from a k that the datum speaks for, and likelihoods have no noise of k in them.
+so that predictions go on from a k that the datum speaks for, and likelihoods have no noise of k in them. Of a chain a
+draw is a whole path. See `sums.py`.
 """
 
 from __future__ import annotations
@@ -14,105 +15,84 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
-import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.inference.program.sums import Drawing, all_states, at_states, differentiated, log_sums
 
 TOGETHER = "observed"
 """The name of the likelihood of several observed sites that share a summed-out latent."""
 
 
 def enumerated_sites(structure: Structure) -> list[str]:
-    """The latents that are summed out. Raises `ProgramError` if one is not in the data plate alone."""
-    sites = structure.enumerated
-    for site in sites:
-        if site.markov:
+    """The latents that are summed out. Raises `ProgramError` if one is shared by all data."""
+    for site in structure.enumerated:
+        if structure.data_plate is not None and not site.local:
             raise ProgramError(
-                f"'{site.name}' and others are states of a Markov chain (pyro.markov), whose probabilities are no sum "
-                "over the states of each datum at once: pyro.infer.infer_discrete draws or decodes them"
+                f"'{site.name}', which is summed out, is shared by all data, so that the rows have no densities of "
+                "their own: put it inside `with pyrolvm.data_plate(x):`, or give the guide a site for it"
             )
-        if structure.data_plate is None or site.plates != (structure.data_plate.name,):
-            raise ProgramError(
-                f"draws of '{site.name}', which is summed out, are taken datum by datum, but its plates are "
-                f"{list(site.plates)}: put it inside `with pyrolvm.data_plate(x):` and no other plate, or give the "
-                "guide a site for it"
-            )
-    return [s.name for s in sites]
+    return [s.name for s in structure.enumerated]
 
 
-def can_be_drawn(structure: Structure) -> bool:
-    """Whether there are latents that are summed out, all of them datum by datum."""
-    try:
-        return bool(enumerated_sites(structure))
-    except ProgramError:
-        return False
+def apart(structure: Structure) -> bool:
+    """Whether what is summed out belongs to one row each."""
+    return structure.data_plate is None or all(s.local for s in structure.enumerated)
 
 
 @dataclass(frozen=True)
 class Summed:
-    """States of the latents that are summed out, per draw and row.
+    """States of the latents that are summed out, and the densities without them.
 
     Attributes
     ----------
     values : dict
         Site -> its drawn value, in the program's shape.
-    joint, prior : tensor [states, draws, rows]
-        log p(k, x) and log p(k) of all that depends on the state k, nats.
-    chosen : tensor [draws, rows]
-        The number of the state that was drawn.
+    log_joint, log_prior : tensor [draws, rows] or None
+        log sum_k p(x, z, k) and log sum_k p(z, k) of each row, nats; None if a state is shared by all rows.
     observed : list of str
-        The data sites whose density depends on the state.
+        The data sites whose density depends on the states.
     """
 
     values: dict[str, Tensor]
-    joint: Tensor
-    prior: Tensor
-    chosen: Tensor
+    log_joint: Tensor | None
+    log_prior: Tensor | None
     observed: list[str]
 
 
 def draw_summed(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> tuple[Summed, Trace, Trace]:
     """(states, model trace, guide trace): z ~ q(z | x), then k ~ p(k | x, z)."""
     guide = pair.guide(num_draws, given=given)
-    states, joint, prior = by_state(pair, num_draws, guide, given)
-    chosen = dist.Categorical(logits=joint.movedim(0, -1)).sample()  # [draws, rows]
-    values = _values(pair, states, chosen, together=num_draws is not None)
+    names = {s.name for s in pair.structure.enumerated}
+    states = all_states(pair, num_draws, lambda s: s["name"] in names, handlers=[_replay(guide)], given=given)
+    values = _drawn_values(pair, num_draws, states)
     model = pair.model(num_draws, _replay(guide), given={**given, **values})
-    observed = [s["name"] for s in _dependent(pair, num_draws, states) if s["is_observed"]]
-    return Summed(values, joint, prior, chosen, observed), model, guide
+    held = {*pair.held(guide), *_outside(pair, states)}
+    seen = [s["name"] for s in sample_sites(states) if s["is_observed"]]
+    sums: list[Tensor | None] = [None, None]
+    if apart(pair.structure):
+        sums = [log_sums(pair, states, num_draws or 1, {*held, *left}) for left in ((), seen)]
+    return Summed(values, sums[0], sums[1], _dependent(pair, num_draws, states, seen)), model, guide
 
 
-def responsibilities(pair: Pair, guide: Trace) -> dict[str, Tensor]:
-    """p(k | x, z) of each latent that is summed out, at one draw of the guide: site -> [rows, states]."""
-    names = enumerated_sites(pair.structure)
-    states, joint, _ = by_state(pair, None, guide, {})
-    weight = joint[:, 0].softmax(0)  # [states, rows]
-    sites = _by_dim(states)
-    weight = weight.reshape(*(s["value"].numel() for s in sites), -1)
+def _outside(pair: Pair, trace: Trace) -> set[str]:
+    """The sites that no row has for itself; none, if the data are one."""
+    whole = pair.structure.data_plate is None
+    return set() if whole else {s["name"] for s in sample_sites(trace) if not pair.is_local(s)}
+
+
+def _drawn_values(pair: Pair, num_draws: int | None, states: Trace) -> dict[str, Tensor]:
+    """Each enumerated site's value at one draw of all, in the program's shape."""
+    depth = _depth(pair, num_draws)
     found = {}
-    for i, site in enumerate(sites):
-        others = [j for j in range(len(sites)) if j != i]
-        found[site["name"]] = (weight.sum(others) if others else weight).movedim(-1, 0)
-    return {name: found[name] for name in names}
-
-
-def by_state(
-    pair: Pair, num_draws: int | None, guide: Trace, given: dict[str, Tensor]
-) -> tuple[Trace, Tensor, Tensor]:
-    """The model's trace over all states, and log p(k, x) and log p(k), each [states, draws, rows], nats."""
-    states = pair.model(num_draws, _replay(guide), lambda f: _parallel(pair, num_draws, f), given=given)
-    sites = _dependent(pair, num_draws, states)
-    joint, prior = (
-        _total(pair, num_draws, [s for s in sites if observed or not s["is_observed"]])
-        for observed in (True, False)
-    )
-    return states, joint, prior
+    for site, chosen in differentiated(pair, states, Drawing):
+        value, event = at_states(site, chosen), site["fn"].event_shape
+        batch = value.shape[: value.dim() - len(event)]
+        found[site["name"]] = value.reshape(*batch[len(batch) - depth :], *event)
+    return found
 
 
 def _replay(guide: Trace) -> Callable:
@@ -124,43 +104,7 @@ def _depth(pair: Pair, num_draws: int | None) -> int:
     return int(num_draws is not None) + pair.structure.max_plate_nesting
 
 
-def _parallel(pair: Pair, num_draws: int | None, model: Callable) -> Callable:
-    names = {s.name for s in pair.structure.enumerated}
-    marked = pyro.poutine.infer_config(
-        model, config_fn=lambda s: {"enumerate": "parallel"} if s["name"] in names else {}
-    )
-    return pyro.poutine.enum(marked, first_available_dim=-1 - _depth(pair, num_draws))
-
-
-def _dependent(pair: Pair, num_draws: int | None, states: Trace) -> list[Any]:
-    """The sites whose log-density differs by state."""
-    depth = _depth(pair, num_draws)
-    return [s for s in sample_sites(states) if s["unscaled_log_prob"].dim() > depth]
-
-
-def _total(pair: Pair, num_draws: int | None, sites: list[Any]) -> Tensor:
-    """The sum of the log-densities of `sites`: [states, draws, rows], nats."""
-    assert pair.structure.data_plate is not None  # see `enumerated_sites`
-    row_dim, nesting = pair.structure.data_plate.dim, pair.structure.max_plate_nesting
-    terms = [scale_and_mask(s["unscaled_log_prob"], mask=s["mask"]) for s in sites]
-    inner = [d for d in range(-nesting, 0) if d != row_dim]
-    total = sum(t.sum(inner, keepdim=True) if inner else t for t in terms)
-    assert isinstance(total, Tensor)  # an enumerated site depends on itself
-    together = num_draws is not None
-    return total.reshape(-1, total.shape[-1 - nesting] if together else 1, total.shape[row_dim])
-
-
-def _by_dim(states: Trace) -> list[Any]:
-    """The enumerated sites, leftmost dimension first, as states are numbered."""
-    sites = [s for s in sample_sites(states) if "_enumerate_dim" in s["infer"]]
-    return sorted(sites, key=lambda s: s["infer"]["_enumerate_dim"])
-
-
-def _values(pair: Pair, states: Trace, chosen: Tensor, *, together: bool) -> dict[str, Tensor]:
-    """Each enumerated site's value in the states numbered `chosen` [draws, rows], in the program's shape."""
-    assert pair.structure.data_plate is not None
-    sites = _by_dim(states)
-    places = torch.unravel_index(chosen, [s["value"].numel() for s in sites])
-    shape = [len(chosen)] * together + [1] * pair.structure.max_plate_nesting
-    shape[pair.structure.data_plate.dim] = chosen.shape[1]
-    return {s["name"]: s["value"].flatten()[i].reshape(shape) for s, i in zip(sites, places, strict=True)}
+def _dependent(pair: Pair, num_draws: int | None, states: Trace, names: list[str]) -> list[str]:
+    """The sites of these names whose log-density differs by state."""
+    depth, nodes = _depth(pair, num_draws), dict[str, Any](states.nodes)
+    return [name for name in names if nodes[name]["unscaled_log_prob"].dim() > depth]

@@ -260,6 +260,10 @@ class Pair:
         shared = self.held(guide)
         log_weight = log_densities(model, guide, skip=shared).log_weight
         zeros = torch.zeros_like(log_weight[:, 0])
+        estimates = [s.name for s in self.structure.sites if s.bound]  # another value at every call
+        if estimates:
+            rest = log_densities(model, guide, skip={*shared, *estimates}).log_weight
+            log_weight = rest.expand_as(log_weight)
         return [log_weight, *(total_of(t, shared, zeros) for t in (model, guide))]
 
 

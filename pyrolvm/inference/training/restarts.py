@@ -6,6 +6,7 @@ Peel 2000, "Finite mixture models", section 2.12).
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable
@@ -111,7 +112,9 @@ class _Attempt:
 
     def _fit(self, built: Any, restart: int, seed: int) -> FittedModel:
         model, guide = built if isinstance(built, tuple) else (built, self.options.get("guide"))
-        options = self.options | {"guide": guide, "seed": seed}
+        # an objective's own modules are trained: each restart begins with those that were passed
+        objective = copy.deepcopy(self.options.get("objective"))
+        options = self.options | {"guide": guide, "seed": seed, "objective": objective}
         if options.get("checkpoint") is not None:
             options["checkpoint"] = Path(options["checkpoint"]) / f"restart-{restart}"
         with warnings.catch_warnings():  # of the best alone

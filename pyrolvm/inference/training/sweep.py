@@ -151,7 +151,9 @@ def _one(
     try:
         with warnings.catch_warnings():  # of the best alone
             warnings.simplefilter("ignore", ConvergenceWarning)
-            fitted = fit(made, train, **(options | {n: v for n, v in chosen.items() if n not in own}))
+            given = options | {n: v for n, v in chosen.items() if n not in own}
+            # an objective's own modules are trained: each fit begins with those that were passed
+            fitted = fit(made, train, **given | {"objective": copy.deepcopy(given.get("objective"))})
     except DivergenceError as error:
         return None, None, row | {"seconds": time.perf_counter() - start, "outcome": f"diverged: {error}"}
     score = _score(fitted, held_out, by, number, options)

@@ -1,0 +1,166 @@
+"""Seconds of compiling: `python -m benchmarks.compiling [NAME ...]`; the machine should be left alone meanwhile.
+
+Each program is compiled twice, each time for an empty cache of steps: in a new process on a machine that has compiled
+nothing, and in a process that has compiled another program before. Results go to `results/compiling.md` and `.json`, in
+which rows that are not measured again stay. `python -m benchmarks.compiling --child NAME` prints one row as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+
+RESULTS = Path(__file__).parent / "results"
+FIRST, FEW, SECONDS = 3, 20, 0.5
+"""Steps of a run that compiles; steps that time an eager step; seconds of steps that time a compiled one."""
+COLUMNS = {
+    "operations": "operations",
+    "compiled operations": "of which compiled",
+    "estimate": "estimate, s",
+    "new machine": "on a new machine, s",
+    "warm": "in a warm process, s",
+    "eager": "eager step, us",
+    "compiled": "compiled step, us",
+    "auto": "auto compiles from, steps",
+    "pays": "pays from, steps",
+    "worst": "largest difference of the bounds",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure seconds of compiling.")
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--child", action="store_true")
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(_child(options.names[0])))
+        return
+    from benchmarks.sequences import PROGRAMS
+
+    path = RESULTS / "compiling.json"
+    found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    for name in options.names or PROGRAMS:
+        found["rows"][name] = {"about": PROGRAMS[name].__doc__, **_measured(name)}
+        found["machine"] = {k: v for k, v in _machine().items() if "load" not in k}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / "compiling.md").write_text(_page(found, list(PROGRAMS)))
+        print(name, found["rows"][name], flush=True)
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    return machine.describe(torch.device("cpu"))
+
+
+def _measured(name: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        surroundings = os.environ | {
+            "PYROLVM_CACHE": f"{folder}/pyrolvm",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
+        }
+        command = [sys.executable, "-m", "benchmarks.compiling", "--child", name]
+        done = subprocess.run(command, capture_output=True, text=True, env=surroundings, check=False)
+    if done.returncode:
+        return {"reason": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _child(name: str) -> dict[str, Any]:
+    """The first compilation is on a new machine; after another program's this one's again, its step not stored."""
+    from pyrolvm.inference.engine import cache
+
+    start = time.perf_counter()
+    _run(name, "compiled", FIRST)
+    found: dict[str, Any] = {"new machine": time.perf_counter() - start}
+    _run("schools" if name != "schools" else "ppca", "compiled", FIRST)
+    for path in cache.folder().glob("*.so"):
+        path.unlink()
+    start = time.perf_counter()
+    _, engine = _run(name, "compiled", FIRST)
+    found["warm"] = time.perf_counter() - start
+    found |= _steps(name, engine)
+    return found | {"pays": 1e6 * found["warm"] / (found["eager"] - found["compiled"])}
+
+
+def _run(name: str, how: str, num_steps: int) -> tuple[Any, Any]:
+    """(fitted, the compiled engine or None)."""
+    from unittest import mock
+
+    import pyrolvm
+    from benchmarks.sequences import PROGRAMS
+    from pyrolvm.inference.engine import choose
+
+    made = []
+
+    class Seen(choose.CompiledEngine):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    given = PROGRAMS[name]()
+    with mock.patch.object(choose, "CompiledEngine", Seen):
+        fitted = pyrolvm.fit(
+            given.model, given.data, engine=how, num_steps=num_steps, progress=False, **given.options
+        )
+    return fitted, made[0] if made else None
+
+
+def _steps(name: str, engine: Any) -> dict[str, Any]:
+    """What a step takes by either engine, and from how many on compiling is chosen and pays."""
+    from pyrolvm.inference.engine import folding, native
+
+    traced, minibatch = engine._traced, engine.problem.minibatch
+    estimate = native.seconds_to_compile(traced, minibatch)
+    slow = _run(name, "eager", FEW)[0].history
+    eager = _per_step(slow)
+    few = _per_step(_run(name, "compiled", FEW)[0].history)
+    fast = _run(name, "compiled", max(FEW, min(20_000, round(SECONDS / few))))[0].history
+    compiled = _per_step(fast)
+    return {
+        "operations": len(traced.graph.graph.nodes),
+        "compiled operations": folding.operations_to_compile(traced, minibatch),
+        "estimate": estimate,
+        "eager": 1e6 * eager,
+        "compiled": 1e6 * compiled,
+        "auto": 2 * estimate / eager,
+        "worst": float((fast["elbo"][:FEW] - slow["elbo"]).abs().max()),
+    }
+
+
+def _per_step(history: Any) -> float:
+    """Seconds of a step, of the later half."""
+    seconds = history["seconds"].to_numpy()
+    half = len(seconds) // 2
+    return float(seconds[-1] - seconds[half - 1]) / (len(seconds) - half)
+
+
+def _page(found: dict[str, Any], names: list[str]) -> str:
+    """The table in Markdown."""
+    lines = ["# Seconds of compiling", "", __doc__.split("\n\n")[1].replace("\n", " "), "", "## Machine", ""]
+    lines += [f"- {key}: {value}" for key, value in found["machine"].items()]
+    lines += ["", "## Programs", "", f"| program | {' | '.join(COLUMNS.values())} |"]
+    lines += ["| --- |" + " ---: |" * len(COLUMNS)]
+    for name in names:
+        row = found["rows"].get(name)
+        if row is not None:
+            cells = [row["reason"]] if "reason" in row else [_cell(row[key]) for key in COLUMNS]
+            lines.append(f"| {row['about']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+if __name__ == "__main__":
+    main()
