@@ -71,13 +71,17 @@ class StreamedPlan(WindowPlan):
 
     def kept(self, num_steps: int) -> Tensor:
         """Rows that stay in the buffer, in the place of those of the first steps: [num_steps, whole_batch]."""
-        kept = self.buffer[0].num_rows - 2 * self.window
-        rows = torch.arange(num_steps * self.rows_per_step) % kept + 2 * self.window
+        rows = torch.arange(num_steps * self.rows_per_step) % self._num_kept + 2 * self.window
         return self._placed(rows.reshape(num_steps, -1))
 
     def num_steps(self, num_epochs: int) -> int:
         """As of `BatchPlan`, the same for all processes."""
         return -(-num_epochs * self.total // self.whole_batch)
+
+    @property
+    def _num_kept(self) -> int:
+        """R."""
+        return min(self.window, KEPT_STEPS * self.rows_per_step)
 
     def _placed(self, rows: Tensor) -> Tensor:
         if self.whole_batch == self.rows_per_step:
@@ -95,9 +99,9 @@ class StreamedPlan(WindowPlan):
         begun = self.ahead.pop(window, None)
         found = self.suit(self.read(window) if begun is None else begun.result())
         if not self.buffer:
-            kept = min(self.window, KEPT_STEPS * self.rows_per_step)
-            self.buffer.append(_blank(found, 2 * self.window + kept, self.total))
-            self._write(found.take(self._shuffle(window)[:kept]), 2 * self.window)
+            most = max(2 * self.window + self._num_kept, self.whole_batch)  # trial steps take rows 0 .. B - 1
+            self.buffer.append(_blank(found, most, self.total))
+            self._write(found.take(self._shuffle(window)[: self._num_kept]), 2 * self.window)
         self._write(found, window % 2 * self.window)
         self.held[window % 2] = window
 
