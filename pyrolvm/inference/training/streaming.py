@@ -135,7 +135,8 @@ class Ahead:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._found
+        found, self._found = self._found, None  # not held here as well
+        return found
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,12 @@ def stream(
             return joined((reader.piece(*cut) for cut in plan.contents(index)), window)
 
     def suit(rows: Dataset) -> Batch:
+        if not plan.buffer:  # as they were read: after a cast it is too late
+            check_precision(rows.values, rows.columns, program.dtype)
         return suited(program, rows)
 
     sizes = [piece.num_rows for piece in own.pieces]
     plan = StreamedPlan(own.num_rows, size, seed, sizes, window, places, batch_size, total, read, suit)
-    plan.ahead[0] = first = Ahead(read, 0)
-    rows = first.result()
-    check_precision(rows.values, rows.columns, program.dtype)
     plan.rows(0, 1)
     return Streamed(data, plan, total)
 
