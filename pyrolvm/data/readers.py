@@ -22,6 +22,8 @@ SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npy", ".npz", ".
 """The kinds of file `read` knows; idx files may also be called `...-ubyte(.gz)`, as MNIST's are."""
 
 # Which kinds an option is for: given with another, it would be ignored without a word
+PICKLE = b"\x80"
+"""The first byte of a pickle."""
 _OPTIONS = {
     "key": (".npz", ".h5ad"),
     "header": (".csv", ".tsv"),
@@ -162,12 +164,19 @@ def _read_numpy(path: Path, key: str | None, mmap: bool) -> np.ndarray:
         raise
     except (ValueError, EOFError, OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
         text = " ".join(str(error).split())
-        if "Object arrays" in text or "allow_pickle" in text or "pickled" in text:
+        if "Object arrays" in text or _starts(path, PICKLE):
             raise DataError(
                 f"{path} holds Python objects (pickles), which are never loaded: "
                 "save an array of numbers, e.g. np.save(path, x.astype(float))"
             ) from None
+        if "pickled" in text:  # numpy's word for whatever has no header of its own
+            raise DataError(f"{path} is not a numpy file: it does not begin as one") from None
         raise DataError(f"{path} is damaged, truncated or not a numpy file ({text})") from None
+
+
+def _starts(path: Path, begin: bytes) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(begin)) == begin
 
 
 def _key(path: Path, keys: list[str], key: str | None) -> str:

@@ -25,7 +25,9 @@ from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.plots import plot_elbo
+from pyrolvm.processes import ALONE, here
 from pyrolvm.runs import NamedModel, Preparation, RunFolder, Source, described, find_model
+from pyrolvm.runs.folder import states
 from pyrolvm.runs.recipe import SAMPLED_ROWS
 from pyrolvm.seeds import Purpose, derived_seed
 from pyrolvm.shell.arguments import constructor_arguments, held, run_of_codes
@@ -209,20 +211,26 @@ def run_fit(
     job: Job, path: Path, command: str, resume: bool, overwrite: bool, inference_data: bool, quiet: bool
 ) -> None:
     """Train in the run folder `path`, write it and print what came out."""
-    folder = RunFolder(path, job.identity, command, resume, overwrite)
+    processes = here() if job.options.get("parallel", True) else ALONE
+    if processes.restarted and not resume:  # the launcher repeats the command that it was given
+        resume = processes.first(lambda: any(states(path)))
+        overwrite = overwrite or not resume
+    folder = RunFolder(path, job.identity, command, resume, overwrite and not resume)
     try:  # nothing may keep the run from being written at its end
         json.dumps(job.record | folder.identity, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SettingError(f"the settings cannot be written to the run folder: {error}") from None
-    folder.check()
+    processes.first(folder.check)
     try:
         fitted, restarts = job.run(folder, quiet)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(_stopped(folder, stop)) from None
+        raise KeyboardInterrupt(_stopped(folder, stop) if processes.is_first else str(stop)) from None
     except DivergenceError:
-        if folder.has_own_state:
+        if processes.is_first and folder.has_own_state:
             folder.begin(keep_state=True)
         raise
+    if not processes.is_first:
+        return
     folder.begin(keep_state=True)
     _save(fitted, restarts, folder, job, inference_data)
     if not quiet:

@@ -22,7 +22,10 @@ DEVICES = ("cpu", "cuda")
 
 TRACE_SECONDS = 1.0
 """The least that tracing a step takes; shorter runs stay eager."""
-FEW_STEPS = 20
+FEW_STEPS = 50
+"""About as many eager steps take as long as tracing one, without which nobody knows how long compiling takes."""
+MARGIN = 1.5
+"""How many times the estimated seconds of compiling a run must take: the estimate may be a third too low."""
 KNOWN_TORCH = ((2, 11), (2, 13))
 """First and last version of torch that the compiled engine supports (see `graphs` and `inductor`)."""
 
@@ -125,7 +128,7 @@ def _best(problem: Problem, num_steps: int, on_compile: Callable[[str], None] | 
     known = problem.program.device.type == "cpu" and all(processes.gather(is_compiled(traced)))
     if not known:
         needed = processes.broadcast(seconds_to_compile(traced, problem.minibatch))
-        if expected < 2 * needed:
+        if expected < MARGIN * needed:
             about = f" (about {needed:.0f} s)" if needed > LEAST_SECONDS else ""
             return eager, short + about
         obstacle = _agreed(problem, _obstacle(problem))

@@ -178,8 +178,10 @@ class Training:
             and step % self.until.every == 0
             and not self.stopped_because
         ):
-            self.state, reason = self.until.look(self.state, self.history)
-            self.problem.program.load(self.state.parameters)
+            before = self.state
+            self.state, reason = self.until.look(before, self.history)
+            if self.state is not before:
+                self.problem.program.load(self.state.parameters)
             self.stopped_because = reason or ""
         bar.update(step, **{"ELBO": self.history.recent("elbo")})
         error: Exception | None = None
