@@ -156,10 +156,17 @@ def sequential(groups: int) -> Callable[[], Given]:
             with pyro.plate(f"rows_{i}", y.shape[1]):
                 pyro.sample(f"y_{i}", dist.Normal(a, 1.0), obs=y[i])
 
-    def given() -> Given:
-        return Given(model, noise(groups, 5), {"guide": "AutoNormal"})
+    def guide(y: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(groups + 1))
+        scale = pyro.param("scale", torch.ones(groups + 1), constraint=constraints.positive)
+        pyro.sample("mu", dist.Normal(loc[-1], scale[-1]))
+        for i in pyro.plate("groups", groups):
+            pyro.sample(f"a_{i}", dist.Normal(loc[i], scale[i]))
 
-    given.__doc__ = f"sequential plate of {groups} groups, AutoNormal"
+    def given() -> Given:
+        return Given(model, noise(groups, 5), {"guide": guide})
+
+    given.__doc__ = f"sequential plate of {groups} groups, normal guide"
     return given
 
 

@@ -48,7 +48,7 @@ def test_training_does_not_import_arviz_or_the_plots():
 
 
 FLOORS = (
-    "_version errors plates controls seeds files progress signals semi_implicit",
+    "_version errors plates controls seeds files processes progress signals semi_implicit",
     "data",
     "models inference.program",
     "inference.objectives",

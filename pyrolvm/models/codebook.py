@@ -23,6 +23,7 @@ from torch.nn.functional import embedding
 
 from pyrolvm.errors import SettingError, count, one_of
 from pyrolvm.plates import current_rows
+from pyrolvm.processes import sharing
 
 UPDATES = ("ema", "gradient")
 LEAST_COUNT = 1e-12
@@ -120,17 +121,19 @@ class Codebook(nn.Module):
         """
         every = torch.arange(self.codebook_size, device=h.device)
         h_flat, members = h.flatten(0, -2), (codes.reshape(-1, 1) == every).to(h.dtype)
-        number = members.sum(0)  # [codebook_size]
+        processes = sharing()  # one unless they share the rows of a batch
+        number = processes.sum(members.sum(0))  # [codebook_size]
         if self.update == "ema":
             self.mean_counts.lerp_(number, 1 - self.decay)
-            self.mean_sums.lerp_(members.mT @ h_flat, 1 - self.decay)
+            self.mean_sums.lerp_(processes.sum(members.mT @ h_flat), 1 - self.decay)
             means = self.mean_sums / self.mean_counts.clamp(min=LEAST_COUNT).unsqueeze(-1)
             alive = (self.mean_counts > LEAST_COUNT).unsqueeze(-1)
             self.vectors.copy_(torch.where(alive, means, self.vectors))
         rows = current_rows()
-        self._close_pass(h_flat, number, len(h), rows.total if rows is not None else len(h))
+        batch = number.sum().long() * len(h) // len(h_flat)  # of all processes
+        self._close_pass(h_flat, number, batch, rows.total if rows is not None else len(h))
 
-    def _close_pass(self, h: Tensor, number: Tensor, batch: int, total: int) -> None:
+    def _close_pass(self, h: Tensor, number: Tensor, batch: Tensor, total: int) -> None:
         """Add a batch to the pass; at its end keep the counts, revive and begin another."""
         self.counts.add_(number)
         self.rows_seen.add_(batch)
@@ -146,7 +149,7 @@ class Codebook(nn.Module):
     def _revive(self, h: Tensor, dead: Tensor) -> None:
         """Put the vectors `dead` [codebook_size] at outputs of h [number, code_dim]; their averages begin anew."""
         chosen = (torch.rand(self.codebook_size, dtype=h.dtype, device=h.device) * len(h)).long()
-        new = h[chosen.clamp(max=len(h) - 1)]
+        new = sharing().of_first(h[chosen.clamp(max=len(h) - 1)])
         self.vectors.copy_(torch.where(dead.unsqueeze(-1), new, self.vectors))
         if self.update == "ema":
             self.mean_counts.mul_(~dead)

@@ -140,8 +140,8 @@ def many_sites(x, lengths):
 
 def test_the_sites_of_an_autoguide_are_no_loop(monkeypatch):
     monkeypatch.setitem(PROGRAMS, "sites", (many_sites, pyro.infer.autoguide.AutoNormal, "trace"))
-    monkeypatch.setattr(folding, "WORTHWHILE", 100)
     traced, minibatch = traced_step("sites", 14, monkeypatch)
+    monkeypatch.setattr(folding, "WORTHWHILE", 500)
     size = len(traced.graph.graph.nodes)
     assert size > folding.WORTHWHILE
     assert folding.operations_to_compile(traced, minibatch) == size

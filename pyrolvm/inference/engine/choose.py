@@ -22,7 +22,10 @@ DEVICES = ("cpu", "cuda")
 
 TRACE_SECONDS = 1.0
 """The least that tracing a step takes; shorter runs stay eager."""
-FEW_STEPS = 20
+FEW_STEPS = 50
+"""About as many eager steps take as long as tracing one, without which nobody knows how long compiling takes."""
+MARGIN = 1.5
+"""How many times the estimated seconds of compiling a run must take: the estimate may be a third too low."""
 KNOWN_TORCH = ((2, 11), (2, 13))
 """First and last version of torch that the compiled engine supports (see `graphs` and `inductor`)."""
 
@@ -93,7 +96,7 @@ def choose_engine(
 
 
 def _compiled(problem: Problem, on_compile: Callable[[str], None] | None) -> CompiledEngine:
-    obstacle = _obstacle(problem)
+    obstacle = _agreed(problem, _obstacle(problem))
     if obstacle is not None:
         raise SettingError(f"engine='compiled' cannot run: {obstacle}; use engine='eager'")
     try:
@@ -104,30 +107,42 @@ def _compiled(problem: Problem, on_compile: Callable[[str], None] | None) -> Com
 
 def _best(problem: Problem, num_steps: int, on_compile: Callable[[str], None] | None) -> tuple[Engine, str]:
     eager = EagerEngine(problem)
-    obstacle = _obstacle(problem, may_be_cached=True)
+    processes = problem.processes
+    obstacle = _agreed(problem, _obstacle(problem, may_be_cached=True))
     if obstacle is not None:
         return eager, f"eager engine: {obstacle}"
     if num_steps < FEW_STEPS:
         return eager, f"eager engine: {num_steps} steps are too few to gain by compiling them"
     slots, rows, seconds = probe(problem)
-    expected = num_steps * seconds
+    expected = num_steps * processes.broadcast(seconds)
     short = f"eager engine: {num_steps} steps take about {expected:.1f} s, compiling them takes longer"
     if expected < TRACE_SECONDS:
         return eager, short
+    traced, refused = None, None
     try:
         traced = trace_step(problem, slots, rows)
     except UntraceableError as error:
-        return eager, f"eager engine: {error}"
-    if problem.program.device.type != "cpu" or not is_compiled(traced):
-        if expected < 2 * (needed := seconds_to_compile(traced, problem.minibatch)):
+        refused = str(error)
+    if (refused := _agreed(problem, refused)) is not None or traced is None:
+        return eager, f"eager engine: {refused}"
+    known = problem.program.device.type == "cpu" and all(processes.gather(is_compiled(traced)))
+    if not known:
+        needed = processes.broadcast(seconds_to_compile(traced, problem.minibatch))
+        if expected < MARGIN * needed:
             about = f" (about {needed:.0f} s)" if needed > LEAST_SECONDS else ""
             return eager, short + about
-        obstacle = _obstacle(problem)
+        obstacle = _agreed(problem, _obstacle(problem))
         if obstacle is not None:
             return eager, f"eager engine: {obstacle}"
-    note = f"compiled engine: {num_steps} steps at {1e3 * seconds:.2g} ms each would take {expected:.0f} s eagerly"
+    each = 1e3 * expected / num_steps
+    note = f"compiled engine: {num_steps} steps at {each:.2g} ms each would take {expected:.0f} s eagerly"
     engine = CompiledEngine(problem, on_compile=on_compile, fall_back=True, traced=traced, note=note)
     return engine, note
+
+
+def _agreed(problem: Problem, obstacle: str | None) -> str | None:
+    """What stands in the way of any of the processes: all take the same engine."""
+    return next((found for found in problem.processes.gather(obstacle) if found is not None), None)
 
 
 def _obstacle(problem: Problem, *, may_be_cached: bool = False) -> str | None:

@@ -112,11 +112,10 @@ class CompiledEngine:
         _, expected = self.eager.run(state.clone(), rows[:CHECKED_STEPS])
         self.problem.program.load(before.parameters)  # so that `state` is intact if compiling is interrupted
         try:
-            self._loop = self._compile()
+            self._loop = self._compiled_together()
             self.num_compilations += 1
             self.setup_seconds = time.perf_counter() - start
-            after, terms = self._run(before.clone(), rows)
-            _check_equal(terms[:CHECKED_STEPS], expected)
+            after, terms = self.problem.processes.each(lambda: self._checked(before.clone(), rows, expected))
         except Exception as error:
             if not self.fall_back:
                 raise ProgramError(f"the compiled engine cannot run this program: {error}") from error
@@ -125,6 +124,20 @@ class CompiledEngine:
             self.note = f"eager engine: compiling failed ({error})"
             return self.eager.run(before, rows)
         return after, terms
+
+    def _checked(self, state: TrainingState, rows: Tensor, expected: Tensor) -> tuple[TrainingState, Tensor]:
+        after, terms = self._run(state, rows)
+        _check_equal(terms[:CHECKED_STEPS], expected)
+        return after, terms
+
+    def _compiled_together(self) -> Loop:
+        """The first process of a machine compiles, the others find it done; where one cannot, all raise."""
+        processes, loop = self.problem.processes, None
+        if processes.is_first_here:
+            loop = processes.each(self._compile)
+        else:
+            processes.agree(None)
+        return processes.each(lambda: loop or self._compile())
 
     def _compile(self) -> Loop:
         known = self._make_loop is NativeLoop and is_compiled(self._traced)

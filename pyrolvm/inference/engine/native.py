@@ -38,8 +38,11 @@ from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.tracing import TracedStep
 
 CPP = Path(__file__).with_name("cpp")
-LEAST_SECONDS, SECONDS_PER_OPERATION = 5.0, 0.012
-"""Of a compilation; on a busy machine it takes longer, as the steps themselves do."""
+SECONDS, SECONDS_PER_OPERATION, IMPORT_SECONDS, HEADER_SECONDS = 2.5, 0.004, 1.5, 6.0
+"""Of a compilation: at least, and for each operation; for importing torch's compiler, once in a process; for torch's
+headers, once on a machine. On a busy machine all take longer, as the steps themselves do."""
+LEAST_SECONDS = 5.0
+"""Of a compilation whose estimate is shown."""
 COMPILERS = ("g++", "clang++")
 GENERATORS = (
     driver,
@@ -75,8 +78,13 @@ def is_compiled(traced: TracedStep) -> bool:
 
 
 def seconds_to_compile(traced: TracedStep, minibatch: bool) -> float:
-    """About how long compiling the step takes."""
-    return max(LEAST_SECONDS, SECONDS_PER_OPERATION * folding.operations_to_compile(traced, minibatch))
+    """About how long compiling the step takes here and now."""
+    seconds = SECONDS + SECONDS_PER_OPERATION * folding.operations_to_compile(traced, minibatch)
+    if "torch._inductor.compile_fx" not in sys.modules:
+        seconds += IMPORT_SECONDS
+    if not any(cache.folder().glob("*.gch")):
+        seconds += HEADER_SECONDS
+    return seconds
 
 
 def has_compiler() -> bool:

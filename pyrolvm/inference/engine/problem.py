@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -21,9 +21,25 @@ from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.structure import Structure
 from pyrolvm.plates import data_rows
+from pyrolvm.processes import ALONE, Processes
 
 BOUND = "elbo"
 LEARNING_RATE, KL_WEIGHT = "learning_rate", "kl_weight"
+
+
+class Shared(Protocol):
+    """Steps whose rows several processes share: see `engine.sharing`."""
+
+    @property
+    def local(self) -> Problem:
+        """The problem of the own rows alone."""
+
+    @property
+    def places(self) -> Tensor:
+        """The places of the own rows in a batch: [B_r], int64."""
+
+    def gradients(self, rows: Tensor, values: Sequence[Any]) -> tuple[list[Tensor | None], Tensor]:
+        """As `Problem.gradients`, of all rows."""
 
 
 @dataclass
@@ -44,6 +60,10 @@ class Problem:
         The length of the run; of one without, the steps after which schedules stay at their ends.
     terms : tuple of str
         The columns that `loss` reports, the bound first; complete once `loss` has run.
+    processes : Processes
+        Those that run together, in step.
+    sharing : Shared, optional
+        How they share the rows of a step; each takes all rows if there is none.
     """
 
     program: Program
@@ -56,6 +76,8 @@ class Problem:
     schedules: dict[str, Schedule] = field(default_factory=dict)
     num_steps: int = 1
     terms: tuple[str, ...] = (BOUND,)
+    processes: Processes = ALONE
+    sharing: Shared | None = None
 
     # ------------------------------------------------------------------ controls
 
@@ -144,9 +166,11 @@ class Problem:
         Parameters that this run makes, those of a branch not taken before, are trained from now on if `grow` (their
         gradients come last); else they are refused.
 
-        Of `tables` it is that of their entries, [batch, ...]. Gradients are computed here only: a reduction over
-        processes belongs here.
+        Of `tables` it is that of their entries, [batch, ...]. Gradients are computed here only; where processes share
+        the rows, each has the gradient of all of them.
         """
+        if self.sharing is not None:
+            return self.sharing.gradients(rows, values)
         parameters = self.program.parameters
         taken = {n: parameters[n].detach().index_select(0, rows).requires_grad_() for n in self.tables}
         loss = self.loss(rows, values, taken)

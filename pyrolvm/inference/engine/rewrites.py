@@ -93,9 +93,14 @@ SAME_VALUE = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 def _is_pure(target: Any) -> bool:
-    """Whether the operation gives the same for the same arguments, and changes nothing."""
+    """Whether the operation is known to give the same for the same arguments, and to change nothing."""
     if not isinstance(target, torch._ops.OpOverload):
         return target is operator.getitem
+    if target.namespace not in (
+        "aten",
+        "prims",
+    ):  # a reduction over processes, or an operator of the user's own
+        return False
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 

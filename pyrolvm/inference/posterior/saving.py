@@ -22,6 +22,7 @@ from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import RunFolderError
 from pyrolvm.files import FORMAT, Writer, json_writer, tensor_writer, write_together
 from pyrolvm.inference.posterior.record import Record, model_record
+from pyrolvm.processes import here
 
 CONFIG, PARAMETERS, HISTORY = "config.json", "parameters.safetensors", "history.csv"
 
@@ -29,8 +30,11 @@ CONFIG, PARAMETERS, HISTORY = "config.json", "parameters.safetensors", "history.
 def save_run(fitted: Record, path: Path, extra: dict[str, Any] | None = None) -> Path:
     """Write the run folder; its files are replaced when all are whole, other files in it are left alone.
 
-    `extra` is kept in config.json under "run"; `load_run` does not look at it.
+    `extra` is kept in config.json under "run"; `load_run` does not look at it. Of several processes that made the fit
+    together the first one writes.
     """
+    if fitted.settings.get("num_processes", 1) > 1 and not here().is_first:
+        return path
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file: name a folder to save the run in")
     with fitted.program.scope():  # its values, though its modules may have been trained again

@@ -58,7 +58,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def noise_state(seed: int, device: torch.device) -> dict[str, Tensor]:
-    """The state a run's Monte Carlo noise starts from."""
-    with seeded(derived_seed(seed, Purpose.NOISE), device):
+def noise_state(seed: int, device: torch.device, *part: int) -> dict[str, Tensor]:
+    """The state a run's Monte Carlo noise starts from, or a `part` of it, which has a stream of its own."""
+    with seeded(derived_seed(seed, Purpose.NOISE, *part), device):
         return generator_state(device)

@@ -6,18 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrolvm.controls import Schedule, value_of
 from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem
+from pyrolvm.inference.engine.sharing import Weighed
 from pyrolvm.inference.objectives import prepare
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import find_data_plate
+from pyrolvm.processes import ALONE
 from pyrolvm.seeds import Purpose, derived_seed
 
 CHUNK_ROWS = 4096
@@ -32,29 +33,32 @@ class HeldOutBound:
         (1/M) sum_i E_q [log p(y_i, z_i | m) - log q(z_i)] - KL(q(m) || p(m)) / N.
     """
 
+    num_rows: int
+    """The held-out rows."""
+
     def __init__(self, problem: Problem, data: Batch, seed: int) -> None:
         self.seed = seed
         self.problem = replace(problem, data=data, minibatch=True, schedules=_final(problem))
+        self.num_rows = data.num_rows or 1
         whole = torch.arange(data.num_rows, device=problem.program.device)
         has_plate = problem.structure.data_plate is not None
+        # those who share the steps share the held-out rows
+        self.processes = problem.processes if problem.sharing is not None and has_plate else ALONE
+        whole = whole[self.processes.share(len(whole))]
         self.chunks = list(whole.split(CHUNK_ROWS)) if has_plate else [whole]
-        sizes = {len(rows): rows for rows in self.chunks}
+        sizes = {len(rows): rows for rows in self.chunks if len(rows)}
         self.problems = {n: self._counted(rows) if has_plate else self.problem for n, rows in sizes.items()}
-
-    @property
-    def num_rows(self) -> int:
-        """The held-out rows."""
-        return sum(len(rows) for rows in self.chunks)
 
     @torch.no_grad()
     def __call__(self, *stream: int) -> float:
         """The bound, nats per datum; `stream`: the number of another noise."""
         program, total = self.problem.program, 0.0
-        seed = derived_seed(self.seed, Purpose.HELD_OUT, *stream)
+        mine = () if self.processes.is_first else (0, self.processes.rank)
+        seed = derived_seed(self.seed, Purpose.HELD_OUT, *stream, *mine)
         with seeded(seed, program.device), program.scope(mode="predict"):
             for rows in self.chunks:
-                total += self._bound(rows) * len(rows)
-        return total / sum(len(rows) for rows in self.chunks)
+                total += self._bound(rows) * len(rows) if len(rows) else 0.0
+        return sum(self.processes.gather(total)) / self.num_rows
 
     def _bound(self, rows: Tensor) -> float:
         """Of one chunk, nats per datum."""
@@ -62,7 +66,7 @@ class HeldOutBound:
         plate = problem.structure.data_plate
         if plate is None or plate.full_size != len(rows) or not problem.structure.global_latents:
             return float(problem.loss(rows).terms[0])
-        with _Weighed(plate.name, problem.num_rows / len(rows)):
+        with Weighed(plate.name, problem.num_rows / len(rows)):
             return float(problem.loss(rows).terms[0]) * len(rows) / problem.num_rows
 
     @torch.no_grad()
@@ -93,15 +97,3 @@ def _final(problem: Problem) -> dict[str, Schedule]:
     """The controls as they are at the end of the run, without a weight of the KL: what is judged is the bound."""
     schedules = {k: v for k, v in problem.schedules.items() if k != KL_WEIGHT}
     return {name: value_of(name, schedule, 1.0) for name, schedule in schedules.items()}
-
-
-class _Weighed(Messenger):
-    """Let the rows of a plate that knows only its own length stand for all N, as `data_plate` would."""
-
-    def __init__(self, plate: str, weight: float) -> None:
-        super().__init__()
-        self.plate, self.weight = plate, weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
-            msg["scale"] = msg["scale"] * self.weight

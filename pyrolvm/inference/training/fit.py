@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,9 @@ from pyrolvm.inference.training.loop import Callback, Training
 from pyrolvm.inference.training.rules import NoMoreRise, Rule, most_steps
 from pyrolvm.inference.training.setup import Setup, alternating, cadence, plateau_of, set_up, settings_of
 from pyrolvm.inference.training.starts import checked, from_data
+from pyrolvm.inference.training.together import check_alike, device_of, in_step, share
 from pyrolvm.inference.training.until import Until
+from pyrolvm.processes import ALONE, here
 from pyrolvm.progress import progress_bar
 
 EXAMPLE_ROWS = 8
@@ -42,6 +45,7 @@ EXPECTED_STEPS = 10_000
 
 @torch.inference_mode(False)
 @torch.enable_grad()
+@in_step
 def fit(
     model: Any,
     data: Any = (),
@@ -76,6 +80,7 @@ def fit(
     alternate: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     rows: str | int | Sequence[str | int] | None = None,
+    parallel: bool = True,
 ) -> FittedModel:
     """Train a model/guide pair by stochastic variational inference.
 
@@ -98,9 +103,9 @@ def fit(
         the bound of each datum, the plate's scale outside the logarithm.
     optimizer : str or class
         A name ("adam", "sgd", ...) or a torch.optim class; one optimiser over all parameters. The loss is in nats per
-        datum. "lbfgs" takes no such steps: the ELBO of a Gaussian AutoGuide on the whole data is maximised on fixed
-        draws, doubled until the optimum stays. "auto" is that where it can be and nothing is given that it has not, up
-        to 600 numbers in all latents and 20,000 rows; else Adam.
+        datum. "lbfgs" takes no such steps: the ELBO on the whole data is maximised on fixed draws of the guide,
+        doubled until the optimum stays; layers cannot be trained so. "auto" is that where it can be and nothing is
+        given that it has not, up to 600 numbers in all latents and 20,000 rows; else Adam.
     learning_rate : float or callable, optional
         A number, or a function of the share of the run that is done. None is 0.001 for a run of given length; else a
         rate is found that starts high and falls until a lower one would gain nothing.
@@ -168,6 +173,9 @@ def fit(
     rows : names or positions of arguments, optional
         Those whose leading dimension is the rows of the data. By default all, if they are of one length; else those as
         long as the model's plate around its observed sites.
+    parallel : bool
+        Where torch's launcher started several processes (`torchrun --nproc-per-node 4 script.py`), share the rows of
+        every step among them; the first one alone prints and writes. False: each makes a fit of its own.
 
     Returns
     -------
@@ -183,8 +191,11 @@ def fit(
     _check_settings(on_nan, kl_warmup, objective, seed, checkpoint_seconds)
     init = checked(init, initialise)
     folder = Path(checkpoint) if checkpoint is not None else None
-    begun = recorded_engine(folder) if resume else None
-    target = torch.device(resolve_device(device))
+    processes = here() if parallel else ALONE
+    resume = resume or (folder is not None and processes.restarted)
+    begun = processes.first(lambda: recorded_engine(folder, forget=processes.may_restart and not resume))
+    begun = begun if resume else None
+    target = device_of(processes, torch.device(resolve_device(device)))
     until = num_steps is None and num_epochs is None
     free_rate = until and patience is None and learning_rate is None and schedule is None
     spec = OptimizerSpec(
@@ -194,7 +205,8 @@ def fit(
         schedule,
         clip_norm,
     )
-    setup = set_up(
+    prepare = partial(
+        set_up,
         model,
         as_call(data, more, model_kwargs),
         guide,
@@ -211,7 +223,10 @@ def fit(
         dtype=as_dtype(dtype or torch.float32),
         seed=seed,
         init=init if begun in (None, exact.NAME) else "own",
+        processes=processes if alternate is None else ALONE,
     )
+    setup = processes.each(prepare)
+    check_alike(setup, settings_of(setup, spec, alternate, free_rate), processes)
     only_stochastic = {
         "num_steps": num_steps, "num_epochs": num_epochs, "learning_rate": learning_rate, "schedule": schedule,
         "optimizer_options": optimizer_options, "clip_norm": clip_norm, "batch_size": batch_size,
@@ -227,17 +242,22 @@ def fit(
             checkpoint_seconds,
             settings_of(setup, spec, free_rate=True) | {"optimizer": exact.NAME},
             exact.NAME,
+            processes,
         )
-        solution, record = exact.run(setup, start, seed, keeper, callbacks)
+        solution, record = exact.run(setup, start, seed, keeper, callbacks if processes.is_first else ())
+        processes.align(setup.problem.program.tensors().values())
         verdict = exact.verdict_of(setup, solution, seed)
         note = f"L-BFGS on {verdict.numbers.get('num_draws', 1):.0f} fixed draws: {why}"
-        return _finished(setup, record, keeper.settings, note, start.sentence, verdict, len(solution.history))
+        settings = keeper.settings | {"num_processes": processes.count}
+        return _finished(setup, record, settings, note, start.sentence, verdict, len(solution.history))
     if begun is None and until and optimizer == "auto" and "init" not in given:
         exact.place(setup, seed)
+    parted = share(setup, processes) if processes.count > 1 and alternate is None else ""
     problem = setup.problem
+    noise = noise_state(seed, target, *([processes.rank] if problem.sharing and processes.rank else []))
     steps = most_steps(problem.structure, setup.plan) if until else problem.num_steps
     plateau = plateau_of(patience, setup.held_out, kl_warmup, setup.problem.num_steps)
-    with progress_bar(_title(model), steps, enabled=progress) as bar:
+    with progress_bar(_title(model), steps, enabled=progress and processes.is_first) as bar:
         running: Engine
         if alternate is not None:
             running, note = alternating(setup, objective, alternate)
@@ -248,7 +268,7 @@ def fit(
         rule: Rule | None = None
         if until and plateau is None:
             first = problem.num_steps if len(problem.scheduled) > 1 or callable(spec.learning_rate) else 0
-            bounds = Bounds(problem, running, setup.plan, noise_state(seed, target), held_out, first)
+            bounds = Bounds(problem, running, setup.plan, noise, held_out, first)
             rule = (
                 NoMoreRise(problem.structure)
                 if alternate is not None
@@ -258,10 +278,14 @@ def fit(
             problem,
             running,
             setup.plan,
-            running.initial_state(noise_state(seed, target)),
+            running.initial_state(noise),
             steps,
             Checkpoint(
-                folder, checkpoint_seconds, settings_of(setup, spec, alternate, free_rate), running.name
+                folder,
+                checkpoint_seconds,
+                settings_of(setup, spec, alternate, free_rate),
+                running.name,
+                processes,
             ),
             validate=held_out,
             validate_every=cadence(validate_every, setup.plan, problem.num_steps)
@@ -276,10 +300,11 @@ def fit(
             training.resume()
         training.run(bar)
     # an engine that fell back says so itself
-    note = getattr(running, "note", note)
+    note = "; ".join(filter(None, [getattr(running, "note", note), parted]))
     settings = training.checkpoint.settings | {
         "num_steps": None if until else steps,
         "kept_step": training.kept_step,
+        "num_processes": processes.count,
     }
     verdict = exact.weighed(setup, _verdict(training), training.state.step, seed)
     step = training.kept_step or training.state.step

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyrolvm.data.plan import BatchPlan
-from pyrolvm.errors import DivergenceError, RunFolderError, warn_user
+from pyrolvm.errors import DivergenceError, PyrolvmError, RunFolderError, warn_user
 from pyrolvm.inference.engine import Engine, Problem, TrainingState
 from pyrolvm.inference.engine.problem import KL_WEIGHT
 from pyrolvm.inference.posterior.history import History
@@ -23,8 +24,9 @@ from pyrolvm.inference.training.checkpoint import Checkpoint
 from pyrolvm.inference.training.divergence import explain, skip_bad_steps
 from pyrolvm.inference.training.plateau import Plateau
 from pyrolvm.inference.training.rules import Rule
+from pyrolvm.processes import Processes
 from pyrolvm.progress import Bar
-from pyrolvm.signals import termination_as_interrupt
+from pyrolvm.signals import Asked, interrupts_noted, termination_as_interrupt
 
 CHUNK_SECONDS = 0.25
 FIRST_CHUNK, LARGEST_CHUNK = 8, 2**16
@@ -95,6 +97,7 @@ class Training:
     kept_step: int | None = None
     history: History = field(init=False)
     _size: int = FIRST_CHUNK
+    _asked: Asked = field(default_factory=Asked)
 
     def __post_init__(self) -> None:
         self.history = History(self.problem.terms, self._control_columns)
@@ -131,7 +134,7 @@ class Training:
         bar.begin(self.state.step)
         good: TrainingState | None = None
         try:
-            with termination_as_interrupt():
+            with self._interrupts() as self._asked:
                 if self.until is not None and not self.state.step:
                     self.state = self.until.begin(self.state)
                 while self.state.step < self.num_steps and not self.stopped_because:
@@ -140,6 +143,8 @@ class Training:
                     good = None
                     self._decide(record, bar)
         except KeyboardInterrupt:
+            if good is not None and self.processes.count > 1:  # the others do not stop here
+                raise
             if good is not None:  # a step may be half done: the state before this chunk is the last whole one
                 self._restore(good)
             reason = self.checkpoint.how_to_go_on(self.state.step, kept=self._keep())
@@ -160,9 +165,8 @@ class Training:
     def _decide(self, record: Chunk, bar: Bar) -> None:
         """Stop, chunk size, held-out bound, checkpoint, callbacks: all decisions, in this order.
 
-        With several processes these are the decisions that one of them makes for all.
+        With several processes those that depend on a clock or on what a callback knows are the first one's.
         """
-        self._size = self._next_size(record)
         step = self.state.step
         if record.validation is not None:
             self.history.record_validation(record.validation)
@@ -174,15 +178,55 @@ class Training:
             and step % self.until.every == 0
             and not self.stopped_because
         ):
-            self.state, reason = self.until.look(self.state, self.history)
-            self.problem.program.load(self.state.parameters)
+            before = self.state
+            self.state, reason = self.until.look(before, self.history)
+            if self.state is not before:
+                self.problem.program.load(self.state.parameters)
             self.stopped_because = reason or ""
         bar.update(step, **{"ELBO": self.history.recent("elbo")})
-        report = Report(step, self.num_steps, self.history, self.state)
+        error: Exception | None = None
+        if self.processes.is_first:
+            try:
+                self._call_back()
+            except Exception as caught:
+                error = caught
+        if self._agree(self._next_size(record), error):
+            self._keep()
+        if self._asked.interrupted:
+            raise KeyboardInterrupt
+
+    def _call_back(self) -> None:
+        report = Report(self.state.step, self.num_steps, self.history, self.state)
         for callback in self.callbacks:
             self.stopped_because = self.stopped_because or callback(report) or ""
-        if self.checkpoint.is_due:
-            self._keep()
+
+    def _agree(self, size: int, error: Exception | None) -> bool:
+        """Take the first process's decisions, in one message; whether the checkpoint is due."""
+        said = self.processes.gather(
+            (
+                size,
+                self.stopped_because,
+                self.checkpoint.is_due,
+                self._asked.interrupted,
+                error and str(error),
+            )
+        )
+        if error is not None:
+            raise error
+        self._size, self.stopped_because, due, _, failed = said[0]
+        if failed is not None:
+            raise PyrolvmError(f"a callback failed in process 0 of {self.processes.count}: {failed}")
+        self._asked.interrupted = any(interrupted for *_, interrupted, _ in said)
+        return due
+
+    @property
+    def processes(self) -> Processes:
+        """Those that run together."""
+        return self.problem.processes
+
+    def _interrupts(self) -> AbstractContextManager[Asked]:
+        """One process is interrupted where it stands; several stop together, after the chunk."""
+        return termination_as_interrupt() if self.processes.count == 1 else interrupts_noted()
 
     def _next_size(self, record: Chunk) -> int:
         """Steps that take about `CHUNK_SECONDS`, growing fourfold at most."""
@@ -201,7 +245,7 @@ class Training:
 
     def _chunk(self, good: TrainingState) -> Chunk:
         first = self.state.step
-        size = self._limited(self._size)
+        size = self.plan.most_steps(first, self._limited(self._size))
         rows, controls = self.plan.rows(first, size), self._controls(first, size)
         start = time.perf_counter() - self.engine.setup_seconds
         state, terms = self.engine.run(self.state, rows)

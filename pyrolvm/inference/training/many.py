@@ -10,6 +10,7 @@ results do not: each task takes its seed from its place, not from its worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from joblib import Parallel, delayed
@@ -17,6 +18,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from joblib.parallel import get_active_backend
 
 from pyrolvm.errors import PyrolvmError
+from pyrolvm.processes import unlaunched
 
 ATTEMPTS = 3
 """How often a task is begun whose worker died."""
@@ -27,6 +29,17 @@ def num_workers() -> int:
     return int(get_active_backend()[1] or 1)
 
 
+@dataclass(frozen=True)
+class _Alone:
+    """A task for a worker, which is none of the processes that torch's launcher started, though it looks like one."""
+
+    task: Callable[..., Any]
+
+    def __call__(self, *call: Any) -> Any:
+        with unlaunched():
+            return self.task(*call)
+
+
 def run_all(task: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
     """`task(*call)` of each call, in their order, as they are done; what a worker lost as it died is done again.
 
@@ -35,10 +48,11 @@ def run_all(task: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Itera
     PyrolvmError
         Workers died `ATTEMPTS` times without a result between.
     """
+    alone = task if num_workers() == 1 else _Alone(task)
     done, failures = 0, 0
     while done < len(calls):
         try:
-            for result in Parallel(return_as="generator")(delayed(task)(*call) for call in calls[done:]):
+            for result in Parallel(return_as="generator")(delayed(alone)(*call) for call in calls[done:]):
                 done, failures = done + 1, 0
                 yield result
         except TerminatedWorkerError as error:

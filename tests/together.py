@@ -1,0 +1,331 @@
+"""What the processes of `test_processes` do together, and one alone for comparison: `together.py FOLDER TASKS`."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from torch import nn
+
+import pyrolvm
+from pyrolvm import PPCA, VAE, VQVAE, GaussianMixture, PyrolvmError
+from pyrolvm.plates import data_plate, row_entries
+from pyrolvm.processes import here
+
+torch.set_num_threads(1)
+X = torch.randn(101, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+PLAIN = {"progress": False, "dtype": "float64", "optimizer": "adam", "learning_rate": 0.01}
+
+
+def marginal():
+    ppca = PPCA(6, 2)
+    return {"model": ppca.marginal_model, "guide": lambda x: None}
+
+
+def mixture():
+    return {"model": GaussianMixture(6, 3)}
+
+
+def regression(x, y):
+    """Global latents; the plate carries N."""
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(5, dtype=x.dtype), 1).to_event(1))
+    noise = pyro.sample("noise", dist.Gamma(torch.tensor(2.0, dtype=x.dtype), 2.0))
+    with data_plate(x):
+        pyro.sample("y", dist.Normal((x * weight).sum(-1), noise), obs=y)
+
+
+def own_plate(x, y):
+    """The same with a plate that only knows its own length."""
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(5, dtype=x.dtype), 1).to_event(1))
+    noise = pyro.sample("noise", dist.Gamma(torch.tensor(2.0, dtype=x.dtype), 2.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal((x * weight).sum(-1), noise), obs=y)
+
+
+def gammas(x, y):
+    """A guide whose draws have gradients that follow from the draw itself."""
+    w = pyro.param("w", torch.zeros(5, dtype=x.dtype))
+    pyro.sample("weight", dist.Delta(w).to_event(1))
+    pyro.sample(
+        "noise", dist.Gamma(pyro.param("a", torch.tensor(3.0, dtype=x.dtype), dist.constraints.positive), 2.0)
+    )
+
+
+def unplated(x, y):
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(5, dtype=x.dtype), 1).to_event(1))
+    pyro.sample("y", dist.Normal(x @ weight, 1.0).to_event(1), obs=y)
+
+
+class PerDatum(nn.Module):
+    """A parameter of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.locs = nn.Parameter(torch.zeros(len(X)))
+        self.spread = nn.Parameter(torch.zeros(()))
+
+    def model(self, x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, self.spread.exp()))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([*z.shape, 6]).to_event(1), obs=x)
+
+    def guide(self, x):
+        with data_plate(x):
+            pyro.sample("z", dist.Delta(row_entries(self.locs)))
+
+
+class Normed(nn.Module):
+    """Batch norm, whose running means are those of all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 6))
+
+    def model(self, x):
+        pyro.module("net", self.net)
+        with data_plate(x):
+            pyro.sample("x", dist.Normal(self.net(x), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pass
+
+
+def bernoulli(x):
+    logit = pyro.param("logit", torch.zeros((), dtype=x.dtype))
+    with data_plate(x):
+        z = pyro.sample("z", dist.Bernoulli(logits=logit.expand(len(x))))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([len(x), 6]).to_event(1), obs=x)
+
+
+def bernoulli_guide(x):
+    q = pyro.param("q", torch.zeros((), dtype=x.dtype))
+    with data_plate(x):
+        infer = {"baseline": {"use_decaying_avg_baseline": True}}
+        pyro.sample("z", dist.Bernoulli(logits=q.expand(len(x))), infer=infer)
+
+
+XY = {"data": (X[:, :5], X[:, 5])}
+EXACT = {  # no noise, or the same noise in one process and in several
+    "PPCA's marginal": lambda: marginal() | {"data": X, "batch_size": 25, "num_steps": 200},
+    "enumerated mixture": lambda: mixture() | {"data": X, "batch_size": 25, "num_steps": 200},
+    "enumerated mixture, whole": lambda: mixture() | {"data": X},
+    "regression": lambda: {"model": regression, "guide": "AutoNormal", "batch_size": 25} | XY,
+    "regression, whole": lambda: {"model": regression, "guide": "AutoMultivariateNormal"} | XY,
+    "own plate, whole": lambda: {"model": own_plate, "guide": "AutoNormal"} | XY,
+    "gamma guide": lambda: {"model": regression, "guide": gammas, "batch_size": 25} | XY,
+    "several draws": lambda: {
+        "model": regression, "guide": "AutoNormal", "objective": Trace_ELBO(3, vectorize_particles=True),
+        "batch_size": 25,
+    } | XY,
+    "no plate": lambda: {"model": unplated, "guide": "AutoNormal"} | XY,
+    "per datum": lambda: {"model": PerDatum(), "data": X, "batch_size": 25},
+    "per datum, whole": lambda: {"model": PerDatum(), "data": X},
+    "codebook": lambda: {
+        "model": VQVAE(6, 2, 8, 3, hidden=(8,), revive_below=0.0), "data": X, "batch_size": 25, "init": "own",
+    },
+    "held out": lambda: mixture() | {"data": X, "batch_size": 25, "validation": 0.2, "validate_every": 10},
+}  # fmt: skip
+NOISY = {
+    "VAE": lambda: {"model": VAE(6, 2, "gaussian", hidden=(8,)), "data": X, "batch_size": 25},
+    "PPCA": lambda: {"model": PPCA(6, 2), "data": X, "batch_size": 25},
+    "baselines": lambda: {
+        "model": bernoulli, "guide": bernoulli_guide, "data": X, "objective": TraceGraph_ELBO(), "batch_size": 25,
+    },
+}  # fmt: skip
+
+
+def normed():
+    return {"model": Normed(), "data": X, "batch_size": 50}
+
+
+def fitted(case, **options):
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    options = PLAIN | {"num_steps": 50} | case() | options
+    return pyrolvm.fit(options.pop("model"), options.pop("data"), **options)
+
+
+def kept(fit):
+    tensors = {k: v.detach().clone() for k, v in fit.program.tensors().items()}
+    return {"tensors": tensors, "history": fit.history, "engine": fit.engine, "settings": fit.settings}
+
+
+def digest(fit):
+    text = b"".join(v.detach().double().numpy().tobytes() for v in fit.program.tensors().values())
+    return hashlib.sha256(text).hexdigest()
+
+
+def cases():
+    """Every case by both engines, and the digests of all processes' parameters."""
+    found = {}
+    for name, case in {**EXACT, **NOISY}.items():
+        for engine in ("eager", "compiled") if name in QUICKLY else ("eager",):
+            fit = fitted(case, engine=engine)
+            found[name, engine] = kept(fit) | {"digests": here().gather(digest(fit))}
+    found["again"] = digest(fitted(NOISY["VAE"], engine="eager"))
+    found["a step of batch norm"] = kept(fitted(normed, engine="eager", num_steps=1))
+    return found
+
+
+QUICKLY = ("enumerated mixture", "VAE")
+"""Those that are compiled in the quick tests."""
+COMPILED = ("PPCA's marginal", "regression, whole", "per datum", "codebook")
+
+
+def compiled():
+    """The others by the compiled engine."""
+    return {name: kept(fitted((EXACT | NOISY)[name], engine="compiled")) for name in COMPILED}
+
+
+def registry(every=False):
+    """The first case of each model: the bound of steps that hardly move, the digests, and what went wrong."""
+    from test_conformance import CASES
+
+    found, models = {}, set()
+    for name, (build, data) in CASES.items():
+        if not every and name.partition(",")[0] in models:
+            continue
+        models.add(name.partition(",")[0])
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        rows = 50 if isinstance(data, torch.Tensor) else None
+        options = {"num_steps": 10, "learning_rate": 1e-12, "optimizer": "adam", "batch_size": rows}
+        try:
+            fit = pyrolvm.fit(build(), data, progress=False, engine="eager", **options)
+            found[name] = (fit.history["elbo"].tolist(), here().gather(digest(fit)), fit.engine)
+        except Exception as error:
+            found[name] = ([], [], f"{type(error).__name__}: {error}")
+    return found
+
+
+def whole_registry():
+    """Every case of the conformance suite."""
+    return registry(every=True)
+
+
+def gradients():
+    """The first step of gradient descent from one start, under much noise: what moves is the gradient."""
+    found = []
+    for seed in range(12):
+        many = Trace_ELBO(40, vectorize_particles=True)
+        options = {"objective": many, "optimizer": "sgd", "learning_rate": 1.0, "num_steps": 1, "init": "own"}
+        fit = fitted(NOISY["PPCA"], seed=seed, engine="eager", batch_size=None, **options)
+        found.append(torch.cat([v.detach().reshape(-1) for v in fit.program.tensors().values()]))
+    return torch.stack(found)
+
+
+def refusals():
+    """What is wrong in one process alone, or in all of them: the errors of each."""
+    rank = here().rank
+    wrong = {
+        "seed": {"seed": rank},
+        "data": {"data": X + rank},
+        "rows": {"data": X[: 101 - rank]},
+        "model": {"model": GaussianMixture(6, 3 + rank)},
+        "steps": {"num_steps": 10 + rank},
+        "bad here": {"data": X if rank else X[:, :3]},
+        "few rows": {"batch_size": 1},
+    }
+    said = {}
+    for name, options in wrong.items():
+        try:
+            fitted(EXACT["enumerated mixture"], **({"num_steps": 10} | options))
+        except PyrolvmError as error:
+            said[name] = here().gather(str(error))
+    try:
+        fitted(lambda: {"model": sinking, "guide": lambda x: None, "data": X}, num_steps=20)
+    except PyrolvmError as error:
+        said["not finite"] = here().gather(str(error))
+    fit = fitted(EXACT["enumerated mixture"], num_steps=5, seed=rank, parallel=False)
+    said["apart"] = here().gather(fit.settings["num_processes"])
+    said["errors of callbacks"] = here().gather(_of_callback())
+    return said
+
+
+def sinking(x):
+    """Not finite from the second step on."""
+    level = pyro.param("level", torch.tensor(0.005, dtype=x.dtype))
+    with data_plate(x):
+        pyro.sample("x", dist.Normal(level.log(), 1.0).expand([len(x), 6]).to_event(1), obs=x - 50)
+
+
+def _of_callback():
+    def fail(report):
+        raise RuntimeError("no space")
+
+    try:
+        fitted(EXACT["enumerated mixture"], num_steps=10, callbacks=[fail])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def resuming():
+    """20 steps at once, and 10 and 10; the same with what a file of another number of processes holds."""
+    folder = FOLDER
+    whole = fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder / "whole")
+    fitted(NOISY["VAE"], num_steps=10, engine="eager", checkpoint=folder / "parts")
+    parts = fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder / "parts", resume=True)
+    saved = whole.save(folder / "run")
+    here().barrier()
+    digests = [here().gather(digest(fit)) for fit in (whole, parts)]
+    loaded = digest(pyrolvm.load(saved)) == digests[0][0]
+    stopped = here().gather(_of_interrupt(folder / "stopped"))
+    after = fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder / "stopped", resume=True)
+    digests.append(here().gather(digest(after)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        one = folder / "one"
+        if one.exists():
+            fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=one, resume=True)
+    return {
+        "digests": digests,
+        "loaded": loaded,
+        "stopped": stopped,
+        "warnings": [str(w.message) for w in said],
+    }
+
+
+AFTER = "AFTER_A_CHECKPOINT"
+
+
+def _of_interrupt(folder):
+    """What is said if one process gets a SIGTERM on the way."""
+
+    def kill(report):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder, callbacks=[kill])
+    except KeyboardInterrupt as stop:
+        return str(stop)
+
+
+def killed():
+    """A run whose last process kills itself after some seconds, and is begun again by the launcher, and a whole one."""
+    delays = os.environ["DELAYS"].split()
+    begun = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if begun < len(delays) and here().rank == here().count - 1:
+        written = FOLDER / "state" / "state.safetensors"
+        seen = f"until [ -e {written} ]; do sleep 0.02; done; " if AFTER in os.environ else ""
+        subprocess.Popen(["sh", "-c", f"{seen}sleep {delays[begun]}; kill -9 {os.getpid()}"])
+    options = {"num_steps": int(os.environ["STEPS"]), "engine": "eager"}
+    fit = fitted(NOISY["VAE"], checkpoint=FOLDER / "state", checkpoint_seconds=0.2, **options)
+    while begun < len(delays):  # it ended before it was killed
+        here().barrier()
+    return [digest(fit), digest(fitted(NOISY["VAE"], **options))]
+
+
+if __name__ == "__main__":
+    signal.alarm(500)
+    FOLDER = Path(sys.argv[1])
+    for task in sys.argv[2:]:
+        result = globals()[task]()
+        if here().is_first:
+            torch.save(result, FOLDER / task)
