@@ -157,6 +157,7 @@ def _compile(graph: fx.GraphModule, settings: dict[str, Any], least_vectorised: 
         stack.enter_context(V.set_fake_mode(mode))
         stack.enter_context(tracing(TracingContext(mode)))
         stack.enter_context(_reads_or_none())
+        stack.enter_context(_without_reports(mode))
         stack.enter_context(_one_table_of_types())
         stack.enter_context(_vectors_from(least_vectorised))
         return compile_fx_inner(
@@ -181,6 +182,19 @@ def _reads_or_none() -> Iterator[None]:
         return None
 
     with mock.patch.object(LoopBody, "get_read_expr", read):
+        yield
+
+
+@contextmanager
+def _without_reports(mode: Any) -> Iterator[None]:
+    """Keep inductor from printing the graph for its developers, and from making the fake values anew that it has."""
+    from torch._dynamo.repro import after_aot
+    from torch._inductor import compile_fx
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(after_aot, "save_graph_repro", lambda *args, **kwargs: None))
+        stack.enter_context(mock.patch.object(fx.GraphModule, "print_readable", lambda *args, **kwargs: ""))
+        stack.enter_context(mock.patch.object(compile_fx, "fake_tensor_prop", lambda *args, **kwargs: mode))
         yield
 
 
