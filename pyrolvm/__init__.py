@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pyrolvm.inference import fit_restarts as fit_restarts
     from pyrolvm.inference import pathfinder as pathfinder
     from pyrolvm.inference import sweep as sweep
+    from pyrolvm.inference import write_answers as write_answers
     from pyrolvm.inference.program.semi_implicit_guide import SemiImplicitGuide as SemiImplicitGuide
     from pyrolvm.models import *  # noqa: F403
     from pyrolvm.models import loss as loss
@@ -65,6 +66,7 @@ _HOMES = {
     "pathfinder": "inference",
     "row_entries": "plates",
     "to_inference_data": "diagnostics",
+    "write_answers": "inference",
 }
 
 

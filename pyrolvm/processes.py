@@ -10,6 +10,7 @@ Whatever is shared out over processes, the batches of a fit or the rows of a que
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import time
@@ -64,7 +65,12 @@ class Processes:
     @property
     def is_first_here(self) -> bool:
         """Whether this is the first one of its machine, as the launcher numbers them."""
-        return os.environ.get("LOCAL_RANK", str(self.rank)) == "0"
+        return self.local_rank == 0
+
+    @property
+    def local_rank(self) -> int:
+        """Which one of its machine this is, as the launcher numbers them."""
+        return int(os.environ.get("LOCAL_RANK", self.rank))
 
     @property
     def restarted(self) -> bool:
@@ -161,7 +167,9 @@ class Processes:
                 raise
             with interrupts_noted():  # the launcher ends those that are left
                 lost = self._lost()
-            names = " and ".join(self.names[rank] for rank in lost) or "another process"
+            if not lost:
+                raise
+            names = " and ".join(self.names[rank] for rank in lost)
             raise LostProcessError(
                 f"{names} ended before the fit did, and with it this one: see its own last words, if it had time for "
                 "any; torchrun --max-restarts=3 begins again by itself, from the checkpoint if fit has one"
@@ -196,8 +204,7 @@ class Processes:
         if self.count == 1:
             return value
         kind = torch.uint8 if value.dtype == torch.bool else value.dtype
-        only = torch.full((), float(self.is_first), device=value.device).to(kind)
-        return self.sum(value.to(kind) * only).to(value.dtype)
+        return self.sum(value.to(kind) * _flag(self.is_first, kind, value.device)).to(value.dtype)
 
 
 ALONE = Processes()
@@ -263,6 +270,12 @@ def here() -> Processes:
         own = f"process {nameless.rank} of {nameless.count} (pid {os.getpid()} on {socket.gethostname()})"
         _made[world] = replace(nameless, names=tuple(nameless.gather(own)))
     return _made[world]
+
+
+@functools.cache
+def _flag(value: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 or 0, as the same tensor at every call: a constant of a recorded graph, which is then that of all processes."""
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def _talking() -> Any:

@@ -42,6 +42,8 @@ class Purpose(IntEnum):
     """Every other measure of a fit."""
     REFINE = 14
     """Refinement of a guide for each datum."""
+    PART = 15
+    """Parts of an answer that is written as it comes."""
 
 
 def derived_seed(seed: int, purpose: Purpose, *index: int) -> int:

@@ -297,6 +297,15 @@ def test_models_have_short_names(text, name):
     assert registry_name(text) == name
 
 
+def test_a_data_set_in_the_place_of_the_model_is_told_its_place():
+    from pyrolvm.runs.named import registry_name
+
+    with pytest.raises(
+        pyrolvm.SettingError, match=r"no model 'iris': it is a data set, which comes after the model"
+    ):
+        registry_name("iris")
+
+
 def test_options_of_the_model(tmp_path):
     words = shlex.split(
         "fit power-vae iris -l 2 --eta 0.5 --likelihood gaussian --hidden 8,4 --set activation=tanh"

@@ -1,12 +1,10 @@
-"""What the processes of `test_processes` do together, and one alone for comparison: `python together.py TASK FILE`."""
+"""What the processes of `test_processes` do together, and one alone for comparison: `together.py FOLDER TASKS`."""
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -115,8 +113,8 @@ def bernoulli_guide(x):
 
 XY = {"data": (X[:, :5], X[:, 5])}
 EXACT = {  # no noise, or the same noise in one process and in several
-    "PPCA's marginal": lambda: marginal() | {"data": X, "batch_size": 25},
-    "enumerated mixture": lambda: mixture() | {"data": X, "batch_size": 25},
+    "PPCA's marginal": lambda: marginal() | {"data": X, "batch_size": 25, "num_steps": 200},
+    "enumerated mixture": lambda: mixture() | {"data": X, "batch_size": 25, "num_steps": 200},
     "enumerated mixture, whole": lambda: mixture() | {"data": X},
     "regression": lambda: {"model": regression, "guide": "AutoNormal", "batch_size": 25} | XY,
     "regression, whole": lambda: {"model": regression, "guide": "AutoMultivariateNormal"} | XY,
@@ -130,23 +128,27 @@ EXACT = {  # no noise, or the same noise in one process and in several
     "per datum": lambda: {"model": PerDatum(), "data": X, "batch_size": 25},
     "per datum, whole": lambda: {"model": PerDatum(), "data": X},
     "codebook": lambda: {
-        "model": VQVAE(6, 2, 2, codebook_size=8, hidden=(8,)), "data": X, "batch_size": 25, "init": "own",
+        "model": VQVAE(6, 2, 8, 3, hidden=(8,), revive_below=0.0), "data": X, "batch_size": 25, "init": "own",
     },
-    "held out": lambda: mixture() | {"data": X, "batch_size": 25, "validation": 0.2, "validate_every": 50},
+    "held out": lambda: mixture() | {"data": X, "batch_size": 25, "validation": 0.2, "validate_every": 10},
 }  # fmt: skip
 NOISY = {
     "VAE": lambda: {"model": VAE(6, 2, "gaussian", hidden=(8,)), "data": X, "batch_size": 25},
-    "batch norm": lambda: {"model": Normed(), "data": X, "batch_size": 50},
+    "PPCA": lambda: {"model": PPCA(6, 2), "data": X, "batch_size": 25},
     "baselines": lambda: {
         "model": bernoulli, "guide": bernoulli_guide, "data": X, "objective": TraceGraph_ELBO(), "batch_size": 25,
     },
 }  # fmt: skip
 
 
+def normed():
+    return {"model": Normed(), "data": X, "batch_size": 50}
+
+
 def fitted(case, **options):
     torch.manual_seed(0)
     pyro.clear_param_store()
-    options = PLAIN | {"num_steps": 200} | case() | options
+    options = PLAIN | {"num_steps": 50} | case() | options
     return pyrolvm.fit(options.pop("model"), options.pop("data"), **options)
 
 
@@ -160,24 +162,66 @@ def digest(fit):
     return hashlib.sha256(text).hexdigest()
 
 
-def cases(file):
+def cases():
     """Every case by both engines, and the digests of all processes' parameters."""
     found = {}
     for name, case in {**EXACT, **NOISY}.items():
-        for engine in ("eager", "compiled") if name in COMPILED else ("eager",):
-            begun = time.time()
+        for engine in ("eager", "compiled") if name in QUICKLY else ("eager",):
             fit = fitted(case, engine=engine)
-            print(name, engine, f"{time.time() - begun:.1f} s", fit.engine, flush=True)
             found[name, engine] = kept(fit) | {"digests": here().gather(digest(fit))}
     found["again"] = digest(fitted(NOISY["VAE"], engine="eager"))
-    if here().is_first:
-        torch.save(found, file)
+    found["a step of batch norm"] = kept(fitted(normed, engine="eager", num_steps=1))
+    return found
 
 
-COMPILED = ("enumerated mixture", "regression, whole", "per datum", "VAE")
+QUICKLY = ("enumerated mixture", "VAE")
+"""Those that are compiled in the quick tests."""
+COMPILED = ("PPCA's marginal", "regression, whole", "per datum", "codebook")
 
 
-def refusals(file):
+def compiled():
+    """The others by the compiled engine."""
+    return {name: kept(fitted((EXACT | NOISY)[name], engine="compiled")) for name in COMPILED}
+
+
+def registry(every=False):
+    """The first case of each model: the bound of steps that hardly move, the digests, and what went wrong."""
+    from test_conformance import CASES
+
+    found, models = {}, set()
+    for name, (build, data) in CASES.items():
+        if not every and name.partition(",")[0] in models:
+            continue
+        models.add(name.partition(",")[0])
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        rows = 50 if isinstance(data, torch.Tensor) else None
+        options = {"num_steps": 10, "learning_rate": 1e-12, "optimizer": "adam", "batch_size": rows}
+        try:
+            fit = pyrolvm.fit(build(), data, progress=False, engine="eager", **options)
+            found[name] = (fit.history["elbo"].tolist(), here().gather(digest(fit)), fit.engine)
+        except Exception as error:
+            found[name] = ([], [], f"{type(error).__name__}: {error}")
+    return found
+
+
+def whole_registry():
+    """Every case of the conformance suite."""
+    return registry(every=True)
+
+
+def gradients():
+    """The first step of gradient descent from one start, under much noise: what moves is the gradient."""
+    found = []
+    for seed in range(12):
+        many = Trace_ELBO(40, vectorize_particles=True)
+        options = {"objective": many, "optimizer": "sgd", "learning_rate": 1.0, "num_steps": 1, "init": "own"}
+        fit = fitted(NOISY["PPCA"], seed=seed, engine="eager", batch_size=None, **options)
+        found.append(torch.cat([v.detach().reshape(-1) for v in fit.program.tensors().values()]))
+    return torch.stack(found)
+
+
+def refusals():
     """What is wrong in one process alone, or in all of them: the errors of each."""
     rank = here().rank
     wrong = {
@@ -195,11 +239,21 @@ def refusals(file):
             fitted(EXACT["enumerated mixture"], **({"num_steps": 10} | options))
         except PyrolvmError as error:
             said[name] = here().gather(str(error))
+    try:
+        fitted(lambda: {"model": sinking, "guide": lambda x: None, "data": X}, num_steps=20)
+    except PyrolvmError as error:
+        said["not finite"] = here().gather(str(error))
     fit = fitted(EXACT["enumerated mixture"], num_steps=5, seed=rank, parallel=False)
     said["apart"] = here().gather(fit.settings["num_processes"])
     said["errors of callbacks"] = here().gather(_of_callback())
-    if here().is_first:
-        Path(file).write_text(json.dumps(said))
+    return said
+
+
+def sinking(x):
+    """Not finite from the second step on."""
+    level = pyro.param("level", torch.tensor(0.005, dtype=x.dtype))
+    with data_plate(x):
+        pyro.sample("x", dist.Normal(level.log(), 1.0).expand([len(x), 6]).to_event(1), obs=x - 50)
 
 
 def _of_callback():
@@ -212,9 +266,9 @@ def _of_callback():
         return f"{type(error).__name__}: {error}"
 
 
-def resuming(file):
+def resuming():
     """20 steps at once, and 10 and 10; the same with what a file of another number of processes holds."""
-    folder = Path(file).parent
+    folder = FOLDER
     whole = fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder / "whole")
     fitted(NOISY["VAE"], num_steps=10, engine="eager", checkpoint=folder / "parts")
     parts = fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder / "parts", resume=True)
@@ -222,32 +276,56 @@ def resuming(file):
     here().barrier()
     digests = [here().gather(digest(fit)) for fit in (whole, parts)]
     loaded = digest(pyrolvm.load(saved)) == digests[0][0]
+    stopped = here().gather(_of_interrupt(folder / "stopped"))
+    after = fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder / "stopped", resume=True)
+    digests.append(here().gather(digest(after)))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         one = folder / "one"
         if one.exists():
             fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=one, resume=True)
-    if here().is_first:
-        words = [str(w.message) for w in said]
-        Path(file).write_text(json.dumps({"digests": digests, "loaded": loaded, "warnings": words}))
+    return {
+        "digests": digests,
+        "loaded": loaded,
+        "stopped": stopped,
+        "warnings": [str(w.message) for w in said],
+    }
 
 
-def killed(file):
-    """A run whose last process kills itself after some steps, once, and is begun again by the launcher."""
-    folder, rank, begun = Path(file).parent, here().rank, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    deadly = sys.argv[3:] and here().rank == here().count - 1 and int(begun) < len(sys.argv[3:])
-    if deadly:
-        delay = sys.argv[3 + int(begun)]
-        subprocess.Popen(["sh", "-c", f"sleep {delay}; kill -9 {os.getpid()}"])
-    fit = fitted(
-        NOISY["VAE"], num_steps=int(os.environ.get("STEPS", "1500")), engine="eager", checkpoint=folder / "state",
-        checkpoint_seconds=0.2,
-    )  # fmt: skip
-    if rank == 0:
-        Path(file).write_text(digest(fit))
+AFTER = "AFTER_A_CHECKPOINT"
+
+
+def _of_interrupt(folder):
+    """What is said if one process gets a SIGTERM on the way."""
+
+    def kill(report):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        fitted(NOISY["VAE"], num_steps=20, engine="eager", checkpoint=folder, callbacks=[kill])
+    except KeyboardInterrupt as stop:
+        return str(stop)
+
+
+def killed():
+    """A run whose last process kills itself after some seconds, and is begun again by the launcher, and a whole one."""
+    delays = os.environ["DELAYS"].split()
+    begun = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if begun < len(delays) and here().rank == here().count - 1:
+        written = FOLDER / "state" / "state.safetensors"
+        seen = f"until [ -e {written} ]; do sleep 0.02; done; " if AFTER in os.environ else ""
+        subprocess.Popen(["sh", "-c", f"{seen}sleep {delays[begun]}; kill -9 {os.getpid()}"])
+    options = {"num_steps": int(os.environ["STEPS"]), "engine": "eager"}
+    fit = fitted(NOISY["VAE"], checkpoint=FOLDER / "state", checkpoint_seconds=0.2, **options)
+    while begun < len(delays):  # it ended before it was killed
+        here().barrier()
+    return [digest(fit), digest(fitted(NOISY["VAE"], **options))]
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(500)
-    {"cases": cases, "refusals": refusals, "resuming": resuming, "killed": killed}[sys.argv[1]](sys.argv[2])
+    FOLDER = Path(sys.argv[1])
+    for task in sys.argv[2:]:
+        result = globals()[task]()
+        if here().is_first:
+            torch.save(result, FOLDER / task)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.posteriors.programs import POSTERIORS, Moments
+from benchmarks.posteriors.programs import COVARIANCE, LOCATION, POSTERIORS, PRIOR_SD, Moments
 
 FILE = Path(__file__).with_name("references.json")
 CHAINS, WARMUP, DRAWS = 4, 2000, 5000
@@ -45,6 +45,15 @@ def programs() -> dict[str, Callable[..., Any]]:
 
     sample, plate = numpyro.sample, numpyro.plate
 
+    def regression(x, y):
+        b = sample("b", dist.Normal(0.0, PRIOR_SD).expand([x.shape[1]]).to_event(1))
+        sample("y", dist.Normal(x @ b, 1.0), obs=y)
+
+    def regression_intercept(x, y):
+        a = sample("a", dist.Normal(0.0, PRIOR_SD))
+        b = sample("b", dist.Normal(0.0, PRIOR_SD).expand([x.shape[1]]).to_event(1))
+        sample("y", dist.Normal(a + x @ b, 1.0), obs=y)
+
     def unknown_noise(x, y):
         a = sample("a", dist.Normal(0.0, 10.0))
         b = sample("b", dist.Normal(0.0, 2.5).expand([x.shape[1]]).to_event(1))
@@ -67,6 +76,25 @@ def programs() -> dict[str, Callable[..., Any]]:
         with plate("schools", 8):
             z = sample("z", dist.Normal(0.0, 1.0))
             sample("y", dist.Normal(mu + tau * z, error), obs=y)
+
+    def schools_centred(y, error):
+        mu = sample("mu", dist.Normal(0.0, 5.0))
+        tau = sample("tau", dist.HalfCauchy(5.0))
+        with plate("schools", 8):
+            theta = sample("theta", dist.Normal(mu, tau))
+            sample("y", dist.Normal(theta, error), obs=y)
+
+    def funnel():
+        v = sample("v", dist.Normal(0.0, 3.0))
+        with plate("coordinates", 9):
+            sample("x", dist.Normal(0.0, jnp.exp(v / 2)))
+
+    def banana():
+        x = sample("x", dist.Normal(0.0, 1.0))
+        sample("y", dist.Normal(x**2, 0.3))
+
+    def gaussian():
+        sample("z", dist.MultivariateNormal(LOCATION.numpy(), COVARIANCE.numpy()))
 
     def groups(group, y):
         mu = sample("mu", dist.Normal(0.0, 10.0))
@@ -112,14 +140,20 @@ def programs() -> dict[str, Callable[..., Any]]:
         sample("y", dist.MultivariateNormal(location, scale_tril=L), obs=y)
 
     return {
+        "regression, scales 0.01 to 100": regression,
+        "regression, intercept 10,000": regression_intercept,
         "regression, unknown noise": unknown_noise,
         "logistic regression": logistic,
         "Poisson regression": poisson,
         "eight schools, non-centred": schools,
+        "eight schools, centred": schools_centred,
+        "funnel": funnel,
+        "banana": banana,
         "50 groups": groups,
         "mixture": mixture,
         "Gaussian process": process,
         "horseshoe": horseshoe,
+        "normal, 100 dimensions": gaussian,
         "simplex, Cholesky factor, ordered": constrained,
     }
 
@@ -141,15 +175,20 @@ def draw(name: str) -> tuple[dict[str, np.ndarray], int]:
     )
     run.run(jax.random.PRNGKey(0), *data)
     found = run.get_samples(group_by_chain=True)
-    order = [s for s in dict.fromkeys(_latents(name)) if s in found]
+    order = latents(name)
     return {s: np.asarray(found[s]) for s in order}, int(run.get_extra_fields()["diverging"].sum())
 
 
-def _latents(name: str) -> list[str]:
+def latents(name: str) -> list[str]:
+    """The program's latents, in its order."""
     from pyro import poutine
 
-    trace = poutine.trace(POSTERIORS[name].model).get_trace(*POSTERIORS[name].data)
-    return [n for n in trace.stochastic_nodes if not trace.nodes[n]["is_observed"]]
+    from pyrolvm.inference.program.running import default_dtype
+
+    with default_dtype(torch.float64):
+        trace = poutine.trace(POSTERIORS[name].model).get_trace(*POSTERIORS[name].data)
+    drawn = [n for n in trace.stochastic_nodes if not trace.nodes[n]["is_observed"]]
+    return [n for n in drawn if type(trace.nodes[n]["fn"]).__name__ != "_Subsample"]
 
 
 def summary(values: dict[str, np.ndarray], divergent: int) -> dict[str, object]:
@@ -173,7 +212,7 @@ def main(names: list[str]) -> None:
 
     numpyro.enable_x64()
     torch.set_default_dtype(torch.float64)
-    for name in names or list(programs()):
+    for name in names or [n for n, p in POSTERIORS.items() if p.exact is None and p.of is None]:
         began = time.perf_counter()
         torch.manual_seed(0)
         values, divergent = draw(name)

@@ -93,10 +93,17 @@ class Outcome:
 
 def outcome(name: str, values: Tensor, seconds: float, said: str, sentence: str = "") -> Outcome:
     """From draws [draws, entries] of every entry of every latent."""
-    mean, sd = moments(name)
-    varying = sd > 1e-9
-    error = ((values.mean(0) - mean).abs() / sd)[varying]
-    ratio = (values.std(0) / sd)[varying]
+    return outcome_of_moments(name, values.mean(0), values.std(0), seconds, said, sentence)
+
+
+def outcome_of_moments(
+    name: str, mean: Tensor, sd: Tensor, seconds: float, said: str, sentence: str = ""
+) -> Outcome:
+    """From the mean and sd of every entry of every latent."""
+    wanted, unit = moments(name)
+    varying = unit > 1e-9
+    error = ((mean - wanted).abs() / unit)[varying].nan_to_num(torch.inf)
+    ratio = (sd / unit)[varying].nan_to_num(torch.inf)
     return Outcome(float(error.max()), float(ratio.min()), float(ratio.max()), seconds, said, sentence)
 
 

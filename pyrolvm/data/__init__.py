@@ -3,6 +3,7 @@
 from pyrolvm.data.arrays import Batch, as_batch
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.embedded import DATASETS, DatasetInfo, load_dataset
+from pyrolvm.data.far import StreamedDataset, scan
 from pyrolvm.data.mnist import load_mnist
 from pyrolvm.data.plan import BatchPlan
 from pyrolvm.data.readers import SUFFIXES, read
@@ -17,11 +18,13 @@ __all__ = [
     "BatchPlan",
     "Dataset",
     "DatasetInfo",
+    "StreamedDataset",
     "Transform",
     "as_batch",
     "load_dataset",
     "load_mnist",
     "read",
+    "scan",
     "simulate_factor_analysis",
     "simulate_mixture",
     "simulate_ppca",

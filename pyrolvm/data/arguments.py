@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pyrolvm.data.dataset import Dataset
+from pyrolvm.data.far.streamed import StreamedDataset
 from pyrolvm.errors import DataError
 
-_DATA = (Tensor, PackedSequence, np.ndarray, pd.DataFrame, pd.Series, Dataset)
+_DATA = (Tensor, PackedSequence, np.ndarray, pd.DataFrame, pd.Series, Dataset, StreamedDataset)
 _PLAIN = (bool, int, float, str, type(None))
 _FIELDS = (argparse.Namespace, types.SimpleNamespace)
 

@@ -33,6 +33,7 @@ from pyrolvm.data.arguments import (
 )
 from pyrolvm.data.columns import check_names
 from pyrolvm.data.dataset import Dataset
+from pyrolvm.data.far.streamed import StreamedDataset
 from pyrolvm.data.numeric import as_array
 from pyrolvm.data.plan import split_rows
 from pyrolvm.errors import DataError
@@ -240,6 +241,11 @@ def _tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device | st
     if isinstance(value, PackedSequence):
         data = _cast(value.data, name, dtype, device)
         return value.to(data)  # type: ignore[arg-type]
+    if isinstance(value, StreamedDataset):
+        raise DataError(
+            f"{value.name} is read as it is needed: pass it alone to fit(..., batch_size=...) or to "
+            "pyrolvm.write_answers, or read it whole (`.load()`)"
+        )
     if isinstance(value, Dataset):
         value = value.values
     if not isinstance(value, Tensor):

@@ -12,8 +12,9 @@ import pandas as pd
 from pyrolvm.data.columns import check_names, find_columns, listed
 from pyrolvm.data.numeric import check_numeric
 from pyrolvm.data.plan import split_rows
+from pyrolvm.data.survey import Survey, survey
 from pyrolvm.data.transforms import Transform
-from pyrolvm.errors import DataError, SettingError, warn_user
+from pyrolvm.errors import DataError, warn_user
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,6 +74,16 @@ class Dataset:
         if self.truth:
             lines.append(f"  truth: {listed(self.truth)}")
         return "\n".join(lines)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether rows have labels."""
+        return self.labels is not None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row."""
+        return self.values.shape[1:]
 
     @property
     def num_rows(self) -> int:
@@ -153,13 +164,8 @@ class Dataset:
         DataError
             A column is constant or all missing.
         """
-        values = self.values.astype(np.float64)
-        axis = 0 if per_column else None
-        self._check_varying(values, per_column)
-        transform = Transform(
-            "standardise", np.asarray(np.nanmean(values, axis)), np.asarray(np.nanstd(values, axis))
-        )
-        return replace(self, values=transform.apply(self.values)), transform
+        transform = self.survey().standardise(self.name, self.columns, per_column)
+        return self.transformed(transform), transform
 
     def binarise(self, threshold: float | None = None) -> tuple[Dataset, Transform]:
         """Values 0 and 1: whether they exceed `threshold`, by default halfway between lowest and highest.
@@ -173,25 +179,13 @@ class Dataset:
         SettingError
             No value exceeds the threshold, or all do.
         """
-        low, high = (float(f.reduce(self.values, axis=None)) for f in (np.fmin, np.fmax))
-        if not high > low:
-            raise DataError(f"{self.name} cannot be binarised: its lowest value is {low}, its highest {high}")
-        middle = (low + high) / 2 if threshold is None else float(threshold)
-        if not low <= middle < high:
-            raise SettingError(
-                f"threshold={middle:g} divides no values: choose one from {low:g} to below {high:g}"
-            )
-        transform = Transform("binarise", np.asarray(low), np.asarray(high - low), middle)
-        return replace(self, values=transform.apply(self.values)), transform
+        transform = self.survey().binarise(self.name, threshold)
+        return self.transformed(transform), transform
 
-    def _check_varying(self, values: np.ndarray, per_column: bool) -> None:
-        rows = values.reshape(self.num_rows, -1) if per_column else values.reshape(-1, 1)
-        # a minimum and a maximum, because the deviation of a constant is not always exactly zero
-        constant = ~(np.fmax.reduce(rows) > np.fmin.reduce(rows))
-        if constant.any():
-            first = int(np.argmax(constant))
-            name = repr(self.columns[first]) if self.columns and per_column else first
-            raise DataError(
-                f"{self.name} cannot be standardised: column {name} is constant "
-                f"({constant.sum()} such of {len(constant)}): leave it out, or type per_column=False"
-            )
+    def transformed(self, transform: Transform) -> Dataset:
+        """The same rows with transformed values."""
+        return replace(self, values=transform.apply(self.values))
+
+    def survey(self) -> Survey:
+        """Extremes, means and deviations of the entries of a row; the different labels."""
+        return survey([(self.values, self.labels)])

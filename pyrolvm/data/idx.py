@@ -10,7 +10,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def read_idx(path: Path, mmap: bool = False) -> np.ndarray:
 
 
 def _read(stream: BinaryIO | gzip.GzipFile, path: Path, mmap: bool, most: int) -> np.ndarray:
-    dtype, shape = _header(stream, path)
+    dtype, shape = header(stream, path)
     offset = 4 + 4 * len(shape)
     wanted = math.prod(shape) * dtype.itemsize
     if offset + wanted > most:
@@ -66,7 +66,8 @@ def _read(stream: BinaryIO | gzip.GzipFile, path: Path, mmap: bool, most: int) -
     return np.frombuffer(raw, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
-def _header(stream: BinaryIO | gzip.GzipFile, path: Path) -> tuple[np.dtype, tuple[int, ...]]:
+def header(stream: Any, path: Path | str) -> tuple[np.dtype, tuple[int, ...]]:
+    """(type, shape) of the values that follow in an idx file. Raises `DataError`."""
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES or magic[3] == 0:
         raise DataError(f"{path} is not an idx file: it begins with the bytes {magic.hex(' ') or '(none)'}")

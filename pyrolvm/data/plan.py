@@ -87,6 +87,14 @@ class BatchPlan:
         start = first_step * self.batch_size
         return self._stream(start, start + num_steps * self.batch_size).reshape(num_steps, self.batch_size)
 
+    def most_steps(self, first_step: int, num_steps: int) -> int:
+        """How many of these steps have their rows at hand at once: all."""
+        return num_steps
+
+    def kept(self, num_steps: int) -> Tensor:
+        """Rows on which bounds of different times are compared: those of the first steps, as `rows`."""
+        return self.rows(0, num_steps)
+
     def _stream(self, start: int, stop: int) -> Tensor:
         """Positions `[start, stop)` of the endless stream of rows: [stop - start], memory of its own."""
         length = self._epochs_per_block * self.num_rows
@@ -145,12 +153,18 @@ def split_rows(num_rows: int, share: float, seed: int = 0, name: str = "validati
     SettingError
         One of the parts would have no rows.
     """
-    num_held_out = round(share * num_rows) if 0 < share < 1 else 0
-    if not 0 < num_held_out < num_rows:
-        left = "to train on" if num_held_out else "to hold out"
+    held_out = num_held_out(num_rows, share, name)
+    generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SPLIT))
+    order = torch.randperm(num_rows, generator=generator)
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def num_held_out(num_rows: int, share: float, name: str = "validation") -> int:
+    """How many rows a share holds out. Raises `SettingError` where one of the parts would have none."""
+    held_out = round(share * num_rows) if 0 < share < 1 else 0
+    if not 0 < held_out < num_rows:
+        left = "to train on" if held_out else "to hold out"
         raise SettingError(
             f"{name}={share} of {num_rows} rows leaves 0 {left}: give a share between 0 and 1, such as 0.1"
         )
-    generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SPLIT))
-    order = torch.randperm(num_rows, generator=generator)
-    return order[num_held_out:].sort().values, order[:num_held_out].sort().values
+    return held_out

@@ -12,6 +12,7 @@ import numpy as np
 
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.embedded import DATASETS, load_dataset, unknown_name
+from pyrolvm.data.far.scan import is_far, scan
 from pyrolvm.data.idx import read_idx
 from pyrolvm.data.numeric import check_finite, check_numeric
 from pyrolvm.data.table_files import read_csv, read_h5ad, read_parquet
@@ -21,6 +22,8 @@ SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npy", ".npz", ".
 """The kinds of file `read` knows; idx files may also be called `...-ubyte(.gz)`, as MNIST's are."""
 
 # Which kinds an option is for: given with another, it would be ignored without a word
+PICKLE = b"\x80"
+"""The first byte of a pickle."""
 _OPTIONS = {
     "key": (".npz", ".h5ad"),
     "header": (".csv", ".tsv"),
@@ -44,7 +47,8 @@ def read(
     Parameters
     ----------
     source : str or path
-        A name such as `"digits"`, or the path of a file.
+        A name such as `"digits"`, or the path of a file; a folder, a pattern or a URL of files as `scan` takes them,
+        all of whose rows are then read into memory.
     columns : sequence of str, optional
         Names of the columns to take, in this order, each once; positions where the columns have no names.
     labels : str, optional
@@ -70,6 +74,9 @@ def read(
         There is no such name or file, the file is empty, damaged or of another kind, a column is missing,
         named twice or not numeric, a value is missing or infinite, or there are fewer than two rows.
     """
+    if is_far(source):
+        _check_far(source, key=key, header=header, mmap=mmap or None)
+        return scan(source, columns, labels=labels, allow_missing=allow_missing).load()
     path = _existing(source)
     if path is None:
         dataset = load_dataset(str(source))
@@ -100,8 +107,6 @@ def _existing(source: str | os.PathLike[str]) -> Path | None:
     if isinstance(source, str) and source.replace("-", "_") in DATASETS:
         return None
     path = Path(source).expanduser()
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: name a file in it")
     if not path.exists():
         raise DataError(
             _missing(path, isinstance(source, str) and str(path.parent) == "." and not path.suffix)
@@ -140,6 +145,12 @@ def _check_options(path: Path, kind: str, **options: object) -> None:
             raise DataError(f"{option}= is for {', '.join(_OPTIONS[option])}, not for {path}: leave it out")
 
 
+def _check_far(source: object, **options: object) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise DataError(f"{option}= is for single files, not for {source}: leave it out")
+
+
 def _read_numpy(path: Path, key: str | None, mmap: bool) -> np.ndarray:
     """The array of an npy file, or of an npz file by its key. Nothing is ever unpickled."""
     try:
@@ -153,12 +164,19 @@ def _read_numpy(path: Path, key: str | None, mmap: bool) -> np.ndarray:
         raise
     except (ValueError, EOFError, OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
         text = " ".join(str(error).split())
-        if "Object arrays" in text or "allow_pickle" in text or "pickled" in text:
+        if "Object arrays" in text or _starts(path, PICKLE):
             raise DataError(
                 f"{path} holds Python objects (pickles), which are never loaded: "
                 "save an array of numbers, e.g. np.save(path, x.astype(float))"
             ) from None
+        if "pickled" in text:  # numpy's word for whatever has no header of its own
+            raise DataError(f"{path} is not a numpy file: it does not begin as one") from None
         raise DataError(f"{path} is damaged, truncated or not a numpy file ({text})") from None
+
+
+def _starts(path: Path, begin: bytes) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(begin)) == begin
 
 
 def _key(path: Path, keys: list[str], key: str | None) -> str:

@@ -34,12 +34,13 @@ def frame_to_dataset(
     names = [str(c) for c in frame.columns]
     unlabelled = [i for i, c in enumerate(names) if c != labels]
     kept = unlabelled if columns is None else find_columns(columns, names, name)
-    held = None if labels is None else _labels(frame.iloc[:, find_column(labels, names, name)])
+    held = None if labels is None else labels_to_numpy(frame.iloc[:, find_column(labels, names, name)])
     values = frame_to_numpy(frame.iloc[:, kept], name)
     return Dataset(values, [names[i] for i in kept], held, name)
 
 
-def _labels(column: pd.Series) -> np.ndarray:
+def labels_to_numpy(column: pd.Series) -> np.ndarray:
+    """Labels as numbers if they are, else as text."""
     numeric = pd.api.types.is_numeric_dtype(column.dtype)
     return frame_to_numpy(column.to_frame())[:, 0] if numeric else column.astype(str).to_numpy(dtype=str)
 
@@ -218,7 +219,9 @@ def read_h5ad(path: Path, columns: Sequence[str] | None, labels: str | None, lay
     values = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
     of_rows = [str(c) for c in table.obs.columns]
     held = (
-        None if labels is None else _labels(table.obs.iloc[:, find_column(labels, of_rows, f"{path} (obs)")])
+        None
+        if labels is None
+        else labels_to_numpy(table.obs.iloc[:, find_column(labels, of_rows, f"{path} (obs)")])
     )
     return Dataset(values, [names[i] for i in kept], held, str(path))
 
@@ -237,7 +240,7 @@ def _matrix(table: Any, layer: str | None, path: Path) -> Any:
     return table.X
 
 
-def optional(module: str, kind: str, command: str) -> ModuleType:
+def optional(module: str, kind: str, command: str, doing: str = "reading") -> ModuleType:
     """Import what only this kind of file needs.
 
     Raises
@@ -248,4 +251,4 @@ def optional(module: str, kind: str, command: str) -> ModuleType:
     try:
         return __import__(module, fromlist=["_"])
     except ImportError:
-        raise DataError(f"reading {kind} needs {module.split('.')[0]}: type {command}") from None
+        raise DataError(f"{doing} {kind} needs {module.split('.')[0]}: type {command}") from None

@@ -1,6 +1,7 @@
 """Objectives, engines, `fit` and fitted models, for any Pyro program."""
 
 from pyrolvm.inference.objectives import FreeBits, ImportanceWeighted, InfoELBO, Objective, RenyiELBO
+from pyrolvm.inference.posterior.at_scale import Answers, write_answers
 from pyrolvm.inference.posterior.convergence import Convergence
 from pyrolvm.inference.posterior.fitted import FittedModel, Refined
 from pyrolvm.inference.posterior.pathfinder import pathfinder
@@ -14,6 +15,7 @@ from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.inference.training.sweep import sweep
 
 __all__ = [
+    "Answers",
     "Callback",
     "Convergence",
     "FittedModel",
@@ -34,4 +36,5 @@ __all__ = [
     "fit_restarts",
     "pathfinder",
     "sweep",
+    "write_answers",
 ]

@@ -16,6 +16,7 @@ from pyrolvm.inference.posterior.evidence import evidence_table
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.report.parts import Part
 from pyrolvm.runs import Prepared, Recipe, SavedRun, Source
+from pyrolvm.runs.recipe import SAMPLED_ROWS
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def find_data(recipe: Recipe, data: Any) -> tuple[Prepared | None, str]:
         return None, "the data were left out"
     if data is None:
         try:
-            return recipe.read_again(), ""
+            return recipe.read_again().in_memory(SAMPLED_ROWS), ""
         except DataError as error:
             return None, str(error)
     source = Source(str(data)) if isinstance(data, str | Path) else data

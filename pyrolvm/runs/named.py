@@ -15,6 +15,7 @@ from typing import Any
 from pyro.infer import autoguide
 from torch import nn
 
+from pyrolvm.data.embedded import DATASETS
 from pyrolvm.errors import ProgramError, PyrolvmError, SettingError, did_you_mean
 from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.inference.program.semi_implicit_guide import SemiImplicitGuide
@@ -156,6 +157,8 @@ def registry_name(text: str) -> str:
     if plain in known:
         return known[plain]
     hint = did_you_mean(plain, known, known.__getitem__)
+    if text.replace("-", "_") in DATASETS:
+        hint = "it is a data set, which comes after the model; "
     raise SettingError(
         f"there is no model '{text}': {hint}the models are {', '.join(REGISTRY)}; a pair of your own is "
         "file.py:ClassName"

@@ -6,12 +6,14 @@ import hashlib
 import math
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyrolvm.data import DATASETS, Dataset, Transform, load_dataset, read
+from pyrolvm.data import DATASETS, Dataset, StreamedDataset, Transform, load_dataset, read, scan
+from pyrolvm.data.far import is_far
 from pyrolvm.data.plan import split_rows
 from pyrolvm.errors import DataError, PyrolvmError, SettingError, count
 
@@ -21,8 +23,12 @@ KEYED = (".npz", ".h5ad")
 MAPPABLE = (".npy", ".idx", "-ubyte", ".parquet")
 MAPPED_BYTES = 2**28
 """Files from this size on are mapped where their kind allows it, and never in memory as a whole."""
+SAMPLED_ROWS = 20_000
+"""Of data that are read as they are needed, the rows that draws and reports are of."""
 CHOICES = ("columns", "labels", "key", "header", "allow_missing")
 """Parameters of `pyrolvm.data.read` that are part of the recipe."""
+
+Data = Dataset | StreamedDataset
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,12 @@ class Source:
     allow_missing: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
-    def read(self) -> Dataset:
-        """The data set; all errors are `DataError` or `SettingError`."""
+    def read(self, streamed: bool = False) -> Any:
+        """The data set; all errors are `DataError` or `SettingError`.
+
+        Of many files, or files elsewhere, those from `MAPPED_BYTES` on are not read yet, and likewise a large file
+        where that is asked for (`streamed`), which is otherwise mapped.
+        """
         if self.is_named:
             dataset = load_dataset(self.text, **self.options)
             return dataset if self.columns is None else dataset.select(self.columns)
@@ -56,9 +66,26 @@ class Source:
             raise SettingError(
                 f"the options {', '.join(self.options)} are of data sets by name, not for the file {self.text}"
             )
+        if is_far(self.text):
+            for name in ("key", "header"):
+                if getattr(self, name) is not None:
+                    raise DataError(f"{name} is for single files, not for {self.called}: leave it out")
+            data = self._scanned()
+            return data if data.num_bytes >= MAPPED_BYTES else data.load()
         path = Path(self.text).expanduser()
         large = self.ends_in(MAPPABLE) and path.is_file() and path.stat().st_size >= MAPPED_BYTES
+        if large and streamed:
+            return self._scanned()
         return read(self.text, mmap=large, **{name: getattr(self, name) for name in CHOICES})
+
+    def _scanned(self) -> StreamedDataset:
+        return scan(self.text, self.columns, labels=self.labels, allow_missing=self.allow_missing)
+
+    @property
+    def called(self) -> str:
+        """The name in messages: of several files the first, and how many more."""
+        first, *more = self.text.split("\n")
+        return f"{first} and {len(more)} more" if more else first
 
     @property
     def is_named(self) -> bool:
@@ -78,7 +105,7 @@ class Source:
                 "leave columns out, they are taken by name"
             )
         has = {
-            "columns": self.is_named or self.ends_in(NAMED_COLUMNS),
+            "columns": self.is_named or self.ends_in(NAMED_COLUMNS) or is_far(self.text),
             "key": self.ends_in(KEYED),
             "header": self.ends_in(TEXT),
         }
@@ -91,10 +118,17 @@ class Source:
 class Prepared:
     """The data as the model sees them, and the record of how they came to be so."""
 
-    train: Dataset
-    held_out: Dataset | None = None
+    train: Any
+    held_out: Any = None
     transforms: list[Transform] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+
+    def in_memory(self, most_rows: int) -> Prepared:
+        """Itself; of data that are read as they are needed, at most so many rows, evenly spaced."""
+        parts = [
+            p.sample(most_rows) if isinstance(p, StreamedDataset) else p for p in (self.train, self.held_out)
+        ]
+        return replace(self, train=parts[0], held_out=parts[1])
 
 
 @dataclass(frozen=True)
@@ -128,26 +162,29 @@ class Preparation:
     def apply(
         self,
         source: Source,
-        dataset: Dataset | None = None,
+        dataset: Any = None,
         as_vectors: bool = True,
         takes_labels: bool = False,
         transforms: list[Transform] | None = None,
+        streamed: bool = False,
     ) -> Prepared:
-        """Split, then transform.
+        """Split, then transform; a large file that would be copied for it is read as it is needed, if `streamed`.
 
         `as_vectors`: make each row, of whatever shape, a vector. `takes_labels`: the labels are data too, and their
         classes are numbered. `transforms`: those of another run, in place of new ones.
         """
-        dataset = source.read() if dataset is None else dataset
+        copied = self.standardise or self.binarise or self.validation is not None
+        dataset = source.read(streamed and copied) if dataset is None else dataset
         classes = classes_of(dataset) if takes_labels else None
         record = {
             "source": source.text,
             "rows": dataset.num_rows,
-            "shape": list(dataset.values.shape[1:]),
+            "shape": list(dataset.row_shape),
             **{name: getattr(source, name) for name in CHOICES},
             "columns": dataset.columns,
             "options": source.options,
-            "sha256": fingerprint(dataset.values),
+            "sha256": fingerprint(dataset),
+            **({"streamed": True} if isinstance(dataset, StreamedDataset) else {}),
             "vectors": as_vectors,
             **({"labelled": True, "classes": classes} if takes_labels else {}),
         }
@@ -162,7 +199,8 @@ class Preparation:
         elif self.binarise:
             train, *transforms = train.binarise(self.threshold)
         held_out = _transformed(held_out, transforms)
-        record["split"] = {"held_out": held_out.num_rows, "seed": self.split_seed} if held_out else None
+        split = {"share": self.validation, "seed": self.split_seed}
+        record["split"] = {"held_out": held_out.num_rows, **split} if held_out else None
         record["transforms"] = [t.to_dict() for t in transforms]
         return Prepared(train, held_out, transforms, record)
 
@@ -180,25 +218,30 @@ class Recipe:
         """What was done to the values."""
         return [Transform.from_dict(d) for d in self.record.get("transforms", [])]
 
-    def read(self, source: Source) -> Dataset:
+    def read(self, source: Source, streamed: bool = False) -> Any:
         """Other data, read as those of the run were: its columns, its shape, its transforms.
 
-        Raises `DataError` if columns are missing or rows are of another shape.
+        Large data are read as they are needed, if `streamed`. Raises `DataError` if columns are missing or rows are of
+        another shape.
         """
-        dataset, as_vectors = source.like(self.record).read(), self.record.get("vectors")
+        dataset = source.like(self.record).read(streamed and bool(self.transforms))
+        if isinstance(dataset, StreamedDataset) and not streamed:
+            dataset = dataset.load()
+        as_vectors = self.record.get("vectors")
         dataset = dataset.as_vectors() if as_vectors else dataset
-        found, wanted = list(dataset.values.shape[1:]), [math.prod(self.shape)] if as_vectors else self.shape
+        found, wanted = list(dataset.row_shape), [math.prod(self.shape)] if as_vectors else self.shape
         if "shape" in self.record and found != wanted:
             raise DataError(
-                f"{source.text} has rows of shape {found}, but the run was fitted to rows of shape {wanted}: choose "
+                f"{source.called} has rows of shape {found}, but the run was fitted to rows of shape {wanted}: choose "
                 "the same columns (columns=...)"
             )
         dataset = _transformed(self._labelled(dataset), self.transforms)
-        return replace(dataset, columns=self.columns) if self.columns else dataset
+        named = self.columns and isinstance(dataset, Dataset)
+        return replace(dataset, columns=self.columns) if named else dataset
 
-    def _labelled(self, dataset: Dataset) -> Dataset:
+    def _labelled(self, dataset: Any) -> Any:
         """With the labels numbered as for the fit, if it took any; `DataError` if they are not there."""
-        if self.record.get("labelled") and dataset.labels is None:
+        if self.record.get("labelled") and not dataset.has_labels:
             raise DataError(
                 f"the run was fitted to labelled rows, and {dataset.name} has no labels: name their column, labels=..."
             )
@@ -223,14 +266,15 @@ class Recipe:
         with warnings.catch_warnings():  # of headers: the fingerprint shows whether they were read as before
             warnings.simplefilter("ignore", UserWarning)
             try:
-                dataset = source.read()
+                dataset = source.read(bool(record.get("streamed")))
             except PyrolvmError as error:
                 raise DataError(f"its data cannot be read again ({error})") from None
-            if fingerprint(dataset.values) != record["sha256"]:
-                raise DataError(f"the data in {source.text} are not those that the run was fitted to")
+            if fingerprint(dataset) != record["sha256"]:
+                raise DataError(f"the data in {source.called} are not those that the run was fitted to")
             dataset = self._labelled(dataset.as_vectors() if record["vectors"] else dataset)
         split = record.get("split") or {"held_out": 0, "seed": 0}
-        parts = _split(dataset, split["held_out"] / dataset.num_rows or None, split["seed"])
+        share = split.get("share") or split["held_out"] / dataset.num_rows or None
+        parts = _split(dataset, share, split["seed"])
         train, held_out = (_transformed(part, self.transforms) for part in parts)
         return Prepared(train, held_out, self.transforms, record)
 
@@ -254,16 +298,18 @@ class Recipe:
         return float(np.log(self.unit(data_dim)).sum())
 
 
-def _split(dataset: Dataset, share: float | None, seed: int) -> tuple[Dataset, Dataset | None]:
+def _split(dataset: Any, share: float | None, seed: int) -> tuple[Any, Any]:
     if share is None:
         return dataset, None
+    if isinstance(dataset, StreamedDataset):
+        return dataset.split(share, seed, "validation")
     train, held_out = split_rows(dataset.num_rows, share, seed)
     return dataset.take(train.numpy()), dataset.take(held_out.numpy())
 
 
-def classes_of(dataset: Dataset) -> list[Any] | None:
+def classes_of(dataset: Data) -> list[Any] | None:
     """The different labels in their order, if they are classes: text, or whole numbers. None for covariates."""
-    labels = dataset.labels
+    labels = dataset.survey().labels if isinstance(dataset, StreamedDataset) else dataset.labels
     if labels is None:
         raise DataError(f"the model takes labels, and {dataset.name} has none: name their column, labels=...")
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.round(labels)):
@@ -271,8 +317,10 @@ def classes_of(dataset: Dataset) -> list[Any] | None:
     return np.unique(labels if labels.dtype.kind in "iufb" else labels.astype(str)).tolist()
 
 
-def _numbered(dataset: Dataset, classes: list[Any] | None) -> Dataset:
+def _numbered(dataset: Any, classes: list[Any] | None) -> Any:
     """Labels as numbers of their classes, where they have any."""
+    if isinstance(dataset, StreamedDataset):
+        return dataset if classes is None else replace(dataset, relabel=partial(_codes, classes=classes))
     return dataset if classes is None else replace(dataset, labels=_codes(dataset.labels, classes))
 
 
@@ -291,12 +339,18 @@ def _codes(labels: Any, classes: list[Any] | None) -> np.ndarray:
 def _transformed(dataset: Any, transforms: list[Transform]) -> Any:
     """The data transformed; None stays None."""
     for transform in transforms if dataset is not None else []:
-        dataset = replace(dataset, values=transform.apply(dataset.values))
+        dataset = dataset.transformed(transform)
     return dataset
 
 
-def fingerprint(values: np.ndarray) -> str:
-    """The SHA-256 of the values [rows, ...], whatever kind of file they came from; read some rows at a time."""
+def fingerprint(dataset: Data) -> str:
+    """The SHA-256 of the values [rows, ...], whatever kind of file they came from; read some rows at a time.
+
+    Of data that are read as they are needed, that of their files' names, sizes and heads.
+    """
+    if isinstance(dataset, StreamedDataset):
+        return dataset.fingerprint()
+    values = dataset.values
     digest, step = hashlib.sha256(), max(1, 2**22 // max(1, values[:1].size))
     for first in range(0, len(values), step):
         digest.update(np.ascontiguousarray(values[first : first + step]).tobytes())

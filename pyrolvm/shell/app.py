@@ -47,6 +47,7 @@ for _command in (
     commands.sample,
     commands.encode,
     commands.most_probable,
+    commands.posterior,
     commands.reconstruct,
     latent.interpolate,
     latent.traverse,

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from pyro.distributions import Delta
 
-from pyrolvm.data import Dataset
+from pyrolvm.data import Dataset, StreamedDataset
 from pyrolvm.errors import SettingError, count
 from pyrolvm.files import write_atomically
-from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, evidence_table, khat_threshold
-from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.handlers import Means
-from pyrolvm.inference.program.structure import base
+from pyrolvm.inference.posterior.at_scale import QUESTIONS, Answers, deviations, draws_of, write_answers
+from pyrolvm.inference.posterior.evidence import evidence_table, khat_threshold
+from pyrolvm.processes import here
 from pyrolvm.runs import Source, add_evidence, open_run
-from pyrolvm.runs.recipe import CHOICES
+from pyrolvm.runs.recipe import CHOICES, SAMPLED_ROWS
 from pyrolvm.shell.options import LOADING, PICTURE, READING
-from pyrolvm.shell.outputs import ARRAYS, check_image_shape, check_out, write_png, write_values
+from pyrolvm.shell.outputs import ARRAYS, PARTS, check_image_shape, check_out, write_png, write_values
 from pyrolvm.shell.printing import caution, console, note, print_facts, print_table
 from pyrolvm.shell.signatures import given
 
 SUMMARY_ROWS = 20
 PICTURES = (*ARRAYS, ".png")
+ANSWERS = (*ARRAYS, *PARTS)
 
 
 class Question:
-    """A run, the data that it is asked about, and `out`, the file of the answer: one of the kinds `suffixes`."""
+    """A run, the data that it is asked about, and `out`, the file of the answer: one of the kinds `suffixes`.
+
+    With `streamed`, data that are larger than memory are not read yet: their rows are asked about some at a time.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,8 @@ class Question:
         shared: dict[str, Any],
         out: Path | None = None,
         suffixes: tuple[str, ...] = ARRAYS,
-        data: str | None = None,
+        data: str | list[str] | None = None,
+        streamed: bool = False,
     ) -> None:
         self.path, self.out = Path(run), out
         check_out(out, suffixes)
@@ -46,8 +50,9 @@ class Question:
         self.fitted, self.recipe = self.saved.fitted, self.saved.recipe
         recorded = self.recipe.shape[-2:]
         self.image_shape = shape or (tuple(recorded) if len(recorded) == 2 else None)
-        self.source = source_of(data or "", given(shared, READING))
-        self.dataset: Dataset | Any = None if data is None else self.recipe.read(self.source)
+        text = "\n".join(data) if isinstance(data, list) else data
+        self.source = source_of(text or "", given(shared, READING))
+        self.dataset: Dataset | Any = None if text is None else self.recipe.read(self.source, streamed)
 
     def write_rows(self, values: Any, across: int | None = None) -> None:
         """Rows like those of the data: a table or array under their columns, or a picture, `across` in a line."""
@@ -97,11 +102,42 @@ class Question:
         turns = np.resize(codes, count("num_samples", num_samples or len(codes)))
         return self.write_rows(self.fitted.sample(len(turns), given={"y": turns}, **options), len(codes))
 
-    def encode(self, refine: bool = False, seed: int = 0) -> None:
+    @property
+    def is_large(self) -> bool:
+        """Whether the answer is written as it comes."""
+        parts = self.out is not None and self.out.suffix.lower() in PARTS
+        return parts or isinstance(self.dataset, StreamedDataset)
+
+    def write_answers(self, question: str, overwrite: bool = False, **options: Any) -> Answers:
+        """Ask about all rows, some at a time; every one of several processes about its share."""
+        if self.out is None:
+            raise SettingError(
+                f"{self.source.called} has {self.dataset.num_rows:,} rows, which are written as they come: give --out "
+                "FILE.parquet, FILE.npy or FILE.zarr"
+            )
+        answers = write_answers(self.fitted, self.dataset, self.out, question, overwrite=overwrite, **options)
+        if here().is_first:
+            note(f"{answers.num_rows:,} rows: {self.out}")
+        return answers
+
+    def posterior(self, overwrite: bool = False, num_samples: int = 100, seed: int = 0) -> None:
+        """`pyrolvm posterior`: what draws of the latents of each row say."""
+        if self.is_large:
+            self.write_answers("posterior", overwrite, num_samples=num_samples, seed=seed)
+        else:
+            found = QUESTIONS["posterior"](self.fitted, self.dataset, num_samples=num_samples, seed=seed)
+            write_values(found, self.out, beside=self._beside())
+
+    def encode(self, refine: bool = False, seed: int = 0, overwrite: bool = False) -> None:
         """`pyrolvm encode`: means and standard deviations of q(z | x), with the rows' numbers and labels.
 
         With `refine` of the guide refined for each row, whose bounds before and after are columns beside them.
         """
+        if self.is_large:
+            if refine:
+                raise SettingError("--refine is for rows in memory, written as .csv, .tsv, .npy or .npz")
+            self.write_answers("encode", overwrite, seed=seed)
+            return
         fitted, beside = self.fitted, self._beside()
         if refine:
             fitted = refined = fitted.refine(self.dataset, seed=seed)
@@ -133,9 +169,9 @@ class Question:
         """`pyrolvm impute`."""
         found = self.fitted.impute(self.dataset, **options)
         missing = found.missing.cpu().numpy()
-        read = (
-            self.source.like(self.recipe.record).read().values.reshape(missing.shape)
-        )  # not rounded by transforms
+        source = self.source.like(self.recipe.record).read()  # not rounded by transforms
+        source = source.load() if isinstance(source, StreamedDataset) else source
+        read = source.values.reshape(missing.shape)
         filled = {n: self.recipe.undo(getattr(found, n)) for n in ("mean", "lower", "upper")}
         arrays = {name: np.where(missing, values, read) for name, values in filled.items()}
         labels = {} if self.dataset.labels is None else {"label": self.dataset.labels}
@@ -151,40 +187,69 @@ class Question:
         if self.out is not None:
             note(repr(found))
 
-    def evidence(self, method: str = "importance", num_samples: int | None = None, **options: Any) -> None:
+    def evidence(
+        self,
+        method: str = "importance",
+        num_samples: int | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> None:
         """`pyrolvm evidence`."""
-        table = evidence_table(self.fitted.pair(self.dataset), method, num_samples, **options)
-        if self.out is not None:
-            known = table.dropna(axis="columns", how="all")
-            write_values(known.to_numpy(), self.out, list(known.columns), self._beside())
-        draws = num_samples or (CHAINS if method == "ais" else DRAWS)
-        entry = self._entry(method, None if method == "exact" else draws, table)
-        _print_evidence(entry, self.recipe.log_scale(int(self.dataset.values[:1].size)))
-        add_evidence(self.path, entry)
+        if self.is_large:
+            answers = self.write_answers(
+                "log_evidence", overwrite, method=method, num_samples=num_samples, **options
+            )
+            found, untrusted = (
+                answers.table.loc["log_evidence"].astype(float).to_dict(),
+                answers.num_untrusted,
+            )
+        else:
+            table = evidence_table(self.fitted.pair(self.dataset), method, num_samples, **options)
+            if self.out is not None:
+                known = table.dropna(axis="columns", how="all")
+                write_values(known.to_numpy(), self.out, list(known.columns), self._beside())
+            found = table["log_evidence"].agg(["mean", "std", "min", "max"]).rename({"std": "sd"}).to_dict()
+            untrusted = _untrusted(table["k_hat"].to_numpy(float), draws_of(method, num_samples))
+        entry = self._entry(method, draws_of(method, num_samples), found, untrusted)
+        if here().is_first:
+            _print_evidence(entry, self.recipe.log_scale(math.prod(self.dataset.row_shape)))
+            add_evidence(self.path, entry)
 
-    def _entry(self, method: str, draws: int | None, table: pd.DataFrame) -> dict[str, Any]:
-        values, k_hat = (table[name].to_numpy(float) for name in ("log_evidence", "k_hat"))
+    def _entry(
+        self, method: str, draws: int | None, found: dict[Any, Any], untrusted: int | None
+    ) -> dict[str, Any]:
         more = ", ".join(f"{k}={v}" for k, v in self.source.options.items())
-        high = (k_hat > khat_threshold(draws)).sum() if draws and np.isfinite(k_hat).any() else None
+        rows = self.dataset.num_rows
         return {
-            "data": Path(self.source.text).name + (f" ({more})" if more else ""),
+            "data": Path(self.source.called).name + (f" ({more})" if more else ""),
             "method": method,
             "num_samples": draws,
-            "rows": len(values),
-            "mean": float(values.mean()),
-            "standard_error": float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None,
-            "min": float(values.min()),
-            "max": float(values.max()),
-            "untrusted": None if high is None else int(high),
+            "rows": rows,
+            "mean": float(found["mean"]),
+            "standard_error": float(found["sd"] / rows**0.5) if rows > 1 else None,
+            "min": float(found["min"]),
+            "max": float(found["max"]),
+            "untrusted": untrusted,
         }
 
-    def diagnose(self, quick: bool = False, **options: Any) -> None:
-        """`pyrolvm diagnose`: the verdict first, then the latents that all rows share."""
+    def diagnose(self, quick: bool = False, overwrite: bool = False, **options: Any) -> None:
+        """`pyrolvm diagnose`: the verdict first, then the latents that all rows share.
+
+        With `out`, k-hat and evidence of every row; of data larger than memory the rest is of a sample.
+        """
         from pyrolvm.diagnostics import diagnose
         from pyrolvm.diagnostics.affordable import affordable
         from pyrolvm.diagnostics.inference_data import save_inference_data, summarise, to_inference_data
 
         written = []
+        if self.out is not None:
+            shown = {k: options[k] for k in ("num_samples", "seed") if k in options}
+            answers = self.write_answers("diagnose", overwrite, **shown)
+            if answers.num_untrusted:
+                caution(f"{answers.num_untrusted:,} of {answers.num_rows:,} rows have a k-hat too high")
+        if isinstance(self.dataset, StreamedDataset):
+            total, self.dataset = self.dataset.num_rows, self.dataset.sample(SAMPLED_ROWS)
+            note(f"of the {total:,} rows, {self.dataset.num_rows:,} evenly spaced ones are looked at")
         if not quick:
             diagnosis = diagnose(self.fitted, self.dataset, **options)
             console().print(f"{diagnosis.paragraph}\n")
@@ -212,6 +277,11 @@ class Question:
         note(f"{self.path}: {', '.join([*written, 'summary.csv'])}")
 
 
+def _untrusted(k_hat: np.ndarray, draws: int | None) -> int | None:
+    """Rows whose k-hat is too high; None where there is none."""
+    return int((k_hat > khat_threshold(draws)).sum()) if draws and np.isfinite(k_hat).any() else None
+
+
 def label_words(text: str) -> list[Any]:
     """Labels as they are written: numbers where they are numbers."""
     words = [word.strip() for word in text.split(",") if word.strip()]
@@ -225,23 +295,6 @@ def source_of(data: str, options: dict[str, Any]) -> Source:
     """DATA and the options that choose among it."""
     chosen = {name: options[name] for name in CHOICES if name in options}
     return Source(data, **chosen, options=options.get("data_option", {}))
-
-
-@torch.no_grad()
-def deviations(fitted: FittedModel, x: Any) -> dict[str, torch.Tensor]:
-    """Standard deviations of q(z | x) at the guide's means, site -> [rows, ...], where there is a closed form."""
-    names = [s.name for s in fitted.structure.local_latents if not s.discrete and not s.point]
-    parts: list[dict[str, torch.Tensor]] = []
-    for pair in fitted.pair(x).chunks():
-        trace = pair.guide(None, Means())
-        found: Any = {n: trace.nodes[n]["fn"] for n in names if n in trace.nodes}
-        # an AutoGuide computes its latents from auxiliary draws: of such a point the spread is not 0 but unknown
-        found = {n: fn for n, fn in found.items() if not isinstance(base(fn), Delta)}
-        try:
-            parts.append({n: d.stddev.expand_as(trace.nodes[n]["value"]) for n, d in found.items()})
-        except NotImplementedError:
-            return {}
-    return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
 
 
 def _print_evidence(entry: dict[str, Any], shift: float) -> None:

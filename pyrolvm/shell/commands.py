@@ -20,13 +20,17 @@ from pyrolvm.shell.options import (
     LOADING,
     OUTPUT,
     PICTURE,
+    POSTERIOR,
     PREPARING,
     READING,
     RECONSTRUCT,
     SAMPLE,
+    Answers,
     DataName,
+    DataNames,
     ModelName,
     Out,
+    Overwrite,
     RunName,
 )
 from pyrolvm.shell.signatures import given, sharing
@@ -59,6 +63,8 @@ def fit(
     pyrolvm fit gmm faithful --num-components 2 --standardise --num-restarts 5 --out runs/faithful
 
     pyrolvm fit vae digits -l 8 --binarise --hidden 200,200 -b 128 --epochs 50 --lr 0.001 --validation 0.1 -o runs/vae
+
+    pyrolvm fit ppca 's3://bucket/big/*.parquet' -l 8 -b 512 --epochs 3 --standardise --out runs/big
 
     pyrolvm fit mine.py:MyModel table.csv --columns height,weight --num-layers 2 --out runs/mine
 
@@ -122,11 +128,12 @@ def sample(
 @sharing(ENCODE, READING, LOADING)
 def encode(
     run: RunName,
-    data: DataName,
-    out: Out = None,
+    data: DataNames,
+    out: Answers = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="Improve q(z | x) for each row alone first, the model held.")
     ] = False,
+    overwrite: Overwrite = False,
     **shared: Any,
 ) -> None:
     """Where the guide of RUN puts each row of DATA: mean and sd of q(z | x), or class probabilities.
@@ -136,10 +143,31 @@ def encode(
     pyrolvm encode runs/iris iris --out codes.csv
 
     pyrolvm encode runs/vae digits --refine --out refined.csv
-    """
-    from pyrolvm.shell.asking import Question
 
-    Question(run, shared, out, data=data).encode(refine, **given(shared, ENCODE))
+    pyrolvm encode runs/big big/*.parquet --out codes.parquet
+    """
+    from pyrolvm.shell.asking import ANSWERS, Question
+
+    question = Question(run, shared, out, ANSWERS, data, streamed=True)
+    question.encode(refine, overwrite=overwrite, **given(shared, ENCODE))
+
+
+@sharing(POSTERIOR, READING, LOADING)
+def posterior(
+    run: RunName, data: DataNames, out: Answers = None, overwrite: Overwrite = False, **shared: Any
+) -> None:
+    """Draws of the latents of each row of DATA in numbers: mean, sd, and quantiles at 5, 50 and 95%.
+
+    [bold]Examples[/bold]
+
+    pyrolvm posterior runs/iris iris --num-samples 1000 --out latents.csv
+
+    pyrolvm posterior runs/big 's3://bucket/big/*.parquet' --out latents.parquet
+    """
+    from pyrolvm.shell.asking import ANSWERS, Question
+
+    question = Question(run, shared, out, ANSWERS, data, streamed=True)
+    question.posterior(overwrite, **given(shared, POSTERIOR))
 
 
 @sharing(READING, LOADING)
@@ -189,7 +217,9 @@ def impute(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None
 
 
 @sharing(EVIDENCE, READING, LOADING)
-def evidence(run: RunName, data: DataName, out: Out = None, **shared: Any) -> None:
+def evidence(
+    run: RunName, data: DataNames, out: Answers = None, overwrite: Overwrite = False, **shared: Any
+) -> None:
     """Estimate log p(x) of each row of DATA under RUN, in nats; noted in the run for `compare`.
 
     [bold]Examples[/bold]
@@ -198,16 +228,24 @@ def evidence(run: RunName, data: DataName, out: Out = None, **shared: Any) -> No
 
     pyrolvm evidence runs/iris iris --method exact --out evidence.csv
     """
-    from pyrolvm.shell.asking import Question
+    from pyrolvm.shell.asking import ANSWERS, Question
 
-    Question(run, shared, out, data=data).evidence(**given(shared, EVIDENCE))
+    question = Question(run, shared, out, ANSWERS, data, streamed=True)
+    question.evidence(overwrite=overwrite, **given(shared, EVIDENCE))
 
 
 @sharing(DIAGNOSE, READING, LOADING)
 def diagnose(
     run: RunName,
-    data: DataName,
+    data: DataNames,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Also k-hat and evidence of every row: a parquet, npy or zarr file."
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the draws and their summary.")] = False,
+    overwrite: Overwrite = False,
     **shared: Any,
 ) -> None:
     """How good the guide of RUN is on DATA: evidence, k-hat, collapse, predictive checks, and draws for ArviZ.
@@ -219,10 +257,14 @@ def diagnose(
     pyrolvm diagnose runs/iris iris --num-samples 1000
 
     pyrolvm diagnose runs/iris iris --quick
+
+    pyrolvm diagnose runs/big big/*.parquet --num-samples 200 --out k_hat.parquet
     """
+    from pyrolvm.data.far.writing import SUFFIXES
     from pyrolvm.shell.asking import Question
 
-    Question(run, shared, data=data).diagnose(quick, **given(shared, DIAGNOSE))
+    question = Question(run, shared, out, SUFFIXES, data, streamed=True)
+    question.diagnose(quick, overwrite, **given(shared, DIAGNOSE))
 
 
 def compare(

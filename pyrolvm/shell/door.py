@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -69,12 +70,14 @@ def one_line(message: str) -> str:
 
 def _end(text: str, code: int, prefix: str = "error: ") -> NoReturn:
     sys.stdout.flush()
-    print(f"{prefix}{text}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # one of several processes, of which all may have the same to say
+    print(f"{prefix}{text}" if rank == "0" else f"process {rank}: {text}", file=sys.stderr)
     raise typer.Exit(code) from None
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"warning: {one_line(str(message))}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -25,7 +25,10 @@ from pyrolvm.inference.program.routes import ROW_GUIDES
 from pyrolvm.inference.training.fit import fit
 from pyrolvm.inference.training.restarts import fit_restarts
 from pyrolvm.plots import plot_elbo
-from pyrolvm.runs import NamedModel, Preparation, RunFolder, described, find_model
+from pyrolvm.processes import ALONE, here
+from pyrolvm.runs import NamedModel, Preparation, RunFolder, Source, described, find_model
+from pyrolvm.runs.folder import states
+from pyrolvm.runs.recipe import SAMPLED_ROWS
 from pyrolvm.seeds import Purpose, derived_seed
 from pyrolvm.shell.arguments import constructor_arguments, held, run_of_codes
 from pyrolvm.shell.asking import source_of
@@ -56,7 +59,10 @@ class Job:
         for word in (model, data):
             if word.startswith("-"):
                 raise SettingError(f"{word}: give MODEL and DATA first, then options")
-        self.options, self.text = options, data
+        extras = list(extras)
+        while extras and not extras[0].startswith("-"):  # a pattern that the shell has turned into its files
+            data = f"{data}\n{extras.pop(0)}"
+        self.options, self.text = options, Source(data).called
         self.named = _named(model, own, options)
         own |= read_flags(extras)
         self.first = run_of_codes(options.get("codes_of"), self.named, own, options)
@@ -65,6 +71,7 @@ class Job:
             as_vectors=self.named.takes_columns,
             takes_labels=self.named.takes_labels,
             transforms=None if self.first is None else self.first.recipe.transforms,
+            streamed="batch_size" in options,
         )
         self.arguments = constructor_arguments(
             self.named, own, options.get("set", {}), self._from_data() | held(self.first)
@@ -95,7 +102,7 @@ class Job:
         """The constructor's arguments that the data give."""
         found: dict[str, Any] = {}
         if self.named.takes_columns:
-            found["data_dim"] = int(self.data.train.values[:1].size)
+            found["data_dim"] = math.prod(self.data.train.row_shape)
         if self.named.takes_labels:
             classes = self.data.record["classes"]
             found |= {"num_classes": len(classes)} if classes else {"condition_dim": 1}
@@ -204,20 +211,26 @@ def run_fit(
     job: Job, path: Path, command: str, resume: bool, overwrite: bool, inference_data: bool, quiet: bool
 ) -> None:
     """Train in the run folder `path`, write it and print what came out."""
-    folder = RunFolder(path, job.identity, command, resume, overwrite)
+    processes = here() if job.options.get("parallel", True) else ALONE
+    if processes.restarted and not resume:  # the launcher repeats the command that it was given
+        resume = processes.first(lambda: any(states(path)))
+        overwrite = overwrite or not resume
+    folder = RunFolder(path, job.identity, command, resume, overwrite and not resume)
     try:  # nothing may keep the run from being written at its end
         json.dumps(job.record | folder.identity, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SettingError(f"the settings cannot be written to the run folder: {error}") from None
-    folder.check()
+    processes.first(folder.check)
     try:
         fitted, restarts = job.run(folder, quiet)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(_stopped(folder, stop)) from None
+        raise KeyboardInterrupt(_stopped(folder, stop) if processes.is_first else str(stop)) from None
     except DivergenceError:
-        if folder.has_own_state:
+        if processes.is_first and folder.has_own_state:
             folder.begin(keep_state=True)
         raise
+    if not processes.is_first:
+        return
     folder.begin(keep_state=True)
     _save(fitted, restarts, folder, job, inference_data)
     if not quiet:
@@ -249,7 +262,7 @@ def _save(fitted: FittedModel, restarts: Any, folder: RunFolder, job: Job, infer
     if inference_data:
         from pyrolvm.diagnostics.inference_data import save_inference_data, to_inference_data
 
-        draws = to_inference_data(fitted, job.data.train)
+        draws = to_inference_data(fitted, job.data.in_memory(SAMPLED_ROWS).train)
         save_inference_data(draws, folder.path / "inference_data.nc")
 
 

@@ -54,7 +54,16 @@ DataName = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A data set's name (see `pyrolvm datasets`), or a csv, tsv, parquet, npy, npz, idx or h5ad file.",
+        help="A data set's name (see `pyrolvm datasets`), or a csv, tsv, parquet, npy, npz, idx or h5ad file; of "
+        "parquet, npy and idx also many files, a folder, a pattern, or a URL.",
+        autocompletion=complete_data,
+    ),
+]
+DataNames = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DATA...",
+        help="A data set's name, a file, or many: files, a folder, a pattern, or a URL such as 's3://bucket/*.parquet'.",
         autocompletion=complete_data,
     ),
 ]
@@ -62,6 +71,16 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="A csv, tsv, npy or npz file; printed as csv without one.")
 ]
+Answers = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="A csv, tsv, npy or npz file; parquet, npy or zarr for many rows, which are written as they come, and "
+        "gone on with after a kill. Printed as csv without one.",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin --out anew where it is there.")]
 
 FITTED = "inference/posterior/fitted.py"
 READING = options_of("data/readers.py", "read", ("source", "mmap"), DATA) | listed(
@@ -119,6 +138,7 @@ CONSTRUCTORS = {k: o for k, o in model_options(MODEL).items() if k not in FIT}
 SAMPLE = options_of(FITTED, "FittedModel.sample", ("given",))
 ENCODE = options_of(FITTED, "FittedModel.encode", ("x",))
 RECONSTRUCT = options_of(FITTED, "FittedModel.reconstruct", ("x",))
+POSTERIOR = options_of(FITTED, "FittedModel.posterior", ("x", "corrected"))
 IMPUTE = options_of(FITTED, "FittedModel.impute", ("x",))
 EVIDENCE = options_of(
     "inference/posterior/evidence/__init__.py", "evidence_table", ("pair", "progress", "annealing")

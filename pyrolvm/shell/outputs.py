@@ -16,6 +16,8 @@ from pyrolvm.errors import SettingError
 from pyrolvm.files import write_atomically
 
 ARRAYS = (".csv", ".tsv", ".npy", ".npz")
+PARTS = (".parquet", ".zarr")
+"""Written part by part, and gone on with where they are begun already."""
 MAX_IMAGES = 400
 
 
@@ -25,7 +27,7 @@ def check_out(out: Path | None, suffixes: tuple[str, ...] = ARRAYS) -> None:
         return
     if out.suffix.lower() not in suffixes:
         raise SettingError(f"--out {out}: the suffix gives the kind of file, one of {', '.join(suffixes)}")
-    if out.is_dir():
+    if out.is_dir() and out.suffix.lower() not in PARTS:
         raise SettingError(f"--out {out} is a folder: name a file")
     if not out.parent.is_dir():
         raise SettingError(f"--out {out}: there is no folder {out.parent}")

@@ -37,7 +37,8 @@ def measured(case: Case) -> dict[str, Any]:
         found |= {"refused": case.refused, "faults": [f for f in [asked.refusal(case)] if f]}
         return found
     wrong = asked.disagreement(case)
-    found["bound"] = ("to rounding" if case.noise else "within its error") if not wrong else "no"
+    found["bound"] = case.apart or ("to rounding" if case.noise else "within its error")
+    found["bound"] = "no" if wrong else found["bound"]
     found["faults"] += [f for f in [wrong, *asked.faults(case)] if f]
     found["svi"] = asked.under_svi(case.build(), TIMED // 3).seconds
     found["eager"] = _steps(asked.fitted(case.build(), TIMED // 3))

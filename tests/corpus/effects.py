@@ -134,7 +134,7 @@ def only_a_density() -> Pair:
     return Pair(model, AutoMultivariateNormal(model))
 
 
-@program(refused="masked otherwise in the guide")
+@program(apart="not that of SVI, which counts log q of what is observed")
 def missing_by_obs_mask() -> Pair:
     """Missing entries by obs_mask, imputed by AutoNormal."""
     x = torch.randn(20) + 1.0

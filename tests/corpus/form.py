@@ -70,6 +70,8 @@ class Case:
         want of latents of each datum.
     refused : str
         Words of the sentence by which `fit` refuses the program; empty for those that run.
+    apart : str
+        Why its bound is not that of `SVI`; empty where it is.
     gaps : tuple of str
         Questions whose answers have NaN where a mask leaves a latent out.
     noise : bool
@@ -89,6 +91,7 @@ class Case:
     declines: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""
+    apart: str = ""
     gaps: tuple[str, ...] = ()
     noise: bool = True
     quick: bool = True

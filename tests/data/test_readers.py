@@ -212,6 +212,11 @@ def test_a_pickle_called_npy(tmp_path):
     refused("Python objects .pickles., which are never loaded", tmp_path / "x.npy")
 
 
+def test_what_is_no_numpy_file_is_not_called_a_pickle(tmp_path):
+    (tmp_path / "x.npy").write_bytes(b"any other bytes" * 20)
+    refused("is not a numpy file: it does not begin as one", tmp_path / "x.npy")
+
+
 @pytest.mark.parametrize("name", ["x.csv.gz", "x.npy", "x.npz", "two.npz", "x.idx", "x.idx.gz"])
 @pytest.mark.parametrize("part", [0.2, 0.6, 0.95])
 @pytest.mark.parametrize("mmap", [False, True])
@@ -267,7 +272,7 @@ def test_an_idx_file_with_bytes_to_spare(tmp_path):
         ("two.npz", {"key": "trian"}, "has no array 'trian': did you mean 'train'"),
         ("xx.csv", {}, "there is no file .*xx.csv: did you mean .*x.csv"),
         ("none/x.csv", {}, "its folder .*none does not exist"),
-        (".", {}, "is a folder"),
+        (".", {}, "holds no file of data|files of several kinds"),
     ],
 )
 def test_bad_requests(folder, name, options, message):

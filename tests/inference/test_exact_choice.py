@@ -88,7 +88,7 @@ def test_a_checkpoint_and_callbacks_see_the_end(tmp_path):
     [
         ({"num_steps": 5}, "num_steps is of stochastic steps"),
         ({"batch_size": 10}, "batch_size is of stochastic steps"),
-        ({"guide": "AutoIAFNormal"}, "Gaussian AutoGuide"),
+        ({"guide": "AutoIAFNormal"}, "layers are trained"),
         ({"objective": "iwae"}, "objective is of stochastic steps"),
     ],
 )
@@ -97,8 +97,13 @@ def test_where_fixed_draws_cannot_one_sentence_says_why(change, message):
         pyrolvm.fit(regression, (X, Y), **{"guide": AutoNormal, "optimizer": "lbfgs"} | change, **QUIET)
 
 
-def test_a_network_is_no_gaussian_autoguide():
-    with pytest.raises(SettingError, match="Gaussian AutoGuide"):
+def test_a_network_is_not_fitted_on_fixed_draws():
+    with pytest.raises(SettingError, match="layers are trained"):
+        pyrolvm.fit(pyrolvm.VAE(3, 1, "gaussian", hidden=(4,)), X, optimizer="lbfgs", **QUIET)
+
+
+def test_latents_of_single_data_are_left_to_steps():
+    with pytest.raises(SettingError, match="'z' is a latent of single data"):
         pyrolvm.fit(PPCA(3, 1), X, optimizer="lbfgs", **QUIET)
 
 

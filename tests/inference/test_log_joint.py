@@ -24,6 +24,7 @@ from pyrolvm.inference.log_joint.modes import find_modes
 from pyrolvm.inference.log_joint.pathfinder import find_paths
 from pyrolvm.inference.log_joint.resampling import smoothed
 from pyrolvm.inference.log_joint.response import respond
+from pyrolvm.inference.log_joint.walks import drift
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.pair import Pair
@@ -412,9 +413,12 @@ def test_two_modes_are_flagged_although_no_weight_sees_them():
 # ---------------------------------------------------------------------- Pathfinder
 
 
+LOCATION = torch.tensor([3.0, -1.0, 10.0])
+COVARIANCE = torch.tensor([[4.0, 1.8, 0.0], [1.8, 1.0, 0.1], [0.0, 0.1, 0.09]])
+
+
 def correlated():
-    covariance = torch.tensor([[4.0, 1.8, 0.0], [1.8, 1.0, 0.1], [0.0, 0.1, 0.09]])
-    pyro.sample("z", dist.MultivariateNormal(torch.tensor([3.0, -1.0, 10.0]), covariance))
+    pyro.sample("z", dist.MultivariateNormal(LOCATION, COVARIANCE))
 
 
 def test_a_path_to_a_normal_ends_in_it():
@@ -441,6 +445,17 @@ def test_pathfinder_draws_a_normal_exactly():
     assert float((z.std(0) / sd).log().abs().max()) < 4 / math.sqrt(2 * 4000)
     assert float(torch.corrcoef(z.T)[0, 1]) == pytest.approx(0.9, abs=0.02)
     assert torch.equal(z, pyrolvm.pathfinder(correlated, num_samples=4000).draws["z"])
+
+
+def test_walks_leave_a_posterior_and_leave_a_half_of_it():
+    log_joint = LogJoint(pair_of(correlated, ()))
+    torch.manual_seed(0)
+    u = dist.MultivariateNormal(LOCATION.double(), COVARIANCE.double()).sample((2000,))
+    assert drift(log_joint, u, 0)[0] < 0.15
+    half = u[u[:, 1] < LOCATION[1]]
+    moved, where = drift(log_joint, half, 0)
+    assert moved > 0.4  # the sd of half a normal is 0.60 of it
+    assert where == "z[1]"
 
 
 def test_pathfinder_refuses_a_pair_by_name():

@@ -230,6 +230,9 @@ def spoil(path, kind):
         (path / "config.json").write_text(json.dumps(config))
     elif kind == "no history":
         (path / "history.csv").unlink()
+    elif kind.startswith("history cut"):
+        text = (path / "history.csv").read_text()
+        (path / "history.csv").write_text(text[:12] if kind.endswith("head") else text[:-9])
 
 
 @pytest.mark.parametrize(
@@ -242,6 +245,8 @@ def spoil(path, kind):
         "half the parameters",
         "lacks a key",
         "no history",
+        "history cut in its head",
+        "history cut in its end",
     ],
 )
 def test_a_spoiled_run_folder_is_one_clear_line(saved, kind):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -23,11 +23,23 @@ from pyrolvm.inference.program.structure import Structure
 from pyrolvm.plates import data_rows
 from pyrolvm.processes import ALONE, Processes
 
-if TYPE_CHECKING:
-    from pyrolvm.inference.engine.sharing import Sharing
-
 BOUND = "elbo"
 LEARNING_RATE, KL_WEIGHT = "learning_rate", "kl_weight"
+
+
+class Shared(Protocol):
+    """Steps whose rows several processes share: see `engine.sharing`."""
+
+    @property
+    def local(self) -> Problem:
+        """The problem of the own rows alone."""
+
+    @property
+    def places(self) -> Tensor:
+        """The places of the own rows in a batch: [B_r], int64."""
+
+    def gradients(self, rows: Tensor, values: Sequence[Any]) -> tuple[list[Tensor | None], Tensor]:
+        """As `Problem.gradients`, of all rows."""
 
 
 @dataclass
@@ -50,7 +62,7 @@ class Problem:
         The columns that `loss` reports, the bound first; complete once `loss` has run.
     processes : Processes
         Those that run together, in step.
-    sharing : Sharing, optional
+    sharing : Shared, optional
         How they share the rows of a step; each takes all rows if there is none.
     """
 
@@ -65,7 +77,7 @@ class Problem:
     num_steps: int = 1
     terms: tuple[str, ...] = (BOUND,)
     processes: Processes = ALONE
-    sharing: Sharing | None = None
+    sharing: Shared | None = None
 
     # ------------------------------------------------------------------ controls
 

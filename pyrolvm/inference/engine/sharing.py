@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -28,14 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from pyrolvm.errors import ProgramError, SettingError
+from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import Plate, sample_sites
 from pyrolvm.plates import data_rows
 from pyrolvm.processes import Processes, shared_step
-
-if TYPE_CHECKING:
-    from pyrolvm.inference.engine.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -214,13 +212,12 @@ def _seen(sharing: Sharing, rows: Tensor, seed: int) -> dict[str, Any]:
     program, problem = sharing.local.program, sharing.local
     values = problem.controls(0, 1)[0].tolist()[1:]
     with program.untouched(), seeded(seed, program.device), program.scope():
-        before = {name: (id(b), b._version) for name, b in program.buffers.items()}
+        floating = {name: b for name, b in program.buffers.items() if b.is_floating_point()}
+        before = {name: (b._version, b.clone()) for name, b in floating.items()}
         found, _ = sharing.own(rows, values)
-        after = {name: (id(b), b._version) for name, b in program.buffers.items()}
-    floating = [name for name, b in program.buffers.items() if b.is_floating_point()]
-    told = sharing.processes.gather(
-        ([g is not None for g in found], [name for name in floating if before[name] != after[name]])
-    )
+        # batch norm moves its averages without counting it as a write
+        moved = [n for n, b in floating.items() if b._version != before[n][0] or not b.equal(before[n][1])]
+    told = sharing.processes.gather(([g is not None for g in found], moved))
     return {
         "trained": tuple(any(own) for own in zip(*(t for t, _ in told), strict=True)),
         "moved": tuple(name for name in floating if any(name in m for _, m in told)),

@@ -15,6 +15,19 @@ from __future__ import annotations
 
 from pyrolvm.inference.log_joint.solving import Solution, solve
 from pyrolvm.inference.log_joint.start import Start, declined, declined_or_start, find_start
-from pyrolvm.inference.log_joint.verdict import Verdict, judge
+from pyrolvm.inference.log_joint.verdict import DRAWS, Drawn, Verdict, can_be_weighed, judge, judge_guide
 
-__all__ = ["Solution", "Start", "Verdict", "declined", "declined_or_start", "find_start", "judge", "solve"]
+__all__ = [
+    "DRAWS",
+    "Drawn",
+    "Solution",
+    "Start",
+    "Verdict",
+    "can_be_weighed",
+    "declined",
+    "declined_or_start",
+    "find_start",
+    "judge",
+    "judge_guide",
+    "solve",
+]

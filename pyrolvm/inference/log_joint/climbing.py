@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -86,3 +87,18 @@ def climb(
     }
     found = minimize(loss, start.numpy(), jac=True, method="L-BFGS-B", callback=passed, options=options)
     return Ascent(steps, bool(steps[-1].slope.abs().max() <= gradient_tolerance), int(found.nfev))
+
+
+def rows_of(found: Ascent, num_draws: int, done: int, began: float) -> list[dict[str, float]]:
+    """A row of the history for each step, the first being the start."""
+    seconds = time.perf_counter() - began
+    return [
+        {
+            "step": done + i + 1,
+            "elbo": step.value,
+            "gradient_norm": float(step.slope.abs().max()),
+            "num_draws": num_draws,
+            "seconds": seconds,
+        }
+        for i, step in enumerate(found.steps)
+    ]

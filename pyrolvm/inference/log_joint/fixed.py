@@ -6,7 +6,7 @@ With standard normals e_1, ..., e_M held, the bound is a function of a Gaussian 
 
 which L-BFGS maximises until no entry of the gradient exceeds 1e-4 (in nats, for coordinates of about one standard
 deviation). Then the draws are doubled, drawn afresh, until the optimum moves by no more than a tenth of a standard
-deviation or of a log-sd.
+deviation or of a log-sd, and the Monte Carlo error of its location is below a twentieth.
 
 Whitened coordinates, u = mode + chol(H^-1) v, make this a matter of a few iterations whatever the units; a Gaussian
 with a full covariance is the same family there. A mean field is not, so that it keeps the axes of u and has its
@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyrolvm.inference.log_joint.climbing import Ascent, climb
+from pyrolvm.inference.log_joint.climbing import Ascent, climb, rows_of
 from pyrolvm.inference.log_joint.draws import fixed_normals, least_draws
 from pyrolvm.inference.log_joint.families import DIAGONAL, FULL, LOW_RANK, POINT, Gaussian
 from pyrolvm.inference.log_joint.function import LogJoint
@@ -35,7 +35,10 @@ from pyrolvm.inference.log_joint.modes import Place
 
 GRADIENT = 1e-4
 MOVES = 0.1
-MOST_DRAWS = 1024
+ERROR = 0.05
+"""Monte Carlo error of the location, in sds, that is low enough."""
+MOST_DRAWS, MOST_NUMBERS = 4096, 2**18
+"""The most draws, and the most numbers in them, unless a full covariance needs more."""
 REPLICATES = 8
 """Independent sets of draws that the Monte Carlo error is estimated from."""
 MOST_CURVED, DIFFERENCE = 128, 1e-4
@@ -179,21 +182,24 @@ def maximise(
     start = Gaussian.around(place.location, place.scale_tril, kind, rank)
     bound = FixedBound(log_joint, place, start)
     began, history, parameters = time.perf_counter(), list[dict[str, float]](), bound.initial
-    before, moved, M = start, math.inf, num_draws or least_draws(log_joint.dim, kind == FULL)
-    most = max(MOST_DRAWS, 2 * M)
+    before, moved = start, math.inf
+    M = num_draws or least_draws(start.num_normals, kind in (FULL, LOW_RANK))
+    most = max(2 * M, min(MOST_DRAWS, MOST_NUMBERS // log_joint.dim))
     for doubling in range(20):
         normals = _normals(start, M, seed, doubling)
         found = climb(partial(_swapped, bound, normals), parameters, gradient_tolerance=GRADIENT)
         parameters = found.end.point
-        history += _rows(found, M, len(history), began)
+        history += rows_of(found, M, len(history), began)
         q = _detached(bound.gaussian(parameters))
         moved, before = _moved(before, q) if doubling else math.inf, q
         if kind == POINT or num_draws is not None:
             moved = 0.0
-        if moved <= MOVES or most < 2 * M:
+        optimum = _judged(bound, parameters, normals, q, found, moved, history, seed)
+        done = moved <= MOVES and optimum.monte_carlo_error <= ERROR
+        if done or num_draws is not None or most < 2 * M:
             break
         M *= 2
-    return _judged(bound, parameters, normals, q, found, moved, history, seed)
+    return optimum
 
 
 def _swapped(bound: FixedBound, normals: Tensor, parameters: Tensor) -> tuple[float, Tensor]:
@@ -276,21 +282,6 @@ def _moved(before: Gaussian, after: Gaussian) -> float:
         return 0.0
     location = (after.location - before.location).abs() / after.scale
     return float(torch.maximum(location, (after.scale / before.scale).log().abs()).max())
-
-
-def _rows(found: Ascent, num_draws: int, done: int, began: float) -> list[dict[str, float]]:
-    """A row of the history for each step, the first being the start."""
-    seconds = time.perf_counter() - began
-    return [
-        {
-            "step": done + i + 1,
-            "elbo": step.value,
-            "gradient_norm": float(step.slope.abs().max()),
-            "num_draws": num_draws,
-            "seconds": seconds,
-        }
-        for i, step in enumerate(found.steps)
-    ]
 
 
 def _detached(q: Gaussian) -> Gaussian:

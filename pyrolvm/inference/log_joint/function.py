@@ -146,7 +146,7 @@ class LogJoint:
         for name, value in self.values(u).items():
             rest = value.shape[u.dim() - 1 :]
             found.append(value.reshape(*u.shape[:-1], -1))
-            names += [name + _element(i, rest) for i in range(math.prod(rest))]
+            names += [name + element(i, rest) for i in range(math.prod(rest))]
         return torch.cat(found, -1), names
 
     def _part(self, u: Tensor, site: Coordinates) -> Tensor:
@@ -296,7 +296,7 @@ def _fill(node: Any, known: dict[fx.Node, Tensor]) -> None:
         node.args = (mask, number, values)
 
 
-def _element(index: int, shape: torch.Size) -> str:
+def element(index: int, shape: torch.Size) -> str:
     """`[1,2]` of entry `index` of an array of this shape; nothing of a number."""
     if not shape:
         return ""

@@ -65,6 +65,8 @@ def declined(pair: Pair) -> str | None:
     for site in structure.latents:
         if site.left_to_prior:
             return f"the guide leaves '{site.name}' to the prior"
+        if site.masked and not (site.enumerated and not site.in_guide):
+            return f"a mask leaves entries of '{site.name}' out, so that no mode has them"
         if site.bound:
             return f"'{site.name}' has no density but an estimate of a bound"
         if site.discrete and not (site.enumerated and not site.in_guide):

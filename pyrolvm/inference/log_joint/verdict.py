@@ -1,7 +1,7 @@
 """The verdict: whether what a fitted guide answers would stay if its draws were weighed by p(x, z) / q(z).
 
 4,000 draws of the guide get Pareto-smoothed weights. The guide is flagged if the weights move the mean of any entry
-of any latent by a quarter of its sd, or its log-sd by a quarter; if they are worth fewer than 5% of the draws; if
+of any latent by a tenth of its sd, or its log-sd by a tenth; if they are worth fewer than 5% of the draws; if
 k-hat exceeds 0.7 at fewer than 10%; if the optimum's gradient is not flat, or other fixed draws would move it; and
 if the log joint has no mode, or more than one. Weights cannot see what no draw has visited: of that, only the number
 of modes speaks.
@@ -10,6 +10,7 @@ of modes speaks.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,14 @@ from pyrolvm.inference.log_joint.function import LogJoint
 from pyrolvm.inference.log_joint.resampling import Weights, smoothed
 from pyrolvm.inference.log_joint.solving import Solution
 from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.structure import Structure
 from pyrolvm.seeds import Purpose, derived_seed
 
 DRAWS = 4000
-SHIFT = 0.25
+SHIFT = 0.1
+"""Of an sd, or of a log-sd: what importance weights may move without a word."""
 FEWEST, FEW, KHAT = 0.05, 0.1, 0.7
-MOVES, ERROR, FLAT = 0.2, 0.25, 1e-2
+MOVES, ERROR, FLAT = 0.2, 0.1, 1e-2
 NAMES = {POINT: "point", DIAGONAL: "mean-field normal", FULL: "full-rank normal", LOW_RANK: "low-rank normal"}
 
 
@@ -64,6 +67,54 @@ def judge(pair: Pair, solution: Solution | None = None, seed: int = 0) -> Verdic
         found, worst = weighed.numbers, weighed.worst
         numbers |= found
         flags += _flags_of_weights(found)
+    return _said(flags, numbers, None if kind == POINT else kind, worst, solution)
+
+
+def judge_guide(optimum: Mapping[str, float], drawn: Drawn | None) -> Verdict:
+    """The verdict on any guide at the optimum of its bound on fixed draws, `optimum` being that one's numbers.
+
+    `drawn` are draws of it, None where whole draws have no weight.
+    """
+    numbers, flags, worst = dict(optimum), _flags_of_optimum(optimum), ""
+    if drawn is not None:
+        found, worst = _shifts(smoothed(drawn.log_weight), drawn.values, drawn.names)
+        numbers |= found
+        flags += _flags_of_weights(found)
+    return _said(flags, numbers, None if drawn is None else "guide", worst, None)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Whole draws of a guide.
+
+    Attributes
+    ----------
+    log_weight : tensor [draws]
+        log p(x, z) - log q(z), nats.
+    values : tensor [draws, entries]
+        Every entry of every latent.
+    names : list of str
+        Of the entries.
+    """
+
+    log_weight: Tensor
+    values: Tensor
+    names: list[str]
+
+
+def can_be_weighed(structure: Structure) -> bool:
+    """Whether whole draws of a guide have one weight: latents are shared by all data, and each has a density."""
+    hidden = structure.mixed or structure.enumerated or any(s.point or s.bound for s in structure.latents)
+    return bool(structure.latents) and not structure.local_latents and not hidden
+
+
+def _said(
+    flags: tuple[str, ...],
+    numbers: dict[str, float],
+    kind: str | None,
+    worst: str,
+    solution: Solution | None,
+) -> Verdict:
     return Verdict(_converged(flags), _sentence(flags, numbers, kind, worst, solution), numbers, flags)
 
 
@@ -95,6 +146,11 @@ def weigh(pair: Pair, log_joint: LogJoint, seed: int = 0, num_draws: int = DRAWS
     with torch.no_grad():
         weights = smoothed(log_joint(u) - q.log_prob(u))
         values, names = log_joint.scalars(u)
+    return Weighed(u, weights, *_shifts(weights, values, names))
+
+
+def _shifts(weights: Weights, values: Tensor, names: list[str]) -> tuple[dict[str, float], str]:
+    """What weights would move of entries [draws, entries], as of `Verdict.numbers`, and the name of the worst."""
     mean, sd = values.mean(0), values.std(0).clamp_min(1e-300)
     moved = (weights.mean(values) - mean).abs() / sd
     stretched = (weights.sd(values) / sd).clamp_min(1e-12).log().abs()
@@ -107,16 +163,18 @@ def weigh(pair: Pair, log_joint: LogJoint, seed: int = 0, num_draws: int = DRAWS
         "mean_shift": float(moved.max()),
         "sd_shift": float(stretched.max()),
     }
-    return Weighed(u, weights, numbers, worst)
+    return numbers, worst
 
 
 def _flags_of(solution: Solution) -> tuple[str, ...]:
-    numbers = solution.numbers
+    broken = {"no mode": solution.start.modes == 0, "modes": solution.start.modes > 1}
+    return _flags_of_optimum(solution.numbers) + tuple(name for name, wrong in broken.items() if wrong)
+
+
+def _flags_of_optimum(numbers: Mapping[str, float]) -> tuple[str, ...]:
     broken = {
         "gradient": not numbers["gradient_norm"] <= FLAT,
         "moves": not (numbers["moved"] <= MOVES and numbers["monte_carlo_error"] <= ERROR),
-        "no mode": solution.start.modes == 0,
-        "modes": solution.start.modes > 1,
     }
     return tuple(name for name, wrong in broken.items() if wrong)
 
@@ -132,12 +190,12 @@ def _flags_of_weights(numbers: dict[str, float]) -> tuple[str, ...]:
 
 
 def _sentence(
-    flags: tuple[str, ...], numbers: dict[str, float], kind: str, worst: str, solution: Solution | None
+    flags: tuple[str, ...], numbers: dict[str, float], kind: str | None, worst: str, solution: Solution | None
 ) -> str:
     parts = []
-    if solution is not None:
+    if "gradient_norm" in numbers:
         parts.append(_optimum_sentence(flags, numbers))
-    if kind != POINT:
+    if kind is not None:
         parts.append(_weights_sentence(flags, numbers, kind, worst))
     if "no mode" in flags:
         parts.append(
@@ -179,7 +237,5 @@ def _weights_sentence(flags: tuple[str, ...], numbers: dict[str, float], kind: s
     richer = {DIAGONAL: "AutoMultivariateNormal", LOW_RANK: "AutoMultivariateNormal"}.get(
         kind, "a richer guide"
     )
-    return (
-        f"the {NAMES[kind]} is not the posterior: importance weights would move '{worst}' by {shift:.2g} sd ({told}); "
-        f"take {richer}{cure}"
-    )
+    moved = f"importance weights would move '{worst}' by {shift:.2g} sd ({told})"
+    return f"the {NAMES.get(kind, kind)} is not the posterior: {moved}; take {richer}{cure}"

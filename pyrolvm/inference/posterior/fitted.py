@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pyrolvm.inference.posterior.corrected import corrected as corrected_draws
 from pyrolvm.inference.posterior.covariance import covariance
 from pyrolvm.inference.posterior.generation import Generator
 from pyrolvm.inference.posterior.imputation import Imputation, impute
+from pyrolvm.inference.posterior.laplace import laplace_approximation
 from pyrolvm.inference.posterior.record import Record, model_record
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
 from pyrolvm.inference.program.noise import seeded
@@ -121,6 +123,23 @@ class FittedModel(Record):
             lowers the bound.
         """
         return covariance(rows.check_whole(self, self.pair(x), "covariance()"), sites, method, seed)
+
+    @torch.inference_mode(False)
+    def laplace_approximation(self, x: Any, *, seed: int = 0) -> FittedModel:
+        """The fit of an AutoLaplaceApproximation with the normal distribution around its point: a fit like any other.
+
+        `x` is the data that were fitted, whole. It is saved and loaded with `guide="AutoMultivariateNormal"`.
+
+        Raises
+        ------
+        SettingError
+            The guide is another.
+        ProgramError
+            The point is no maximum of the log joint.
+        """
+        pair = rows.check_whole(self, self.pair(x), "laplace_approximation()")
+        program, structure, verdict = laplace_approximation(pair, seed)
+        return dataclasses.replace(self, program=program, structure=structure, convergence=verdict)
 
     @torch.no_grad()
     def predict(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:

@@ -74,8 +74,13 @@ class History:
         """The mean of a column over the last steps; nan if there are none."""
         if not self._chunks:
             return float("nan")
-        values = np.concatenate([c[:, self.columns.index(column)] for c in self._chunks[-num_steps:]])
-        return float(values[-num_steps:].mean())
+        place, parts, left = self.columns.index(column), list[np.ndarray](), num_steps
+        for chunk in reversed(self._chunks):
+            parts.append(chunk[-left:, place])
+            left -= len(parts[-1])
+            if left <= 0:
+                break
+        return float(np.concatenate(parts).mean())
 
     def rows(self, after: int = 0) -> Iterator[dict[str, float | int | None]]:
         """The steps after step `after`, one dict each; None where a column has no value."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -214,11 +215,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 def read_history(path: Path) -> pd.DataFrame:
     """history.csv of the run in `path`, without loading its model."""
     try:
-        return pd.read_csv(path / HISTORY)
+        text = (path / HISTORY).read_text(encoding="utf-8")
+        history = pd.read_csv(io.StringIO(text))
     except FileNotFoundError:
         raise RunFolderError(f"{path / HISTORY} does not exist: is {path} the folder of a run?") from None
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path / HISTORY} is damaged: {error}") from None
+    if not text.endswith("\n") or "step" not in history:
+        raise RunFolderError(
+            f"{path / HISTORY} is damaged: it is cut off; restore it from a copy or fit again"
+        )
+    return history
 
 
 def _build(record: dict[str, Any], registry: Mapping[str, Any], path: Path, saved: dict[str, Tensor]) -> Any:

@@ -18,6 +18,7 @@ from pyrolvm.inference.log_joint.function import LogJoint
 from pyrolvm.inference.log_joint.pathfinder import PATHS, find_paths, mixture_log_prob
 from pyrolvm.inference.log_joint.psis import khat_threshold
 from pyrolvm.inference.log_joint.resampling import smoothed
+from pyrolvm.inference.log_joint.walks import WALKERS, drift
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.pair import Pair
@@ -25,6 +26,8 @@ from pyrolvm.inference.program.program import Program
 from pyrolvm.seeds import Purpose, derived_seed
 
 LEAST_WEIGHED = 4000
+DRIFT = 0.2
+"""Of sds or log-sds: what walks of 2,000 draws may move by chance is about half of it, in a hundred entries."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,6 +40,8 @@ class Paths:
         Latent site -> [num_samples, ...], float64, resampled by importance weights.
     khat : float
         Of the weights: above 0.7 the draws are not to be relied on.
+    drift : float
+        How far short Hamiltonian walks from the draws move a mean, in sds, or a log-sd: draws of the posterior stay.
     elbos : list of float
         The bound of each path in nats, best first.
     """
@@ -45,17 +50,22 @@ class Paths:
     khat: float
     elbos: list[float]
     num_weighed: int
+    drift: float = 0.0
+    drifting: str = ""
 
     @property
     def reliable(self) -> bool:
-        """Whether k-hat is below what so many weights allow."""
-        return self.khat <= khat_threshold(self.num_weighed)
+        """Whether k-hat is below what so many weights allow, and walks leave the draws where they are."""
+        return self.khat <= khat_threshold(self.num_weighed) and self.drift < DRIFT
 
     @property
     def sentence(self) -> str:
         """The verdict in words."""
         word = "reliable" if self.reliable else "not to be relied on"
-        return f"{len(self.elbos)} paths, best bound {self.elbos[0]:.3f} nats; k-hat {self.khat:.2f}: {word}"
+        told = f"{len(self.elbos)} paths, best bound {self.elbos[0]:.3f} nats; k-hat {self.khat:.2f}"
+        if self.drift >= DRIFT:
+            told += f", and '{self.drifting}' moves by {self.drift:.2g} sd when the draws walk on"
+        return f"{told}: {word}"
 
     def __repr__(self) -> str:
         sites = ", ".join(f"{n} {list(v.shape)}" for n, v in self.draws.items())
@@ -97,7 +107,9 @@ def pathfinder(
     with torch.no_grad():
         weights = smoothed(log_joint(u) - mixture_log_prob(paths, u))
     chosen = u[weights.resample(num_samples, generator)]
-    return Paths(log_joint.values(chosen), weights.khat, [p.elbo for p in paths], len(u))
+    walkers = u[weights.resample(WALKERS, generator)]
+    moved, where = drift(log_joint, walkers, derived_seed(seed, Purpose.GUIDE, 3))
+    return Paths(log_joint.values(chosen), weights.khat, [p.elbo for p in paths], len(u), moved, where)
 
 
 def _whole(model: Any, data: Any, seed: int) -> Pair:

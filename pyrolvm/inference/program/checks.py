@@ -13,6 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError, did_you_mean
 from pyrolvm.inference.program.hints import reason_of
+from pyrolvm.inference.program.masked import check_apart
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.reading import read_structure, trial_traces
 from pyrolvm.inference.program.structure import (
@@ -44,6 +45,8 @@ def inspect_program(program: Program, batch: Batch) -> Structure:
     _check_events(model, guide)
     _check_shapes(model, guide, structure.sites)
     _check_masks(model, guide)
+    if program.auto_guide is not None:
+        check_apart(model, guide)
     _check_values(model, structure)
     _check_scale(structure, batch)
     if structure.data_plate is not None and len(batch.indices) < batch.total_rows:
@@ -181,15 +184,8 @@ def _check_masks(model: Trace, guide: Trace) -> None:
             raise ProgramError(
                 f"'{site['name']}' is masked otherwise in the guide than in the model, so that its log q would count "
                 "where its log p does not: put the same `with pyro.poutine.mask(mask=...):` around it in both"
-                + (_of_obs_mask(site["name"]) if site["name"].endswith("_unobserved") else "")
+                + (" (of an obs_mask, its negation)" if site["name"].endswith("_unobserved") else "")
             )
-
-
-def _of_obs_mask(name: str) -> str:
-    return (
-        " (of an obs_mask, its negation); with an AutoGuide, which has no mask, write `with "
-        f"pyro.poutine.mask(mask=...):` around '{name.removesuffix('_unobserved')}' in place of obs_mask="
-    )
 
 
 def _same_mask(one: Any, other: Any) -> bool:

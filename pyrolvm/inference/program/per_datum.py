@@ -57,6 +57,8 @@ class Local:
         Of the unconstrained value of one datum.
     batch_dims : int
         Dimensions of the site's batch shape.
+    masked : bool
+        Whether the model has a mask around the site.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Local:
     batch_dims: int
     shape: tuple[int, ...]
     transform: Any
+    masked: bool = False
 
     @property
     def event_dims(self) -> int:
@@ -254,7 +257,8 @@ class PerDatum(nn.Module):
         if any(key == s.key for s in self.sites):
             key = f"{key}_{index}"
         plates = tuple((f.name, f.dim, f.size) for f in frames)
-        return Local(site["name"], key, plates, axis, batch_dims, tuple(shape), transform)
+        masked = site["mask"] is not None
+        return Local(site["name"], key, plates, axis, batch_dims, tuple(shape), transform, masked)
 
     def _make_tables(self, site: Local, total: int) -> None:
         for name in ("loc", "log_scale"):

@@ -27,6 +27,7 @@ from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.beginnings import begun, present, put_in
 from pyrolvm.inference.program.hints import shapes_apart
+from pyrolvm.inference.program.masked import Masked
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.program.routes import (
@@ -95,6 +96,8 @@ class Program:
         self.owner = getattr(self.model, "__self__", model)
         self.modules = modules_of(model, self.model, self.guide)
         self._functions = (self.model, self.guide)
+        if isinstance(self.guide, AutoGuide | PerDatum):
+            self.guide = Masked(self.guide, self.model)
         keep_others(self.modules, self._functions)
         for module in self.modules.values():
             module.to(device=self.device, dtype=self.dtype)
@@ -279,9 +282,20 @@ class Program:
     def with_row_guide(self, guide: PerDatum) -> Program:
         """The same model, parameters and modes with another guide, whose tensors are called `rows.` something."""
         other = copy.copy(self)
-        other.guide, other._functions, other.vectorized = guide, (self.model, guide), None
+        other.guide, other._functions, other.vectorized = Masked(guide, self.model), (self.model, guide), None
         other.modules = {**self.modules, "rows.": guide}
         other.parameters, other.buffers = {}, {}
+        return other
+
+    def with_auto_guide(self, guide: AutoGuide) -> Program:
+        """The same model and parameters with an AutoGuide in place of this one."""
+        other = Program(self.source, guide, device=self.device, dtype=self.dtype)
+        own = {id(p) for p in self.auto_guide.parameters()} if self.auto_guide is not None else set()
+        for kind, entries in self._store.items():
+            other._store[kind] = {
+                k: v for k, v in entries.items() if id(self._store["params"].get(k)) not in own
+            }
+        other.controls, other._kept = dict(self.controls), self._kept
         return other
 
     def hold(self, learned: Collection[str]) -> None:

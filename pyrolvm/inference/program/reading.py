@@ -30,6 +30,7 @@ from pyrolvm.inference.program.structure import (
     find_data_plate,
     in_plate,
     is_bound,
+    is_deterministic,
     sample_sites,
     with_sizes,
 )
@@ -119,6 +120,7 @@ def _site(
         left_to_prior=bool(site["infer"].get(LEFT_TO_PRIOR)) and name not in drawn,
         bound=is_bound(fn),
         markov="_markov_scope" in site["infer"],
+        masked=site["mask"] is not None and not bool(torch.as_tensor(site["mask"]).all()),
     )
 
 
@@ -134,9 +136,7 @@ def _kind(site: dict[str, Any], plate: Plate | None, batch: Batch) -> str:
         return "latent"
     if isinstance(base(site["fn"]), Unit):
         return "factor"
-    if site["infer"].get("_deterministic") or isinstance(
-        base(site["fn"]), Delta
-    ):  # a Delta: from a reparameterisation
+    if is_deterministic(site):
         return "deterministic"
     outside = plate is not None and not in_plate(site, plate)
     return "given" if outside and not _is_argument(site["value"], batch) else "data"

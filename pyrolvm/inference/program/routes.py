@@ -47,7 +47,7 @@ def resolve(model: Any, guide: Any, start: Any = None) -> tuple[Callable[..., An
 
     `start` places an AutoGuide that is made here (Pyro's `init_loc_fn`).
     """
-    pair = isinstance(model, nn.Module) and callable(getattr(model, "model", None))
+    pair = isinstance(model, nn.Module) and _is_pair(model)
     program = model.model if pair else model
     if not callable(program):
         raise ProgramError(
@@ -81,6 +81,13 @@ def resolve(model: Any, guide: Any, start: Any = None) -> tuple[Callable[..., An
     if not callable(guide):
         raise ProgramError(f"guide must be callable, not {type(guide).__name__}")
     return program, guide
+
+
+def _is_pair(model: nn.Module) -> bool:
+    """Whether a module's `model` is the program, not its `forward` (of a `ForecastingModel`, which calls `model`)."""
+    called = type(model).forward is not nn.Module.forward and not callable(getattr(model, "guide", None))
+    known = callable(getattr(type(model), "knows", None))
+    return callable(getattr(model, "model", None)) and (known or not called)
 
 
 def _built(guide: type, program: Callable[..., Any], start: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pyro.distributions import Delta
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 
@@ -50,6 +51,8 @@ class Site:
         Whether what stands for its log-density is an estimate of a bound.
     markov : bool
         Whether it is a step of `pyro.markov`.
+    masked : bool
+        Whether a mask leaves some of its entries out.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Site:
     left_to_prior: bool = False
     bound: bool = False
     markov: bool = False
+    masked: bool = False
 
     @property
     def observed(self) -> bool:
@@ -232,12 +236,18 @@ def base(fn: Any) -> Any:
 
 def find_data_plate(model_trace: Trace, batch_rows: int, *, drawn: bool = False) -> Plate | None:
     """The outermost plate of an observed site over the rows of the data, or over some that it draws if `drawn`."""
-    frames = {f for s in sample_sites(model_trace) if s["is_observed"] for f in s["cond_indep_stack"]}
+    sites = [s for s in sample_sites(model_trace) if s["is_observed"] and not is_deterministic(s)]
+    frames = {f for s in sites for f in s["cond_indep_stack"]}
     over_rows = [f for f in frames if f.vectorized and batch_rows == (f.full_size if drawn else f.size)]
     if not over_rows:
         return None
     frame = min(over_rows, key=lambda f: f.dim)
     return Plate(frame.name, frame.dim, frame.size, frame.full_size)
+
+
+def is_deterministic(site: Any) -> bool:
+    """Whether an observed site is only a name for a value: `pyro.deterministic`, or a Delta of a reparameterisation."""
+    return bool(site["infer"].get("_deterministic")) or isinstance(base(site["fn"]), Delta)
 
 
 def draws_subsample(trace: Trace) -> bool:

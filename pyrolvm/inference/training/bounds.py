@@ -55,7 +55,7 @@ class Bounds:
             slots = {k: {n: v.clone() for n, v in s.items()} for k, s in state.optimizer.items()}
             step = max(state.step, self.first_step)
             still = TrainingState(self.whole(parameters), slots, step, _copied(self.random))
-            _, terms = self.engine.run(still, self.plan.rows(0, ESTIMATES))
+            _, terms = self.engine.run(still, self.plan.kept(ESTIMATES))
         finally:
             self.problem.optimizer.still = False
         return terms[:, 0].double().numpy().copy()
@@ -66,7 +66,7 @@ class Bounds:
         state = state.clone()
         # with the controls as they will be in the end
         start = replace(state, parameters=self.whole(state.parameters), step=self.first_step)
-        end, terms = self.engine.run(start, self.plan.rows(0, RACE_STEPS))
+        end, terms = self.engine.run(start, self.plan.kept(RACE_STEPS))
         finite = all(bool(torch.isfinite(v).all()) for v in end.parameters.values() if v.is_floating_point())
         score = float(terms[-RACE_STEPS // 4 :, 0].mean())
         return score if finite and math.isfinite(score) else -math.inf

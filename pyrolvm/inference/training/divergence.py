@@ -69,8 +69,8 @@ def _bad_site(problem: Problem, state: TrainingState, rows: Tensor) -> str:
     program, device = problem.program, problem.program.device
     program.load(state.parameters)
     rows = rows.to(device)
-    if problem.sharing is not None:
-        problem, rows = problem.sharing.local, rows.index_select(0, problem.sharing.places)
+    if (sharing := problem.sharing) is not None:
+        problem, rows = sharing.local, rows.index_select(0, sharing.places)
     batch = problem.batch(rows)
     with problem.program.scope(batch), kept_generators(device), torch.no_grad():
         set_generator_state(state.random, device)

@@ -14,12 +14,14 @@ import torch
 
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.engine import TrainingState
-from pyrolvm.inference.log_joint import Solution, Start, declined, declined_or_start, solve
+from pyrolvm.inference.log_joint import Solution, Start, declined, declined_or_start, judge_guide, solve
 from pyrolvm.inference.log_joint import judge as weigh
 from pyrolvm.inference.posterior.convergence import LEAST_STEPS, Convergence
 from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.training import averaged
+from pyrolvm.inference.training.averaged import Averaged
 from pyrolvm.inference.training.checkpoint import Checkpoint
 from pyrolvm.inference.training.loop import Callback, Report
 from pyrolvm.inference.training.setup import Setup
@@ -32,8 +34,12 @@ WEIGHED_ROWS = 5000
 """Rows of the data up to which a stochastic run is judged by weights of 4,000 draws."""
 
 
-def choose(optimizer: Any, setup: Setup, given: dict[str, Any], seed: int) -> tuple[Start | None, str]:
+def choose(
+    optimizer: Any, setup: Setup, given: dict[str, Any], seed: int
+) -> tuple[Start | Averaged | None, str]:
     """(start of a fit on fixed draws, the reason for it); None where stochastic steps are taken.
+
+    What is no Gaussian AutoGuide alone is fitted here, since whether it can be is seen at the end only.
 
     `given`: the settings that only stochastic steps have, those at their defaults left out.
 
@@ -50,10 +56,16 @@ def choose(optimizer: Any, setup: Setup, given: dict[str, Any], seed: int) -> tu
     pair = pair_of(setup)
     if not asked and not is_small(setup, MOST_ROWS):
         return None, ""
-    found = declined_or_start(pair, seed)
+    found: Start | Averaged | str
+    if declined(pair) is None:
+        found = declined_or_start(pair, seed)
+        why = "a Gaussian guide of few latents on the whole data"
+    else:
+        why = "few parameters and latents on the whole data"
+        found = averaged.declined(pair) or averaged.maximise(pair, setup.problem, seed)
     if isinstance(found, str):
         return _refused(asked, found)
-    return found, "asked for" if asked else "a Gaussian guide of few latents on the whole data"
+    return found, "asked for" if asked else why
 
 
 def _refused(asked: bool, reason: str) -> tuple[None, str]:
@@ -69,7 +81,9 @@ def pair_of(setup: Setup) -> Pair:
 
 
 def is_small(setup: Setup, most_rows: int) -> bool:
-    """Whether latents and rows are few."""
+    """Whether latents and rows are few, and the rows in memory."""
+    if setup.streamed is not None:
+        return False
     latents = setup.problem.structure.latents
     numbers = sum(math.prod(s.batch_shape) * math.prod(s.event_shape) for s in latents)
     return numbers <= MOST_LATENTS and setup.batch.num_rows <= most_rows
@@ -84,10 +98,10 @@ def place(setup: Setup, seed: int) -> None:
 
 
 def run(
-    setup: Setup, start: Start, seed: int, checkpoint: Checkpoint, callbacks: Sequence[Callback]
-) -> tuple[Solution, History]:
+    setup: Setup, start: Start | Averaged, seed: int, checkpoint: Checkpoint, callbacks: Sequence[Callback]
+) -> tuple[Solution | Averaged, History]:
     """Solve, and record every iteration: nats per datum."""
-    solution = solve(pair_of(setup), start, seed)
+    solution = start if isinstance(start, Averaged) else solve(pair_of(setup), start, seed)
     history = History(("elbo",), ("gradient_norm", "num_draws"))
     rows = torch.tensor(
         [[r["elbo"], r["gradient_norm"], r["num_draws"]] for r in solution.history], dtype=torch.float64
@@ -103,9 +117,12 @@ def run(
     return solution, history
 
 
-def verdict_of(setup: Setup, solution: Solution, seed: int) -> Convergence:
+def verdict_of(setup: Setup, solution: Solution | Averaged, seed: int) -> Convergence:
     """Of a fit on fixed draws."""
-    found = weigh(pair_of(setup), solution, seed)
+    if isinstance(solution, Averaged):
+        found = judge_guide(solution.numbers, solution.drawn)
+    else:
+        found = weigh(pair_of(setup), solution, seed)
     return Convergence(found.converged, found.sentence, _per_datum(found.numbers, setup))
 
 

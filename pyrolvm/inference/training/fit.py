@@ -31,7 +31,7 @@ from pyrolvm.inference.training.loop import Callback, Training
 from pyrolvm.inference.training.rules import NoMoreRise, Rule, most_steps
 from pyrolvm.inference.training.setup import Setup, alternating, cadence, plateau_of, set_up, settings_of
 from pyrolvm.inference.training.starts import checked, from_data
-from pyrolvm.inference.training.together import check_alike, in_step, share
+from pyrolvm.inference.training.together import check_alike, device_of, in_step, share
 from pyrolvm.inference.training.until import Until
 from pyrolvm.processes import ALONE, here
 from pyrolvm.progress import progress_bar
@@ -103,9 +103,9 @@ def fit(
         the bound of each datum, the plate's scale outside the logarithm.
     optimizer : str or class
         A name ("adam", "sgd", ...) or a torch.optim class; one optimiser over all parameters. The loss is in nats per
-        datum. "lbfgs" takes no such steps: the ELBO of a Gaussian AutoGuide on the whole data is maximised on fixed
-        draws, doubled until the optimum stays. "auto" is that where it can be and nothing is given that it has not, up
-        to 600 numbers in all latents and 20,000 rows; else Adam.
+        datum. "lbfgs" takes no such steps: the ELBO on the whole data is maximised on fixed draws of the guide,
+        doubled until the optimum stays; layers cannot be trained so. "auto" is that where it can be and nothing is
+        given that it has not, up to 600 numbers in all latents and 20,000 rows; else Adam.
     learning_rate : float or callable, optional
         A number, or a function of the share of the run that is done. None is 0.001 for a run of given length; else a
         rate is found that starts high and falls until a lower one would gain nothing.
@@ -195,7 +195,7 @@ def fit(
     resume = resume or (folder is not None and processes.restarted)
     begun = processes.first(lambda: recorded_engine(folder, forget=processes.may_restart and not resume))
     begun = begun if resume else None
-    target = torch.device(resolve_device(device))
+    target = device_of(processes, torch.device(resolve_device(device)))
     until = num_steps is None and num_epochs is None
     free_rate = until and patience is None and learning_rate is None and schedule is None
     spec = OptimizerSpec(
@@ -223,6 +223,7 @@ def fit(
         dtype=as_dtype(dtype or torch.float32),
         seed=seed,
         init=init if begun in (None, exact.NAME) else "own",
+        processes=processes if alternate is None else ALONE,
     )
     setup = processes.each(prepare)
     check_alike(setup, settings_of(setup, spec, alternate, free_rate), processes)

@@ -178,8 +178,10 @@ class Training:
             and step % self.until.every == 0
             and not self.stopped_because
         ):
-            self.state, reason = self.until.look(self.state, self.history)
-            self.problem.program.load(self.state.parameters)
+            before = self.state
+            self.state, reason = self.until.look(before, self.history)
+            if self.state is not before:
+                self.problem.program.load(self.state.parameters)
             self.stopped_because = reason or ""
         bar.update(step, **{"ELBO": self.history.recent("elbo")})
         error: Exception | None = None
@@ -243,7 +245,7 @@ class Training:
 
     def _chunk(self, good: TrainingState) -> Chunk:
         first = self.state.step
-        size = self._limited(self._size)
+        size = self.plan.most_steps(first, self._limited(self._size))
         rows, controls = self.plan.rows(first, size), self._controls(first, size)
         start = time.perf_counter() - self.engine.setup_seconds
         state, terms = self.engine.run(self.state, rows)

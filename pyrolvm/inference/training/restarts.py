@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from pyrolvm.data.arrays import as_batch
+from pyrolvm.data.far.streamed import StreamedDataset
 from pyrolvm.data.plan import is_share
 from pyrolvm.data.precision import as_dtype
 from pyrolvm.errors import ConvergenceWarning, DivergenceError, count
@@ -25,6 +26,7 @@ from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.training.evaluation import bound_of
 from pyrolvm.inference.training.fit import fit, warned
 from pyrolvm.inference.training.many import num_workers, run_all
+from pyrolvm.inference.training.streaming import parted
 
 LAST_SHARE = 0.1
 """The share of the steps that the final bound is averaged over, where nothing is held out."""
@@ -136,6 +138,9 @@ class _Attempt:
 def _hold_out(data: Any, options: dict[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
     """Hold out a share `validation` once, so that all restarts are judged by the same rows."""
     share = options.get("validation")
+    if isinstance(data, StreamedDataset) and share is not None:
+        data, held_out = parted(data, share, seed)
+        return data, options | {"validation": held_out}
     if not is_share(share):
         return data, options
     batch = as_batch(data, as_dtype(options.get("dtype") or torch.float32))

@@ -17,6 +17,7 @@ from pyrolvm.controls import Schedule, value_of
 from pyrolvm.data.arguments import arguments_of
 from pyrolvm.data.arrays import Batch
 from pyrolvm.data.dataset import Dataset
+from pyrolvm.data.far.streamed import StreamedDataset
 from pyrolvm.data.plan import BatchPlan, is_share
 from pyrolvm.data.precision import check_precision
 from pyrolvm.errors import DataError, ProgramError, SettingError, count
@@ -35,6 +36,8 @@ from pyrolvm.inference.training.evaluation import HeldOutBound
 from pyrolvm.inference.training.plateau import Plateau
 from pyrolvm.inference.training.rules import MOST_STEPS, SCHEDULED_EPOCHS, SCHEDULED_STEPS
 from pyrolvm.inference.training.starts import InfiniteBoundError, from_data, set_values, strategies
+from pyrolvm.inference.training.streaming import Streamed, parted, stream
+from pyrolvm.processes import ALONE, Processes
 from pyrolvm.seeds import Purpose, derived_seed
 
 START_ROWS = 100_000
@@ -50,6 +53,7 @@ class Setup:
     batch: Batch
     held_out: Batch | None
     seed: int
+    streamed: Streamed | None = None
 
     @property
     def held_out_bound(self) -> HeldOutBound | None:
@@ -75,6 +79,7 @@ def set_up(
     dtype: torch.dtype,
     seed: int,
     init: Any,
+    processes: Processes = ALONE,
 ) -> Setup:
     """Read the data, start the model, look at the program, and take one step on trial.
 
@@ -86,7 +91,7 @@ def set_up(
             program = Program(model, guide, device=device, dtype=dtype, start=place)
             return _set_up(
                 program, data, objective, optimizer, controls, kl_warmup, num_steps, num_epochs, batch_size,
-                validation, seed, init, attempt, carriers,
+                validation, seed, init, attempt, carriers, processes,
             )  # fmt: skip
         except InfiniteBoundError as error:
             failed = failed or error
@@ -111,19 +116,25 @@ def _set_up(
     init: Any,
     attempt: int,
     carriers: Carriers,
+    processes: Processes,
 ) -> Setup:
     device, dtype = program.device, program.dtype
-    batch = suited(program, data)
+    streamed: Streamed | None = None
+    if isinstance(data, StreamedDataset):
+        data, validation = parted(data, validation, seed)
+        streamed = stream(program, data, batch_size, seed, processes)
+    batch = suited(program, data) if streamed is None else streamed.batch
     check_call(program, batch)
     batch = carried(program, batch, carriers, derived_seed(seed, Purpose.CHECK))
     _warn_of_precision(data, dtype)
     if batch_size is not None or validation is not None:
         batch.check_rows()
     batch, held_out = _split(batch, validation, program, seed)
-    plan = BatchPlan(batch.num_rows or 1, batch_size, seed)
+    num_rows = batch.num_rows or 1 if streamed is None else streamed.num_rows
+    plan = BatchPlan(num_rows, batch_size, seed) if streamed is None else streamed.plan
     steps = _num_steps(plan, num_steps, num_epochs)
     if from_data(init):
-        start_from(program, batch, seed)
+        start_from(program, batch if streamed is None else streamed.start, seed)
     rows = plan.rows(0, 1)[0].to(device)
     first = batch.take(rows) if batch_size is not None else batch.of(batch.num_rows or 1)
     brought = program.contract.controls() if program.contract is not None else {}
@@ -144,7 +155,7 @@ def _set_up(
         optimizer,
         batch,
         minibatch=batch_size is not None,
-        num_rows=batch.num_rows or 1,
+        num_rows=num_rows,
         schedules=schedules,
         num_steps=steps,
     )
@@ -155,7 +166,7 @@ def _set_up(
             f"the guide has parameters for each training row ('{structure.per_datum[0]}') and none for held-out "
             "ones: leave validation out (`fitted.refine(x)` judges other rows afterwards), or use an amortised guide"
         )
-    return Setup(problem, plan, batch, held_out, seed)
+    return Setup(problem, plan, batch, held_out, seed, streamed)
 
 
 def start_from(program: Program, batch: Batch, seed: int) -> None:
@@ -293,6 +304,8 @@ def alternating(setup: Setup, objective: Any, num_draws: int) -> tuple[Coordinat
         Too few draws, a weight of the KL, or an objective that is not the ELBO.
     """
     problem = setup.problem
+    if setup.streamed is not None:
+        raise SettingError("coordinate ascent (alternate=) takes the data whole: load them (`.load()`)")
     count("alternate", num_draws, least=LEAST_DRAWS)
     program = problem.program
     usual = program.contract.objective() if objective is None and program.contract is not None else objective
@@ -330,10 +343,10 @@ def settings_of(
         "clip_norm": optimizer.clip_norm,
         "alternate": alternate,
         "controls": problem.constants | dict.fromkeys(problem.scheduled[1:], "a function"),
-        "batch_size": setup.plan.batch_size,
-        "num_rows": setup.batch.num_rows,
+        "batch_size": setup.plan.batch_size if setup.streamed is None else setup.streamed.plan.whole_batch,
+        "num_rows": setup.batch.num_rows if setup.streamed is None else setup.streamed.num_rows,
         "seed": setup.seed,
         "dtype": str(problem.program.dtype).removeprefix("torch."),
-        "data": setup.batch.fingerprint(),
+        "data": (setup.batch if setup.streamed is None else setup.streamed).fingerprint(),
         "validation": setup.held_out.fingerprint() if setup.held_out is not None else None,
     }

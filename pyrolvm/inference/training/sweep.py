@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyrolvm.data.arrays import as_batch
+from pyrolvm.data.far.streamed import StreamedDataset
 from pyrolvm.data.plan import is_share
 from pyrolvm.data.precision import as_dtype
 from pyrolvm.errors import ConvergenceWarning, DivergenceError, SettingError, one_of
@@ -23,6 +24,7 @@ from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.training.evaluation import bound_of
 from pyrolvm.inference.training.fit import fit, warned
 from pyrolvm.inference.training.many import num_workers, run_all
+from pyrolvm.inference.training.streaming import parted
 from pyrolvm.progress import watched
 
 CRITERIA = ("log_evidence", "bound")
@@ -107,6 +109,8 @@ def _apart(data: Any, validation: Any, options: dict[str, Any], seed: int) -> tu
     """(data to train on, held-out data)."""
     if not is_share(validation):
         return data, validation
+    if isinstance(data, StreamedDataset):
+        return parted(data, validation, seed)
     return as_batch(data, as_dtype(options.get("dtype") or torch.float32)).split(float(validation), seed)
 
 

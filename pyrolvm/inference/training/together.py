@@ -39,6 +39,13 @@ def in_step(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def device_of(processes: Processes, device: torch.device) -> torch.device:
+    """The device of this process: of several on one machine each takes a CUDA device of its own."""
+    if processes.count == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", processes.local_rank % torch.cuda.device_count())
+
+
 def check_alike(setup: Setup, settings: dict[str, Any], processes: Processes) -> None:
     """Raise `SettingError`, with the first difference, unless all processes are about to do the same.
 
@@ -47,7 +54,8 @@ def check_alike(setup: Setup, settings: dict[str, Any], processes: Processes) ->
     settings : dict
         What must agree for a checkpoint to be of the same run.
     """
-    tasks = processes.gather({"versions": _versions(), "model": _described(setup), **settings})
+    own = {"versions": _versions(), "model": _described(setup), "num_steps": setup.problem.num_steps}
+    tasks = processes.gather(own | settings)
     for rank, task in enumerate(tasks):
         apart = [name for name in tasks[0].keys() | task.keys() if task.get(name) != tasks[0].get(name)]
         if apart:
@@ -58,12 +66,11 @@ def _difference(rank: int, name: str, first: dict[str, Any], task: dict[str, Any
     remedy = "start all processes with the same script, data and settings"
     if name in ("data", "validation"):
         kind = "held-out data" if name == "validation" else "data"
-        rows = f" ({task['num_rows']} rows and {first['num_rows']})"
-        return f"process {rank} has other {kind} than process 0{rows}: {remedy}, each with all rows"
+        return f"process {rank} has other {kind} than process 0: {remedy}, each with all rows"
     there, here = task.get(name), first.get(name)
     if isinstance(there, dict) and isinstance(here, dict):
         part = next(k for k in (*here, *there) if here.get(k) != there.get(k))
-        name, there, here = f"{name}: {part}", there.get(part), here.get(part)
+        name, there, here = f"{name}: {part}", there.get(part, "none"), here.get(part, "none")
     return f"process {rank} has {name}={there!r} where process 0 has {here!r}: {remedy}"
 
 
@@ -78,9 +85,9 @@ def _described(setup: Setup) -> dict[str, Any]:
         name: f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         for name, value in problem.program.tensors().items()
     }
-    tensors |= {"trained": list(problem.program.parameters)}
+    tensors |= {"trained": ", ".join(problem.program.parameters)}
     sites = {f"site {s.name}": f"{s.kind} {s.family} {list(s.event_shape)}" for s in problem.structure.sites}
-    return {"steps": problem.num_steps, **sites, **tensors}
+    return sites | tensors
 
 
 def share(setup: Setup, processes: Processes) -> str:
@@ -91,4 +98,6 @@ def share(setup: Setup, processes: Processes) -> str:
     processes.align(setup.problem.program.tensors().values())
     setup.problem.processes = processes
     setup.problem, sentence = shared(setup.problem, processes, rows, seed)
+    if setup.streamed is not None and setup.problem.sharing is None:
+        raise SettingError(f"{sentence}, but each reads its share of the data only: pass parallel=False")
     return sentence

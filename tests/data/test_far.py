@@ -1,0 +1,356 @@
+"""Data in many files, here or elsewhere: what is read is what was written, and each byte once."""
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pytest
+
+from pyrolvm import DataError, SettingError
+from pyrolvm.data import Dataset, Transform, read, scan
+from pyrolvm.data.far.holdout import RUN, Holdout
+from pyrolvm.data.plan import split_rows
+from pyrolvm.data.survey import survey
+
+X = (np.random.default_rng(0).standard_normal((1000, 4)) * [1, 10, 0.1, 3] + [0, 50, 2, -7]).astype(
+    np.float32
+)
+NAMES = list("abcd")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five parquet files of 200 rows in row groups of 60."""
+    for i in range(5):
+        frame = pd.DataFrame(X[200 * i : 200 * (i + 1)], columns=NAMES)
+        frame.to_parquet(tmp_path / f"part-{i}.parquet", row_group_size=60)
+    return tmp_path
+
+
+@pytest.fixture
+def memory():
+    """A file system that is no disk's, with npy files."""
+    fs = fsspec.filesystem("memory")
+    for i in range(5):
+        with fs.open(f"/far/{i}.npy", "wb") as stream:
+            np.save(stream, X[200 * i : 200 * (i + 1)])
+    yield fs
+    fs.rm("/far", recursive=True)
+
+
+def put(fs, path, frame):
+    with fs.open(path, "wb") as stream:
+        frame.to_parquet(stream)
+
+
+def test_a_folder_a_pattern_and_a_list_are_the_same_rows(folder):
+    files = sorted(folder.glob("*.parquet"))
+    for source in (folder, str(folder / "part-*.parquet"), files, "\n".join(map(str, files))):
+        data = scan(source)
+        assert np.array_equal(data.load().values, X)
+        assert data.columns == NAMES
+        assert (data.num_rows, data.row_shape, data.num_bytes) == (1000, (4,), X.nbytes)
+
+
+def test_files_elsewhere_are_read_as_those_here(memory, folder):
+    assert np.array_equal(scan("memory://far").load().values, X)
+    assert np.array_equal(scan("memory://far/*.npy", columns=["2", "0"]).load().values, X[:, [2, 0]])
+    put(memory, "/far/deep/x.parquet", pd.read_parquet(folder / "part-0.parquet"))
+    assert np.array_equal(scan("memory://far/deep").load().values, X[:200])
+
+
+def test_columns_are_taken_in_the_order_given_and_labels_apart(tmp_path):
+    frame = pd.DataFrame(X, columns=NAMES).assign(kind=np.arange(1000) % 3, word=["x", "y"] * 500)
+    frame.to_parquet(tmp_path / "x.parquet", row_group_size=300)
+    data = scan(tmp_path, columns=["c", "a"], labels="word")
+    loaded = data.load()
+    assert np.array_equal(loaded.values, X[:, [2, 0]])
+    assert loaded.labels.tolist() == frame["word"].tolist()
+    assert data.survey().labels.tolist() == ["x", "y"]
+    assert scan(tmp_path, columns=["a", "kind"]).load().values.dtype == np.result_type(np.float32, np.int64)
+
+
+def test_only_the_chosen_columns_are_asked_for(folder, monkeypatch):
+    data = scan(folder, columns=["b"])
+    asked = []
+    fragment = type(data.blocks._tables._fragments[0])
+    table = fragment.to_table
+    monkeypatch.setattr(
+        data.blocks._tables, "_fragments", [Watched(f, asked) for f in data.blocks._tables._fragments]
+    )
+    assert np.array_equal(data.load().values, X[:, [1]])
+    assert set(asked) == {("b",)}
+    assert table is fragment.to_table
+
+
+class Watched:
+    def __init__(self, fragment, asked):
+        self.fragment, self.asked = fragment, asked
+
+    def subset(self, **which):
+        return Watched(self.fragment.subset(**which), self.asked)
+
+    def to_table(self, columns):
+        self.asked.append(tuple(columns))
+        return self.fragment.to_table(columns=columns)
+
+
+def test_idx_files_are_images_and_vectors_where_asked(tmp_path):
+    images = np.arange(7 * 2 * 3, dtype=">i2").reshape(7, 2, 3)
+    for i, part in enumerate(np.split(images, [4])):
+        head = bytes([0, 0, 0x0B, 3]) + np.array(part.shape, ">u4").tobytes()
+        (tmp_path / f"{i}.idx").write_bytes(head + part.tobytes())
+    data = scan(tmp_path)
+    assert data.row_shape == (2, 3)
+    assert np.array_equal(data.load().values, images)
+    assert np.array_equal(data.as_vectors().load().values, images.reshape(7, 6))
+    assert data.load().values.dtype.isnative
+
+
+def test_a_folder_read_is_in_memory(folder):
+    data = read(str(folder), columns=["a", "d"])
+    assert isinstance(data, Dataset)
+    assert np.array_equal(data.values, X[:, [0, 3]])
+    with pytest.raises(DataError, match="key= is for single files"):
+        read(folder, key="x")
+
+
+def test_one_pass_finds_what_numpy_finds_of_the_whole(folder):
+    x = X.astype(np.float64)
+    x[3, 1] = np.nan
+    found = survey([(x[:100], None), (x[100:101], None), (x[101:], None)])
+    assert np.allclose(found.mean, np.nanmean(x, 0), rtol=1e-13)
+    assert np.allclose(np.sqrt(found.squares / found.number), np.nanstd(x, 0), rtol=1e-12)
+    assert np.array_equal(found.number, (~np.isnan(x)).sum(0))
+    assert np.array_equal(found.low, np.nanmin(x, 0))
+    whole = found.overall()
+    assert np.allclose(
+        [whole.mean[0], (whole.squares / whole.number)[0]], [np.nanmean(x), np.nanvar(x)], rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("per_column", [True, False])
+def test_standardising_as_it_is_read_is_standardising_in_memory(folder, per_column):
+    streamed, transform = scan(folder).standardise(per_column)
+    whole, wanted = Dataset(X).standardise(per_column)
+    assert np.allclose(transform.scale, wanted.scale, rtol=1e-12)
+    assert np.allclose(streamed.load().values, whole.values, rtol=1e-6, atol=1e-6)
+    assert isinstance(Transform.from_dict(transform.to_dict()), Transform)
+
+
+def test_binarising_as_it_is_read_is_binarising_in_memory(memory):
+    streamed, _ = scan("memory://far").binarise(0.5)
+    assert np.array_equal(streamed.load().values, Dataset(X).binarise(0.5)[0].values)
+
+
+def test_held_out_rows_are_the_same_as_in_memory_and_each_is_in_one_part(folder):
+    train, held_out = scan(folder).split(0.1, seed=3)
+    rows = split_rows(1000, 0.1, 3)
+    assert np.array_equal(train.load().values, X[rows[0].numpy()])
+    assert np.array_equal(held_out.load().values, X[rows[1].numpy()])
+    with pytest.raises(SettingError, match="split already"):
+        train.split()
+
+
+def test_any_stretch_of_a_long_split_is_the_same_and_has_its_share():
+    held = Holdout(3 * RUN + 17, 0.1, seed=5)
+    whole = held.mask(0, held.num_rows)
+    assert whole.sum() == round(0.1 * held.num_rows)
+    assert np.array_equal(
+        Holdout(held.num_rows, 0.1, seed=5).mask(RUN - 3, 2 * RUN + 9), whole[RUN - 3 : 2 * RUN + 9]
+    )
+    assert abs(whole[:RUN].mean() - 0.1) < 1e-4
+    assert (whole != Holdout(held.num_rows, 0.1, seed=6).mask(0, held.num_rows)).any()
+
+
+@pytest.mark.parametrize("num_processes", [1, 3, 7])
+def test_the_shares_of_processes_are_all_rows_once(folder, num_processes):
+    train, _ = scan(folder).split(0.1, seed=3)
+    shares = [train.share(r, num_processes) for r in range(num_processes)]
+    assert np.array_equal(np.concatenate([s.load().values for s in shares]), train.load().values)
+    assert max(s.num_rows for s in shares) - min(s.num_rows for s in shares) <= 1
+
+
+def test_a_pass_reads_each_block_once_and_a_share_only_its_own(folder, monkeypatch):
+    data, read_blocks = scan(folder), []
+    own = data.blocks.read
+    monkeypatch.setattr(data.blocks, "read", lambda block: read_blocks.append(block) or own(block))
+    reader = data.reader()
+    for first in range(0, 1000, 37):  # parts that cut blocks
+        reader.rows(first, min(first + 37, 1000))
+    assert read_blocks == data.blocks.blocks
+    read_blocks.clear()
+    data.share(1, 2).load()
+    assert {b.file for b in read_blocks} == {2, 3, 4}
+    assert len(read_blocks) == 11  # three of file 2, from its row 100 on, and four of the others each
+
+
+def test_evenly_spaced_rows_are_a_sample(folder):
+    assert np.array_equal(scan(folder).sample(3).values, X[[0, 499, 999]])
+    assert np.array_equal(scan(folder).sample(5000).values, X)
+
+
+def test_the_fingerprint_tells_data_and_what_is_done_to_them_apart(folder):
+    data = scan(folder)
+    same = scan(str(folder / "*.parquet"))
+    others = [scan(folder, columns=["a"]), data.standardise()[0], data.split()[0], data.split()[1]]
+    assert data.fingerprint() == same.fingerprint()
+    pd.DataFrame(X[::-1][:200], columns=NAMES).to_parquet(folder / "part-4.parquet", row_group_size=60)
+    others.append(scan(folder))
+    assert len({data.fingerprint(), *(o.fingerprint() for o in others)}) == 6
+
+
+# ---------------------------------------------------------------------- refused, in one line
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("memory://nowhere/*.npy", "no file matches memory://nowhere/.*its folder /nowhere does not exist"),
+        ("memory://far/6.npy", "there is no memory://far/6.npy: did you mean '.*.npy'"),
+        ("s3://bucket/x.parquet", "s3://bucket/x.parquet needs the package s3fs: type pip install s3fs"),
+        ("no://bucket/x.parquet", "no://bucket/x.parquet cannot be read: Protocol not known: no"),
+        ("/nowhere/*.parquet", "no file matches /nowhere/"),
+        ([], "no file is named"),
+    ],
+)
+def test_places_without_files_are_refused(memory, source, words):
+    with pytest.raises(DataError, match=words) as caught:
+        scan(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_place_that_does_not_answer_is_refused(monkeypatch, memory):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(type(memory), "glob", refuse)
+    with pytest.raises(DataError, match=r"^memory://far/\*.npy cannot be read: no route to host$"):
+        scan("memory://far/*.npy")
+
+
+def test_files_of_several_kinds_or_of_none_are_refused(folder, memory):
+    np.save(folder / "x.npy", X)
+    with pytest.raises(DataError, match=r"files of several kinds \(part-0.parquet, x.npy\): choose one"):
+        scan(folder)
+    with pytest.raises(DataError, match="several kinds"):
+        scan([folder / "part-0.parquet", folder / "x.npy"])
+    (folder / "deep").mkdir()
+    with pytest.raises(DataError, match=r"holds no file of data: the kinds are .parquet, .npy, .idx"):
+        scan(folder / "deep")
+    (folder / "deep" / "x.csv").write_text("a\n1\n2\n")
+    with pytest.raises(DataError, match=r".csv files are read one by one and as a whole"):
+        scan(folder / "deep")
+    with pytest.raises(DataError, match="named twice"):
+        scan([folder / "x.npy", folder / "x.npy"])
+    (folder / "deep" / "x.csv").unlink()
+    (folder / "deep" / "empty.npy").touch()
+    with pytest.raises(DataError, match=r"empty.npy is empty"):
+        scan(folder / "deep")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda f: f.rename(columns={"b": "e"}),
+            "part-3.parquet has no column 'b', which .*part-0.parquet has",
+        ),
+        (
+            lambda f: f.assign(e=1),
+            "part-3.parquet has a column 'e', which .*part-0.parquet has not: choose columns",
+        ),
+        (
+            lambda f: f.astype({"c": float}),
+            "the column 'c' is double in .*part-3.parquet and float in .*part-0",
+        ),
+        (lambda f: f.assign(c="x"), "the column 'c' is (large_)?string in .*part-3.parquet and float in"),
+        (lambda f: f.mask(f > 50), "part-3.parquet: .* values of column 'b' are missing in its row group 0"),
+    ],
+)
+def test_a_file_that_is_not_like_the_others_is_refused(folder, change, words):
+    path = folder / "part-3.parquet"
+    change(pd.read_parquet(path)).to_parquet(path)
+    with pytest.raises(DataError, match=words) as caught:
+        scan(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_columns_do_not_matter_where_columns_are_chosen(folder):
+    path = folder / "part-3.parquet"
+    pd.read_parquet(path).assign(e="x").to_parquet(path)
+    assert np.array_equal(scan(folder, columns=["a"]).load().values, X[:, :1])
+
+
+def test_arrays_that_are_not_alike_are_refused(memory):
+    for name, array, words in (
+        ("shape", X[:, :3], "/far/9.npy has rows of shape .3., and .*/far/0.npy .4.: all files"),
+        ("type", X.astype(np.float64), "/far/9.npy has values of type float64, and .*float32"),
+        ("order", np.asfortranarray(X), "stored by columns"),
+        ("object", np.array(["x"]), "holds text"),
+    ):
+        with memory.open("/far/9.npy", "wb") as stream:
+            np.save(stream, array)
+        with pytest.raises(DataError, match=words):
+            scan("memory://far")
+        assert name
+
+
+def test_damaged_files_are_named(folder, memory):
+    whole = (folder / "part-1.parquet").read_bytes()
+    (folder / "part-1.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"part-1.parquet is damaged, truncated or not parquet"):
+        scan(folder)
+    memory.pipe("/far/1.npy", memory.cat("/far/1.npy")[:1000])
+    with pytest.raises(DataError, match=r"/far/1.npy is truncated: its header announces \[200, 4\] values"):
+        scan("memory://far")
+    memory.pipe("/far/1.npy", b"no numpy at all")
+    with pytest.raises(DataError, match=r"/far/1.npy is damaged or not a numpy file"):
+        scan("memory://far")
+
+
+def test_missing_values_are_refused_with_file_and_row_or_kept(tmp_path):
+    x = X[:300].copy()
+    x[250, 2] = np.nan
+    for i, part in enumerate(np.split(x, 3)):
+        np.save(tmp_path / f"{i}.npy", part)
+    with pytest.raises(DataError, match=r"2.npy: a value is missing at row 50, column 2"):
+        scan(tmp_path).load()
+    assert np.array_equal(scan(tmp_path, allow_missing=True).load().values, x, equal_nan=True)
+    x[250, 2] = np.inf
+    np.save(tmp_path / "2.npy", x[200:])
+    with pytest.raises(DataError, match=r"2.npy: the value at row 50, column 2 .* is inf"):
+        scan(tmp_path, allow_missing=True).load()
+
+
+def test_missing_whole_numbers_are_nan_where_they_are_allowed(tmp_path):
+    pd.DataFrame({"a": pd.array([1, None, 3], "Int64"), "b": [True, False, True]}).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    with pytest.raises(DataError, match="1 values of column 'a' are missing"):
+        scan(tmp_path)
+    found = scan(tmp_path, allow_missing=True).load().values
+    assert np.array_equal(found, [[1, 1], [np.nan, 0], [3, 1]], equal_nan=True)
+
+
+def test_without_pyarrow_one_sentence_says_what_to_install(folder, monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        DataError, match=r"reading parquet needs pyarrow: type pip install 'pyrolvm\[files\]'"
+    ):
+        scan(folder)
+
+
+def test_text_is_refused_with_the_columns_that_are_numbers(tmp_path):
+    pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"column 'b' holds .*string, not numbers: .*--columns a"):
+        scan(tmp_path)
+    assert scan(tmp_path, columns=["a"]).num_rows == 2
