@@ -212,20 +212,25 @@ def _one_table_of_types() -> Iterator[None]:
 def _vectors_from(least: int) -> Iterator[None]:
     """Vectors in the kernels of at least `least` elements alone: others are written once, not thrice."""
     from torch._inductor import config
-    from torch._inductor.codegen.cpp import KernelOpStats, TilingSelect, _get_loop_body
+    from torch._inductor.codegen.cpp import TilingSelect, _get_loop_body
 
-    select = TilingSelect.select_tiling
+    select, indices = TilingSelect.select_tiling, TilingSelect._select_tiling_indices
 
     def selected(self: Any, functions: Any, sizes: Any) -> Any:
-        if max(math.prod(int(n) for part in own for n in part) for own in sizes) < least:
-            return [], [], KernelOpStats()
         nodes = (node for body in _get_loop_body(functions) for node in body.get_nodes())
         # inductor shuns vectors of numbers that lie apart; an exponential is dearer than fetching them
         costly = any(node.target in rewrites.COSTLY for node in nodes)
         with config.patch({"cpp.enable_tiling_heuristics": not costly}):
             return select(self, functions, sizes)
 
-    with mock.patch.object(TilingSelect, "select_tiling", selected):
+    def places(self: Any, functions: Any, sizes: Any, factor: int) -> Any:
+        count = max(math.prod(int(n) for part in own for n in part) for own in sizes)
+        return [] if count < least else indices(self, functions, sizes, factor)
+
+    with (
+        mock.patch.object(TilingSelect, "select_tiling", selected),
+        mock.patch.object(TilingSelect, "_select_tiling_indices", places),
+    ):
         yield
 
 
