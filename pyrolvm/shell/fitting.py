@@ -214,8 +214,8 @@ def run_fit(
     processes = here() if job.options.get("parallel", True) else ALONE
     if processes.restarted and not resume:  # the launcher repeats the command that it was given
         resume = processes.first(lambda: any(states(path)))
-        overwrite = overwrite or not resume
-    folder = RunFolder(path, job.identity, command, resume, overwrite and not resume)
+        overwrite = not resume
+    folder = RunFolder(path, job.identity, command, resume, overwrite)
     try:  # nothing may keep the run from being written at its end
         json.dumps(job.record | folder.identity, allow_nan=False)
     except (TypeError, ValueError) as error:
