@@ -54,7 +54,7 @@ def main() -> None:
     found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     for name in options.names or PROGRAMS:
         found["rows"][name] = {"about": PROGRAMS[name].__doc__, **_measured(name)}
-        found["machine"] = {k: v for k, v in _machine().items() if "load" not in k}
+        found["machine"] = _machine()
         path.write_text(json.dumps(found, indent=1) + "\n")
         (RESULTS / "compiling.md").write_text(_page(found, list(PROGRAMS)))
         print(name, found["rows"][name], flush=True)
