@@ -6,7 +6,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import SCHOOLS_SIGMA, SCHOOLS_Y
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import config_enumerate
@@ -39,21 +38,6 @@ def coin(data):
     f = pyro.sample("latent_fairness", dist.Beta(10.0, 10.0))
     for i in range(len(data)):
         pyro.sample(f"obs_{i}", dist.Bernoulli(f), obs=data[i])
-
-
-def coin_guide(data):
-    alpha_q = pyro.param("alpha_q", tensor(15.0), constraint=constraints.positive)
-    beta_q = pyro.param("beta_q", tensor(15.0), constraint=constraints.positive)
-    pyro.sample("latent_fairness", dist.Beta(alpha_q, beta_q))
-
-
-@pytest.mark.slow
-def test_a_coin_with_a_beta_guide():
-    fitted = fit(coin, TOSSES, guide=coin_guide)
-    mean, sd = moments(fitted, TOSSES, "latent_fairness")
-    assert float(abs(mean - FAIRNESS[0])) < 0.1 * FAIRNESS[1]
-    assert float(sd) == pytest.approx(FAIRNESS[1], rel=0.1)
-    assert fitted.convergence.converged is True
 
 
 def test_a_coin_with_an_autoguide():
@@ -220,7 +204,7 @@ def test_the_mixture_tutorial_finds_two_clusters():
     assert fitted.convergence.converged is True
 
 
-# ---------------------------------------------------------------------- hidden Markov model
+# ---------------------------------------------------------------------- summed-out states
 
 
 def test_a_state_without_a_plate_is_drawn_from_its_exact_posterior():
@@ -239,48 +223,7 @@ def test_a_state_without_a_plate_is_drawn_from_its_exact_posterior():
     assert float(share) == pytest.approx(odds / (1 + odds), abs=0.05)
 
 
-@pytest.mark.slow
-def test_a_hidden_markov_model_is_summed_out():
-    """Means of two states far apart, from the states that made them."""
-    states = torch.tensor([0, 0, 0, 1, 1, 1, 0, 0, 1, 1])
-    y = tensor([-2.0, 3.0])[states] + 0.5 * torch.randn(10, generator=torch.Generator().manual_seed(3))
-
-    @config_enumerate
-    def hmm(y):
-        stay = pyro.sample("stay", dist.Beta(4.0, 2.0))
-        low = pyro.sample("low", dist.Normal(0.0, 5.0))
-        gap = pyro.sample("gap", dist.LogNormal(1.0, 1.0))
-        probs = torch.stack([torch.stack([stay, 1 - stay], -1), torch.stack([1 - stay, stay], -1)], -2)
-        means = torch.stack([low, low + gap], -1)
-        z = 0
-        for t in pyro.markov(range(len(y))):
-            z = pyro.sample(f"z_{t}", dist.Categorical(probs[z]))
-            pyro.sample(f"y_{t}", dist.Normal(means[z], 0.5), obs=y[t])
-
-    guide = AutoNormal(poutine.block(hmm, expose=["stay", "low", "gap"]))
-    fitted = fit(hmm, y, guide=guide)
-    low, gap = (moments(fitted, y, name)[0] for name in ("low", "gap"))
-    assert float(low) == pytest.approx(y[states == 0].mean().item(), abs=0.1)
-    assert float(low + gap) == pytest.approx(y[states == 1].mean().item(), abs=0.1)
-    assert fitted.convergence.converged is not False
-
-
-# ---------------------------------------------------------------------- eight schools, partial pooling
-
-
-def schools(y, centred):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("J", 8):
-        theta = pyro.sample("theta", dist.Normal(mu, tau) if centred else dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(theta if centred else mu + tau * theta, SCHOOLS_SIGMA), obs=y)
-
-
-@pytest.mark.slow
-def test_eight_schools_centred_is_flagged_with_its_cure():
-    fitted = fit(schools, SCHOOLS_Y, True, guide=AutoMultivariateNormal)
-    assert fitted.convergence.converged is None
-    assert "write them non-centred" in fitted.convergence.sentence
+# ---------------------------------------------------------------------- logistic regression, partial pooling
 
 
 def test_logistic_regression_by_pyros_plate():
@@ -316,74 +259,6 @@ def test_baseball_by_partial_pooling_says_why():
     fitted = fit(pooled, at_bats, hits, guide=AutoMultivariateNormal)
     assert fitted.convergence.converged is None
     assert "kappa" in fitted.convergence.sentence
-
-
-# ---------------------------------------------------------------------- networks
-
-
-@pytest.mark.slow
-def test_a_small_variational_autoencoder_ends():
-    """The VAE tutorial in small: Bernoulli pixels, one hidden layer, `pyro.module` in model and guide."""
-    decoder = nn.Sequential(nn.Linear(2, 16), nn.Softplus(), nn.Linear(16, 12))
-    encoder = nn.Sequential(nn.Linear(12, 16), nn.Softplus(), nn.Linear(16, 4))
-    z = torch.randn(300, 2, generator=torch.Generator().manual_seed(6))
-    logits = 3 * z @ torch.randn(2, 12, generator=torch.Generator().manual_seed(7))
-    x = torch.bernoulli(logits.sigmoid(), generator=torch.Generator().manual_seed(8))
-
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", x.shape[0]):
-            z = pyro.sample("latent", dist.Normal(x.new_zeros(x.shape[0], 2), 1.0).to_event(1))
-            pyro.sample("obs", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", x.shape[0]):
-            loc, log_scale = encoder(x).chunk(2, -1)
-            pyro.sample("latent", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    fitted = fit(model, x, guide=guide)
-    entropy = (
-        -(x.mean(0).clamp(1e-3, 1 - 1e-3)).log().mul(x).add((1 - x.mean(0)).log() * (1 - x)).sum(1).mean()
-    )
-    assert fitted.elbo > -float(entropy)  # better than independent pixels
-    assert fitted.convergence.converged is not None
-
-
-@pytest.mark.slow
-def test_a_small_deep_markov_model_ends_or_says_why():
-    """The DMM tutorial in small: a gated transition left out, an RNN that reads the sequence backwards."""
-    steps, size = 6, 4
-    transition, emitter = nn.Linear(2, 4), nn.Linear(2, size)
-    rnn, combine = nn.RNN(size, 8, batch_first=True), nn.Linear(8 + 2, 4)
-    x = torch.bernoulli(
-        torch.full((80, steps, size), 0.3).cumsum(1).clamp_max(0.9),
-        generator=torch.Generator().manual_seed(9),
-    )
-
-    def model(x):
-        for name, layer in (("transition", transition), ("emitter", emitter)):
-            pyro.module(name, layer)
-        with pyro.plate("data", len(x)):
-            z = x.new_zeros(len(x), 2)
-            for t in range(steps):
-                loc, log_scale = transition(z).chunk(2, -1)
-                z = pyro.sample(f"z_{t}", dist.Normal(loc, log_scale.exp()).to_event(1))
-                pyro.sample(f"x_{t}", dist.Bernoulli(logits=emitter(z)).to_event(1), obs=x[:, t])
-
-    def guide(x):
-        for name, layer in (("rnn", rnn), ("combine", combine)):
-            pyro.module(name, layer)
-        hidden = rnn(x.flip(1))[0].flip(1)
-        with pyro.plate("data", len(x)):
-            z = x.new_zeros(len(x), 2)
-            for t in range(steps):
-                loc, log_scale = combine(torch.cat([hidden[:, t], z], -1)).chunk(2, -1)
-                z = pyro.sample(f"z_{t}", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    fitted = fit(model, x, guide=guide)
-    assert fitted.elbo > -steps * size * math.log(2)
-    assert fitted.convergence.converged is not None
 
 
 @pytest.mark.slow
