@@ -10,6 +10,7 @@ Whatever is shared out over processes, the batches of a fit or the rows of a que
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import socket
@@ -50,12 +51,15 @@ class Processes:
         What they talk by on the CPU; None of one alone.
     names : tuple of str
         Of all, for messages.
+    restarted : bool
+        Whether the launcher has started these processes again, after one of them was lost.
     """
 
     rank: int = 0
     count: int = 1
     group: Any = None
     names: tuple[str, ...] = ()
+    restarted: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -71,11 +75,6 @@ class Processes:
     def local_rank(self) -> int:
         """Which one of its machine this is, as the launcher numbers them."""
         return int(os.environ.get("LOCAL_RANK", self.rank))
-
-    @property
-    def restarted(self) -> bool:
-        """Whether the launcher has started these processes again, after one of them was lost."""
-        return self.count > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     @property
     def may_restart(self) -> bool:
@@ -260,7 +259,7 @@ def here() -> Processes:
         _, count = launched(os.environ)
         if count == 1:
             return ALONE
-        dist.init_process_group(timeout=PATIENCE)
+        _make_group()
     if dist.get_world_size() == 1:
         return ALONE
     world = id(dist.group.WORLD)
@@ -268,8 +267,36 @@ def here() -> Processes:
         _made.clear()
         nameless = Processes(dist.get_rank(), dist.get_world_size(), _talking())
         own = f"process {nameless.rank} of {nameless.count} (pid {os.getpid()} on {socket.gethostname()})"
-        _made[world] = replace(nameless, names=tuple(nameless.gather(own)))
+        names, attempts = zip(*nameless.gather((own, _attempt())), strict=True)
+        # each machine counts the restarts that its own processes were the cause of
+        _made[world] = replace(nameless, names=names, restarted=any(attempts))
     return _made[world]
+
+
+def _make_group() -> None:
+    """The group that the launcher's environment describes.
+
+    On one machine the launcher's store outlives those that were lost, and would give their addresses to their
+    successors.
+    """
+    if _attempt() and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store, rank, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(f"pyrolvm/attempt_{_attempt()}", store)
+        dist.init_process_group(store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    else:
+        dist.init_process_group(timeout=PATIENCE)
+    atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    """Before the interpreter ends: threads of the group that are left would abort it."""
+    _made.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @functools.cache

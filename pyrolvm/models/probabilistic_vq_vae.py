@@ -35,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrolvm.errors import DataError
+from pyrolvm.models.code_distributions import OneHot, all_settings
 from pyrolvm.models.code_model import CodeModel
-from pyrolvm.models.code_priors import CodePrior, OneHot, all_settings
+from pyrolvm.models.code_priors import CodePrior
 from pyrolvm.models.codebook import Codebook
 from pyrolvm.models.likelihoods import Likelihood
 

@@ -165,15 +165,15 @@ class Preparation:
         dataset: Any = None,
         as_vectors: bool = True,
         takes_labels: bool = False,
-        transforms: list[Transform] | None = None,
         streamed: bool = False,
+        transforms: list[Transform] | None = None,
     ) -> Prepared:
         """Split, then transform; a large file that would be copied for it is read as it is needed, if `streamed`.
 
         `as_vectors`: make each row, of whatever shape, a vector. `takes_labels`: the labels are data too, and their
         classes are numbered. `transforms`: those of another run, in place of new ones.
         """
-        copied = self.standardise or self.binarise or self.validation is not None
+        copied = self.standardise or self.binarise or bool(transforms) or self.validation is not None
         dataset = source.read(streamed and copied) if dataset is None else dataset
         classes = classes_of(dataset) if takes_labels else None
         record = {

@@ -46,8 +46,8 @@ app.command("fit", context_settings={"allow_extra_args": True, "ignore_unknown_o
 for _command in (
     commands.sample,
     commands.encode,
-    commands.most_probable,
     commands.posterior,
+    commands.most_probable,
     commands.reconstruct,
     latent.interpolate,
     latent.traverse,

@@ -60,7 +60,7 @@ class Job:
             if word.startswith("-"):
                 raise SettingError(f"{word}: give MODEL and DATA first, then options")
         extras = list(extras)
-        while extras and not extras[0].startswith("-"):  # a pattern that the shell has turned into its files
+        while extras and (Path(extras[0]).is_file() or "://" in extras[0]):  # a pattern that became its files
             data = f"{data}\n{extras.pop(0)}"
         self.options, self.text = options, Source(data).called
         self.named = _named(model, own, options)
@@ -70,8 +70,8 @@ class Job:
             source_of(data, options),
             as_vectors=self.named.takes_columns,
             takes_labels=self.named.takes_labels,
-            transforms=None if self.first is None else self.first.recipe.transforms,
             streamed="batch_size" in options,
+            transforms=None if self.first is None else self.first.recipe.transforms,
         )
         self.arguments = constructor_arguments(
             self.named, own, options.get("set", {}), self._from_data() | held(self.first)
@@ -214,8 +214,8 @@ def run_fit(
     processes = here() if job.options.get("parallel", True) else ALONE
     if processes.restarted and not resume:  # the launcher repeats the command that it was given
         resume = processes.first(lambda: any(states(path)))
-        overwrite = overwrite or not resume
-    folder = RunFolder(path, job.identity, command, resume, overwrite and not resume)
+        overwrite = not resume
+    folder = RunFolder(path, job.identity, command, resume, overwrite)
     try:  # nothing may keep the run from being written at its end
         json.dumps(job.record | folder.identity, allow_nan=False)
     except (TypeError, ValueError) as error:

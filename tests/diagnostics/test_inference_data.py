@@ -168,7 +168,7 @@ def test_a_guide_joint_over_the_data_has_totals_but_no_rows():
     idata = to_inference_data(fitted, torch.zeros(12), num_samples=4)
     assert set(idata["sample_stats"].data_vars) == {"log_p", "log_q"}
     z = torch.from_numpy(idata["posterior"]["z"].values[0])
-    guide = fitted.program.guide
+    guide = fitted.program.auto_guide
     with fitted.program.scope():
         expected = guide.get_posterior().log_prob(z).detach().numpy()
     np.testing.assert_allclose(idata["sample_stats"]["log_q"].values[0], expected, rtol=1e-4)

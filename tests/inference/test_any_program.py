@@ -120,7 +120,7 @@ def test_a_guide_that_runs_inside_the_model_is_trained_to_the_exact_posterior():
     assert [s.name for s in named.structure.latents] == ["mu"]
 
 
-def test_states_of_a_markov_chain_are_declined_and_the_rest_is_answered():
+def test_states_of_a_markov_chain_are_drawn_and_exported_as_paths():
     def chain(y):
         locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -134,9 +134,11 @@ def test_states_of_a_markov_chain_are_declined_and_the_rest_is_answered():
     y = torch.randn(4, 3)
     guide = AutoNormal(pyro.poutine.block(chain, expose=["loc"]))
     fitted = pyrolvm.fit(chain, y, guide=guide, num_steps=2, **QUIET)
-    assert set(fitted.posterior(y, 3)) == {"loc"}
-    with pytest.raises(pyrolvm.ProgramError, match="states of a Markov chain"):
-        pyrolvm.to_inference_data(fitted, y, num_samples=3, progress=False)
+    draws = fitted.posterior(y, 3)
+    assert {n: tuple(v.shape) for n, v in draws.items()} == {"loc": (3,)} | {
+        f"s_{t}": (3, 4) for t in range(3)
+    }
+    assert set(draws) <= set(pyrolvm.to_inference_data(fitted, y, num_samples=3, progress=False)["posterior"])
 
 
 def test_what_a_reparameterisation_computes_is_no_data():

@@ -307,10 +307,13 @@ def test_a_point_is_the_mode_in_its_own_space():
     assert pair.guide().nodes["s"]["value"].item() == pytest.approx(1.0, abs=1e-5)  # (shape - 1) / rate
 
 
-def test_ten_starts_end_at_the_same_optimum():
+@pytest.mark.parametrize(
+    "kind", ["diagonal", FULL]
+)  # a low rank has several optima, a hundredth of a nat apart
+def test_ten_starts_end_at_the_same_optimum(kind):
     log_joint = LogJoint(pair_of(schools, (EFFECTS, ERRORS)))
     place = find_modes(log_joint, 0)[0]
-    bound = FixedBound(log_joint, place, Gaussian.around(place.location, place.scale_tril, FULL))
+    bound = FixedBound(log_joint, place, Gaussian.around(place.location, place.scale_tril, kind))
     normals = fixed_normals(64, log_joint.dim, 0)
     ends = []
     for seed in range(10):
@@ -318,9 +321,9 @@ def test_ten_starts_end_at_the_same_optimum():
             len(bound.initial), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
         found = climb(lambda p: bound(p, normals), bound.initial + noise, gradient_tolerance=1e-5)
-        assert found.flat
+        assert float(found.end.slope.abs().max()) < 1e-4
         ends.append(found.end.value)
-    assert max(ends) - min(ends) < 1e-6
+    assert max(ends) - min(ends) < 1e-5
 
 
 def test_the_bound_on_fixed_draws_has_the_gradient_that_it_says():

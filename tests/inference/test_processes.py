@@ -21,6 +21,9 @@ def launch(folder, *tasks, count=2, restarts=None, **environment):
     """Run tasks of `together` in `count` processes, which write to `folder`; what they wrote to standard error."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, str(SCRIPT), str(folder), *tasks]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     if restarts is not None:
         options = [
             "--nproc-per-node",
@@ -32,9 +35,6 @@ def launch(folder, *tasks, count=2, restarts=None, **environment):
         ]
         command[1:1] = ["-m", "torch.distributed.run", *options]
         return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count)} for r in range(count)]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [

@@ -103,7 +103,7 @@ class StreamedDataset:
         """The shape of a row."""
         return (math.prod(self.blocks.row_shape),) if self.vectors else self.blocks.row_shape
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """The rows of this view."""
         return sum(piece.num_rows for piece in self.pieces)

@@ -163,6 +163,8 @@ class AnswerFile:
 
     def _make_zarr(self, columns: Columns) -> None:
         zarr = optional("zarr", "zarr", "pip install zarr", "writing")
+        if text := [name for name, array in columns.items() if array.dtype.kind not in "biuf"]:
+            raise SettingError(f"{self.path}: zarr holds numbers, and '{text[0]}' is text: write parquet")
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         group = zarr.open_group(str(temporary), mode="w")
         for name, array in columns.items():

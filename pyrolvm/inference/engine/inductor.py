@@ -157,6 +157,7 @@ def _compile(graph: fx.GraphModule, settings: dict[str, Any], least_vectorised: 
         stack.enter_context(V.set_fake_mode(mode))
         stack.enter_context(tracing(TracingContext(mode)))
         stack.enter_context(_reads_or_none())
+        stack.enter_context(_without_reports(mode))
         stack.enter_context(_one_table_of_types())
         stack.enter_context(_vectors_from(least_vectorised))
         return compile_fx_inner(
@@ -185,6 +186,19 @@ def _reads_or_none() -> Iterator[None]:
 
 
 @contextmanager
+def _without_reports(mode: Any) -> Iterator[None]:
+    """Keep inductor from printing the graph for its developers, and from making the fake values anew that it has."""
+    from torch._dynamo.repro import after_aot
+    from torch._inductor import compile_fx
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(after_aot, "save_graph_repro", lambda *args, **kwargs: None))
+        stack.enter_context(mock.patch.object(fx.GraphModule, "print_readable", lambda *args, **kwargs: ""))
+        stack.enter_context(mock.patch.object(compile_fx, "fake_tensor_prop", lambda *args, **kwargs: mode))
+        yield
+
+
+@contextmanager
 def _one_table_of_types() -> Iterator[None]:
     """Keep inductor from filling its table of types anew for each operation of each kernel."""
     from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
@@ -198,20 +212,25 @@ def _one_table_of_types() -> Iterator[None]:
 def _vectors_from(least: int) -> Iterator[None]:
     """Vectors in the kernels of at least `least` elements alone: others are written once, not thrice."""
     from torch._inductor import config
-    from torch._inductor.codegen.cpp import KernelOpStats, TilingSelect, _get_loop_body
+    from torch._inductor.codegen.cpp import TilingSelect, _get_loop_body
 
-    select = TilingSelect.select_tiling
+    select, indices = TilingSelect.select_tiling, TilingSelect._select_tiling_indices
 
     def selected(self: Any, functions: Any, sizes: Any) -> Any:
-        if max(math.prod(int(n) for part in own for n in part) for own in sizes) < least:
-            return [], [], KernelOpStats()
         nodes = (node for body in _get_loop_body(functions) for node in body.get_nodes())
         # inductor shuns vectors of numbers that lie apart; an exponential is dearer than fetching them
         costly = any(node.target in rewrites.COSTLY for node in nodes)
         with config.patch({"cpp.enable_tiling_heuristics": not costly}):
             return select(self, functions, sizes)
 
-    with mock.patch.object(TilingSelect, "select_tiling", selected):
+    def places(self: Any, functions: Any, sizes: Any, factor: int) -> Any:
+        count = max(math.prod(int(n) for part in own for n in part) for own in sizes)
+        return [] if count < least else indices(self, functions, sizes, factor)
+
+    with (
+        mock.patch.object(TilingSelect, "select_tiling", selected),
+        mock.patch.object(TilingSelect, "_select_tiling_indices", places),
+    ):
         yield
 
 

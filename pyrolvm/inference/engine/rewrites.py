@@ -143,7 +143,7 @@ def delay_expansions(graph: fx.GraphModule) -> None:
             small = graph.graph.node_copy(node, dict.fromkeys(sources, base).__getitem__)
             wide = graph.graph.call_function(expand, (small, list(node.meta["val"].shape)))
         small.meta["val"] = _value(node, base)
-        wide.meta["val"] = node.meta["val"]
+        wide.meta["val"] = small.meta["val"].expand(node.meta["val"].shape)
         node.replace_all_uses_with(wide)
         graph.graph.erase_node(node)
     graph.recompile()

@@ -93,8 +93,8 @@ def _rebuilt(
 ) -> FittedModel:
     if model is None:
         model = _build(config["model"], registry, path, saved)
-    where = torch.device(resolve_device(device))
     guide = row_guide(config.get("guide")) if guide is None else guide
+    where = torch.device(resolve_device(device))
     program = Program(model, guide, device=where, dtype=_dtype(config["dtype"], path))
     program.controls = {str(k): float(v) for k, v in config["controls"].items()}
     zeros = _placeholder(config["arguments"], path)
@@ -102,15 +102,8 @@ def _rebuilt(
     given = suited(program, example, zeros) if example is not None else None
     placeholder = given or zeros
     _initialise(program, placeholder, saved, path)
-    own = program.tensors()
-    beside = {k: v for k, v in saved.items() if k not in own and k.startswith(OBJECTIVE)}
-    program.load({k: v for k, v in saved.items() if k not in beside})
-    program.buffers |= {k: v.to(where) for k, v in beside.items()}  # for a fit that begins here: `init`
     structure = _structure(config["structure"])
-    program.complete_guide([s.name for s in structure.sites if s.left_to_prior])
-    if program.contract is not None:
-        program.contract.fresh = False
-    program.settle()
+    _fill(program, saved, structure)
     known = None if zeros is None or zeros.shared else zeros  # else every argument is asked for
     alone = known is not None and len(list(known.parts())) < 2  # then it stands for what is drawn anew
     return FittedModel(
@@ -127,6 +120,19 @@ def _rebuilt(
         arguments=config["arguments"],
         call=given or known,
     )
+
+
+def _fill(program: Program, saved: dict[str, Tensor], structure: Structure) -> None:
+    """Give the program what was saved; it is then as `fit` left it."""
+    own = program.tensors()
+    beside = {k: v for k, v in saved.items() if k not in own and k.startswith(OBJECTIVE)}
+    program.load({k: v for k, v in saved.items() if k not in beside})
+    moved = {k: v.to(program.device) for k, v in beside.items()}
+    program.buffers |= moved  # for a fit that begins here: `init`
+    program.complete_guide([s.name for s in structure.sites if s.left_to_prior])
+    if program.contract is not None:
+        program.contract.fresh = False
+    program.settle()
 
 
 def _initialise(program: Program, placeholder: Batch | None, saved: dict[str, Tensor], path: Path) -> None:
@@ -222,7 +228,9 @@ def read_history(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path / HISTORY} is damaged: {error}") from None
     if not text.endswith("\n") or "step" not in history:
-        raise RunFolderError(f"{path / HISTORY} is damaged: it is cut off; restore it from a copy or fit again")
+        raise RunFolderError(
+            f"{path / HISTORY} is damaged: it is cut off; restore it from a copy or fit again"
+        )
     return history
 
 

@@ -91,7 +91,7 @@ def _drawn_values(pair: Pair, num_draws: int | None, states: Trace) -> dict[str,
     for site, chosen in differentiated(pair, states, Drawing):
         value, event = at_states(site, chosen), site["fn"].event_shape
         batch = value.shape[: value.dim() - len(event)]
-        found[site["name"]] = value.reshape(*batch[len(batch) - depth :], *event)
+        found[site["name"]] = value.reshape((*batch[len(batch) - depth :], *event))
     return found
 
 

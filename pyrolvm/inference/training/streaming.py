@@ -71,13 +71,17 @@ class StreamedPlan(WindowPlan):
 
     def kept(self, num_steps: int) -> Tensor:
         """Rows that stay in the buffer, in the place of those of the first steps: [num_steps, whole_batch]."""
-        kept = self.buffer[0].num_rows - 2 * self.window
-        rows = torch.arange(num_steps * self.rows_per_step) % kept + 2 * self.window
+        rows = torch.arange(num_steps * self.rows_per_step) % self._num_kept + 2 * self.window
         return self._placed(rows.reshape(num_steps, -1))
 
     def num_steps(self, num_epochs: int) -> int:
         """As of `BatchPlan`, the same for all processes."""
         return -(-num_epochs * self.total // self.whole_batch)
+
+    @property
+    def _num_kept(self) -> int:
+        """R."""
+        return min(self.window, KEPT_STEPS * self.rows_per_step)
 
     def _placed(self, rows: Tensor) -> Tensor:
         if self.whole_batch == self.rows_per_step:
@@ -95,9 +99,9 @@ class StreamedPlan(WindowPlan):
         begun = self.ahead.pop(window, None)
         found = self.suit(self.read(window) if begun is None else begun.result())
         if not self.buffer:
-            kept = min(self.window, KEPT_STEPS * self.rows_per_step)
-            self.buffer.append(_blank(found, 2 * self.window + kept, self.total))
-            self._write(found.take(self._shuffle(window)[:kept]), 2 * self.window)
+            most = max(2 * self.window + self._num_kept, self.whole_batch)  # trial steps take rows 0 .. B - 1
+            self.buffer.append(_blank(found, most, self.total))
+            self._write(found.take(self._shuffle(window)[: self._num_kept]), 2 * self.window)
         self._write(found, window % 2 * self.window)
         self.held[window % 2] = window
 
@@ -131,7 +135,8 @@ class Ahead:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return self._found
+        found, self._found = self._found, None  # not held here as well
+        return found
 
 
 @dataclass(frozen=True)
@@ -198,13 +203,12 @@ def stream(
             return joined((reader.piece(*cut) for cut in plan.contents(index)), window)
 
     def suit(rows: Dataset) -> Batch:
+        if not plan.buffer:  # as they were read: after a cast it is too late
+            check_precision(rows.values, rows.columns, program.dtype)
         return suited(program, rows)
 
     sizes = [piece.num_rows for piece in own.pieces]
     plan = StreamedPlan(own.num_rows, size, seed, sizes, window, places, batch_size, total, read, suit)
-    plan.ahead[0] = first = Ahead(read, 0)
-    rows = first.result()
-    check_precision(rows.values, rows.columns, program.dtype)
     plan.rows(0, 1)
     return Streamed(data, plan, total)
 
