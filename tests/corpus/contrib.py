@@ -31,7 +31,7 @@ from torch import nn
 from corpus.form import NO_LATENTS_OF_ROWS, Pair, program
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def latent_inputs_of_a_process() -> Pair:
     """A Gaussian process latent variable model: the inputs of a sparse regression get a prior and a guide."""
     y = torch.randn(3, 12)
@@ -45,7 +45,7 @@ def latent_inputs_of_a_process() -> Pair:
     return Pair(module.model, module.guide)
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def classes_by_processes() -> Pair:
     """A variational Gaussian process with a latent function of each of three classes."""
     x = torch.randn(15, 2)
@@ -86,6 +86,7 @@ def forecasting_with_season() -> Pair:
 
 
 @program(
+    quick=False,
     declines={
         **NO_LATENTS_OF_ROWS,
         **dict.fromkeys(("predict", "reconstruct", "sample"), "observes no data"),
@@ -107,7 +108,7 @@ def tracks_by_assignment() -> Pair:
     return Pair(model, AutoNormal(model), (observed,))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def scopes_of_names() -> Pair:
     """Sites named by the scopes they stand in, the same function called twice."""
 
@@ -127,7 +128,7 @@ def scopes_of_names() -> Pair:
     return Pair(model, AutoNormal(model), (torch.randn(15), torch.randn(15)))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def a_network_made_bayesian() -> Pair:
     """A torch network changed in place by to_pyro_module_, its weights given priors one by one."""
     net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -145,7 +146,7 @@ def a_network_made_bayesian() -> Pair:
     return Pair(model, AutoNormal(model, init_scale=0.05), (torch.randn(12, 2), torch.randn(12)))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def warped_by_neutra() -> Pair:
     """NeuTraReparam by a trained AutoMultivariateNormal, then AutoNormal in the warped space."""
     x = torch.randn(12)
@@ -163,7 +164,7 @@ def warped_by_neutra() -> Pair:
     return Pair(warped, AutoNormal(warped), (x,))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def learned_centring() -> Pair:
     """Effects of groups whose centring is learned by LocScaleReparam."""
     group = torch.arange(18) % 6
@@ -196,7 +197,7 @@ def wavelets_of_a_walk() -> Pair:
     return Pair(model, AutoNormal(model), (torch.randn(8).cumsum(0),))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def decentred_by_itself() -> Pair:
     """AutoReparam over a hierarchy."""
     y, group = torch.randn(20), torch.arange(20) % 5
@@ -213,7 +214,7 @@ def decentred_by_itself() -> Pair:
     return Pair(model, AutoNormal(model), (group, y))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def heavy_tailed_states() -> Pair:
     """A state space model with Student t noise as a LinearHMM, reparameterised to a Gaussian one."""
     y = torch.randn(6, 1)
@@ -234,7 +235,7 @@ def heavy_tailed_states() -> Pair:
     return Pair(model, AutoNormal(model), (y,))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def directions() -> Pair:
     """A direction on the sphere by ProjectedNormalReparam, from a value given as the start."""
     x = nn.functional.normalize(torch.randn(10, 3) + torch.tensor([2.0, 0.0, 0.0]), dim=-1)
@@ -251,6 +252,7 @@ def directions() -> Pair:
 
 
 @program(
+    quick=False,
     declines={
         **NO_LATENTS_OF_ROWS,
         **dict.fromkeys(("predict", "reconstruct", "sample"), "observes no data"),

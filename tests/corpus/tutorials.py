@@ -30,7 +30,7 @@ class Gaussian(nn.Module):
         return loc, log_scale.exp()
 
 
-@program
+@program(quick=False)
 def conditional_vae() -> Pair:
     """A conditional VAE: the prior of the latent is a network of the input, the output is drawn if it is not there."""
 
@@ -118,7 +118,7 @@ def scanvi() -> Pair:
     )
 
 
-@program
+@program(quick=False)
 def attend_infer_repeat() -> Pair:
     """Two steps of attend, infer, repeat: presence, place and content of objects, masked, a network as baseline."""
 
@@ -231,7 +231,7 @@ def deep_markov_model() -> Pair:
     return Pair(dmm.model, dmm.guide, (x, backwards, mask, lengths), {"annealing_factor": 0.5})
 
 
-@program
+@program(quick=False)
 def topics_by_logistic_normal() -> Pair:
     """ProdLDA: a decoder and an encoder with batch normalisation and dropout, counts as Multinomial."""
 
@@ -269,7 +269,7 @@ def topics_by_logistic_normal() -> Pair:
     return Pair(prodlda.model, prodlda.guide, (docs,), objective=TraceMeanField_ELBO)
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def density_by_splines() -> Pair:
     """A flow as the likelihood, conditional on a covariate and trained to the greatest likelihood, no latents."""
     context = torch.randn(20, 1)
@@ -288,7 +288,7 @@ def density_by_splines() -> Pair:
     return Pair(model, lambda x: None, (x,))
 
 
-@program
+@program(quick=False)
 def vae_with_a_flow_as_prior() -> Pair:
     """A VAE whose prior is a learned coupling flow."""
     flow = transforms.affine_coupling(2, hidden_dims=[6])
@@ -310,7 +310,7 @@ def vae_with_a_flow_as_prior() -> Pair:
     return Pair(model, guide, (bits(12),))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def correlations_by_lkj() -> Pair:
     """A covariance from an LKJCholesky prior and scales, observed as rows of a multivariate normal."""
     x = torch.randn(25, 3) @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.3], [0.0, 0.0, 0.7]])
@@ -325,7 +325,7 @@ def correlations_by_lkj() -> Pair:
     return Pair(model, AutoNormal(model), (x,))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def mixture_in_closed_form() -> Pair:
     """A mixture whose likelihood sums its components itself, by MixtureSameFamily."""
     x = torch.cat([torch.randn(10) - 2, torch.randn(14) + 2])
@@ -346,7 +346,7 @@ def mixture_in_closed_form() -> Pair:
 SUMMED_OUT = {"k-hat per datum": "is enumerated", "collapse": "is enumerated"}
 
 
-@program(missing=SUMMED_OUT)
+@program(quick=False, missing=SUMMED_OUT)
 def zero_inflation_summed_out() -> Pair:
     """Zero-inflated counts with a switch for each row that is summed out."""
     x = torch.randn(20)
@@ -366,6 +366,7 @@ def zero_inflation_summed_out() -> Pair:
 
 
 @program(
+    quick=False,
     declines={"log_evidence": "summed out", "export": "summed out"},
     missing={**SUMMED_OUT, "log p(x)": "summed out"},
 )
@@ -388,7 +389,7 @@ def annotators() -> Pair:
     return Pair(model, guide, (answers,), objective=lambda: TraceEnum_ELBO(max_plate_nesting=2))
 
 
-@program(missing=SUMMED_OUT)
+@program(quick=False, missing=SUMMED_OUT)
 def sticks_summed_out() -> Pair:
     """A Dirichlet process by stick breaking, the assignments summed out of the model."""
     x = torch.cat([torch.randn(12, 2) - 2, torch.randn(12, 2) + 2])
@@ -411,6 +412,7 @@ def sticks_summed_out() -> Pair:
 
 
 @program(
+    quick=False,
     declines={
         **NO_LATENTS_OF_ROWS,
         **dict.fromkeys(("predict", "reconstruct", "sample"), "observes no data"),
@@ -431,7 +433,7 @@ def proportional_hazards() -> Pair:
     return Pair(model, AutoNormal(model), (x, time, event))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def logistic_growth() -> Pair:
     """A compartment in a loop with names by f-strings, all rows of a county at one time in a plate."""
     y = torch.poisson(torch.linspace(1, 20, 6).unsqueeze(-1).expand(6, 4))
@@ -447,7 +449,7 @@ def logistic_growth() -> Pair:
     return Pair(model, AutoNormal(model), (y,))
 
 
-@program(declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, declines=NO_LATENTS_OF_ROWS)
 def cells_as_a_dataclass() -> Pair:
     """The data in a dataclass of tensors, as one argument."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.enumerated import TOGETHER, Summed, draw_summed
-from pyrolvm.inference.program.pair import Pair, total_of
+from pyrolvm.inference.program.pair import Pair, slice_of, total_of
 from pyrolvm.inference.program.structure import Structure, sample_sites
 from pyrolvm.inference.program.sums import where_seen
 from pyrolvm.inference.program.weights import log_densities
@@ -75,17 +75,17 @@ def draws_of(
 
 
 def _posterior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws:
-    return read_draws(pair, *pair.draw(num_draws, given))
+    return read_draws(pair, *pair.draw(num_draws, given), num_draws)
 
 
-def read_draws(pair: Pair, model: Trace, guide: Trace) -> Draws:
+def read_draws(pair: Pair, model: Trace, guide: Trace, num_draws: int | None) -> Draws:
     """The draws that a pair of traces shows."""
     shared, beside = pair.held(guide), pair.structure.beside_data
     densities = log_densities(model, guide, skip={*shared, *beside})
     zeros = torch.zeros_like(densities.log_prior[:, 0])
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, guide)},
-        predictive={s["name"]: tidy(pair.structure, s, s["fn"].sample()) for s in _data(pair, model)},
+        predictive=_anew(pair, model, num_draws),
         pointwise={s["name"]: tidy(pair.structure, s, _unscaled(s), event=False) for s in _data(pair, model)},
         log_prior=densities.log_prior,
         log_likelihood=densities.log_likelihood,
@@ -101,12 +101,30 @@ def _prior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws
     shared = pair.held(model)
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, model)},
-        predictive={s["name"]: tidy(pair.structure, s, s["fn"].sample()) for s in _data(pair, model)},
+        predictive=_anew(pair, model, num_draws),
         log_likelihood=log_densities(
             model, Trace(), skip={*shared, *pair.structure.beside_data}
         ).log_likelihood,
         shared=[shared],
     )
+
+
+def _anew(pair: Pair, model: Trace, num_draws: int | None) -> dict[str, Tensor]:
+    """Data drawn anew at the latents of a trace; several sites together, since one may depend on another."""
+    if len(pair.structure.observed) < 2:
+        return {s["name"]: tidy(pair.structure, s, s["fn"].sample()) for s in _data(pair, model)}
+
+    def made(trace: Trace) -> dict[str, Tensor]:
+        return {s["name"]: tidy(pair.structure, s, s["value"]) for s in _data(pair, trace)}
+
+    try:
+        latents = {s["name"]: s["value"] for s in sample_sites(model) if not s["is_observed"]}
+        return made(pair.simulate(num_draws, given=latents))
+    except Exception:  # a program that takes draws at once of its latents alone
+        if num_draws is None:
+            raise
+    parts = [made(pair.simulate(given=slice_of(model, Trace(), i))) for i in range(num_draws)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _unscaled(site: Any) -> Tensor:
@@ -127,7 +145,7 @@ def _data(pair: Pair, trace: Trace) -> list[Any]:
 def enumerated_draw(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws:
     """As `_posterior`, with densities that are sums over the states of the latents that are summed out."""
     summed, model, guide = draw_summed(pair, num_draws, given)
-    draws, nodes = read_draws(pair, model, guide), dict[str, Any](model.nodes)
+    draws, nodes = read_draws(pair, model, guide, num_draws), dict[str, Any](model.nodes)
     for name, value in summed.values.items():
         site = nodes[name]
         seen = where_seen(site, value, -1, len(site["fn"].event_shape))

@@ -26,7 +26,7 @@ from pyrolvm.inference.program.handlers import Fixed, Means, Undone
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.running import every_row
-from pyrolvm.inference.program.structure import Structure, in_plate, sample_sites, with_sizes
+from pyrolvm.inference.program.structure import Structure, in_plate, is_factor, sample_sites, with_sizes
 from pyrolvm.inference.program.weights import PARTICLES, LogDensities, log_densities
 
 Values = Mapping[str, Tensor]
@@ -69,8 +69,15 @@ class Pair:
     # ------------------------------------------------------------------ running
 
     def guide(self, num_draws: int | None = None, *handlers: Any, given: Values | None = None) -> Trace:
-        """The guide inside `handlers`, some of its sites given; log-densities are computed."""
-        return self._run(self.program.guide, num_draws, handlers, given)
+        """The guide inside `handlers`, some of its sites given; log-densities are computed.
+
+        In predict mode without its factors: a loss that is trained beside the bound is no part of q's density.
+        """
+        trace = self._run(self.program.guide, num_draws, handlers, given)
+        if self.mode == "predict":
+            for name in [s["name"] for s in sample_sites(trace) if is_factor(s)]:
+                trace.remove_node(name)
+        return trace
 
     def model(self, num_draws: int | None = None, *handlers: Any, given: Values | None = None) -> Trace:
         """The model inside `handlers`, some of its latents given; log-densities are computed."""
@@ -167,6 +174,12 @@ class Pair:
         skip = {*(held or ()), *self.structure.beside_data}
         found = log_densities(model, guide, skip=skip, keep=[plate.name] if plate else [])
         if found.log_likelihood.shape[1] != self.num_rows:
+            outside = [s.name for s in self.structure.observed if not s.local]
+            if outside and plate is not None:
+                raise ProgramError(
+                    f"the program has no density per datum: the data '{outside[0]}' belong to no row of the plate "
+                    f"'{plate.name}', which they stand outside of"
+                )
             names = ", ".join(s.name for s in self.structure.global_latents)
             raise ProgramError(
                 f"the program has no density per datum: a latent outside the data plate ({names}) is not drawn by "
@@ -243,7 +256,7 @@ class Pair:
         try:
             model, guide = self.draw(2)
             together = self._densities(model, guide)
-            given = [_slice(model, guide, s) for s in range(2)]
+            given = [slice_of(model, guide, s) for s in range(2)]
             alone = [self._densities(self.model(given=v), self._guide_again(v)) for v in given]
         except Exception:  # whatever a user's program raises under dimensions it did not expect
             return False
@@ -297,7 +310,7 @@ def total_of(trace: Trace, names: Collection[str], zeros: Tensor) -> Tensor:
     return sum((t.reshape(len(zeros), -1).sum(-1) for t in terms), zeros)
 
 
-def _slice(model: Trace, guide: Trace, index: int) -> dict[str, Tensor]:
+def slice_of(model: Trace, guide: Trace, index: int) -> dict[str, Tensor]:
     """The latents of one of several draws, shaped as without the plate of draws."""
     sites = {s["name"]: s for trace in (model, guide) for s in sample_sites(trace) if not s["is_observed"]}
     values = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Delta, TransformedDistribution, Unit
+from pyro.distributions import Delta, TransformedDistribution
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.trace_struct import Trace
@@ -31,6 +31,7 @@ from pyrolvm.inference.program.structure import (
     in_plate,
     is_bound,
     is_deterministic,
+    is_factor,
     sample_sites,
     with_sizes,
 )
@@ -134,7 +135,7 @@ def _family(fn: Any) -> str:
 def _kind(site: dict[str, Any], plate: Plate | None, batch: Batch) -> str:
     if not site["is_observed"]:
         return "latent"
-    if isinstance(base(site["fn"]), Unit):
+    if is_factor(site):
         return "factor"
     if is_deterministic(site):
         return "deterministic"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -180,13 +180,20 @@ def explain_unregistered(leaf: Tensor, functions: tuple[Callable[..., Any], ...]
 
 
 def reachable_modules(function: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that a plain function sees: its closure, and the globals it names."""
+    """Modules that a plain function sees: its closure, the globals it names, what it is bound to or was given."""
     while isinstance(function, functools.partial):
+        given = {f"argument {i}": value for i, value in enumerate(function.args)} | function.keywords
+        yield from _among(given)
         function = function.func
+    owner = getattr(function, "__self__", function)
+    if not isinstance(owner, nn.Module) and not inspect.isfunction(owner):
+        yield from _among(getattr(owner, "__dict__", {}))
+        function = function if owner is not function else type(owner).__call__
     function = inspect.unwrap(getattr(function, "__func__", function))
-    if not inspect.isfunction(function):
-        return
-    closure = inspect.getclosurevars(function)
-    for name, value in {**closure.globals, **closure.nonlocals}.items():
-        if isinstance(value, nn.Module):
-            yield name, value
+    if inspect.isfunction(function):
+        closure = inspect.getclosurevars(function)
+        yield from _among({**closure.globals, **closure.nonlocals})
+
+
+def _among(values: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+    yield from ((name, value) for name, value in values.items() if isinstance(value, nn.Module))

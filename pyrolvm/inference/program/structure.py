@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 
@@ -243,6 +243,11 @@ def find_data_plate(model_trace: Trace, batch_rows: int, *, drawn: bool = False)
         return None
     frame = min(over_rows, key=lambda f: f.dim)
     return Plate(frame.name, frame.dim, frame.size, frame.full_size)
+
+
+def is_factor(site: Any) -> bool:
+    """Whether a site is a `pyro.factor`."""
+    return bool(site["is_observed"]) and isinstance(base(site["fn"]), Unit)
 
 
 def is_deterministic(site: Any) -> bool:

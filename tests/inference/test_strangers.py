@@ -1,0 +1,118 @@
+"""Faults that programs of strangers brought up, each with an exact answer."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
+from torch import nn
+
+import pyrolvm
+
+QUIET = {"progress": False, "engine": "eager"}
+X = torch.randn(30, generator=torch.Generator().manual_seed(0)) + 1.0
+
+
+def of_rows(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+class Guide:
+    """A guide as an instance, its network an attribute."""
+
+    def __init__(self):
+        self.encoder = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+
+    def __call__(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x.unsqueeze(-1)).squeeze(-1), 0.5))
+
+    def bound(self, x):
+        self(x)
+
+
+@pytest.mark.parametrize("of", [lambda g: g, lambda g: g.bound])
+def test_networks_in_the_attributes_of_an_instance_answer_in_eval_mode(of):
+    guide = Guide()
+    fitted = pyrolvm.fit(of_rows, X, guide=of(guide), num_steps=2, **QUIET)
+    with torch.no_grad():
+        exact = guide.encoder.eval()(X.unsqueeze(-1)).squeeze(-1)
+    guide.encoder.train()
+    torch.testing.assert_close(fitted.encode(X), exact)
+
+
+def test_a_loss_in_the_guide_is_no_part_of_its_density():
+    """The evidence under the exact posterior is exact, whatever factor is trained beside it."""
+
+    def guide(x):
+        shift = pyro.param("shift", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + shift, 0.5**0.5))
+            pyro.factor("loss", 3.0 * x, has_rsample=False)
+
+    fitted = pyrolvm.fit(of_rows, X, guide=guide, num_steps=1, learning_rate=1e-12, **QUIET)
+    evidence = fitted.log_evidence(X, num_samples=20, progress=False)
+    torch.testing.assert_close(evidence.float(), dist.Normal(0.0, 2**0.5).log_prob(X), atol=1e-4, rtol=0)
+
+
+def test_data_that_depend_on_data_are_predicted_together():
+    def model(x, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            x = pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(x, 0.01), obs=y)
+
+    fitted = pyrolvm.fit(model, X, X, guide=AutoNormal(model), num_steps=2, **QUIET)
+    made = fitted.predict((X, X), 50)
+    assert (made["y"] - made["x"]).abs().max() < 0.06
+    assert made["x"].std() > 0.5
+
+
+def test_data_that_share_no_draws_at_once_are_predicted_one_by_one():
+    """A program that concatenates its data runs on one draw at a time only."""
+
+    def model(x, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            x = pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+            assert x.shape == (30,)
+            pyro.sample("y", dist.Normal(x, 0.01), obs=y)
+
+    fitted = pyrolvm.fit(model, X, X, guide=AutoNormal(model), num_steps=2, **QUIET)
+    made = fitted.predict((X, X), 7)
+    assert made["y"].shape == (7, 30)
+    assert (made["y"] - made["x"]).abs().max() < 0.06
+
+
+def test_a_module_whose_forward_calls_its_model_is_called():
+    class Forecasting(PyroModule):
+        """As `pyro.contrib.forecast.ForecastingModel`."""
+
+        def forward(self, x):
+            self.spread = 2.0
+            return self.model(x)
+
+        def model(self, x):
+            mu = pyro.sample("mu", dist.Normal(0.0, self.spread))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    fitted = pyrolvm.fit(Forecasting(), X, guide="AutoNormal", num_steps=2, **QUIET)
+    assert [s.name for s in fitted.structure.latents] == ["mu"]
+
+
+def test_data_outside_the_plate_of_rows_are_named():
+    def model(x, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        with pyro.plate("others", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    fitted = pyrolvm.fit(model, X, X[:7], guide="AutoNormal", num_steps=2, **QUIET)
+    with pytest.raises(pyrolvm.ProgramError, match="'y' belong to no row of the plate 'rows'"):
+        fitted.log_evidence((X, X[:7]), num_samples=5, progress=False)
