@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import Trace_ELBO
 
@@ -100,7 +101,8 @@ class Case:
     def build(self) -> Pair:
         """The program with its networks and data as they are every time."""
         torch.manual_seed(0)
-        return self.builder()
+        with pyro.get_param_store().scope():
+            return self.builder()
 
 
 CORPUS: dict[str, Case] = {}

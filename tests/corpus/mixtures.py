@@ -121,7 +121,7 @@ def discrete_latents_drawn() -> Pair:
     return Pair(model, guide, (x,), objective=TraceGraph_ELBO)
 
 
-@program(declines={"export": "taken datum by datum"}, missing=SUMMED_OUT)
+@program(missing=SUMMED_OUT)
 def topic_model() -> Pair:
     """Latent Dirichlet allocation: words by documents in nested plates, topics of words summed out, amortised guide."""
     data = torch.randint(0, 12, (8, 6))  # [words, documents]

@@ -171,7 +171,6 @@ def discrete_hmm() -> Pair:
 
 
 @program(
-    declines={"export": "states of a Markov chain"},
     missing={"k-hat per datum": "is enumerated", "collapse": "is enumerated"},
     gaps=("encode",),
 )

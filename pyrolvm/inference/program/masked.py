@@ -74,7 +74,12 @@ def check_apart(model: Trace, guide: Trace) -> None:
         s["name"] for s in sample_sites(guide) if s["infer"].get("is_auxiliary") and s["mask"] is None
     ]
     for name, mask in masks_of(model).items():
-        if together and name + OF_SITE not in guide.nodes and not torch.as_tensor(mask).all():
+        if (
+            together
+            and name in guide.nodes
+            and name + OF_SITE not in guide.nodes
+            and not torch.as_tensor(mask).all()
+        ):
             raise ProgramError(
                 f"a mask leaves entries of the latent '{name}' out of the model, and the guide draws all of them at "
                 f"once with others ('{together[0]}'), so that its density cannot leave them out: pass "

@@ -189,7 +189,8 @@ def site_table(sites: tuple[Site, ...]) -> str:
 def sample_sites(trace: Trace) -> Iterator[Any]:
     """The sample sites of a trace, without the subsampling of plates."""
     for site in trace.nodes.values():
-        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample):
+        # edges that a guide adds to its prototype make nodes without anything in them
+        if site.get("type") == "sample" and not isinstance(site["fn"], _Subsample):
             yield site
 
 
