@@ -134,7 +134,7 @@ def test_auto_runs_eagerly_with_the_line_in_its_note(monkeypatch):
         with data_plate(x):
             pyro.sample("x", dist.Normal(mu, 1.0 if mu > 0 else 2.0).expand([len(x), 6]).to_event(1), obs=x)
 
-    fitted = pyrolvm.fit(model, X, guide=location, engine="auto", **{**QUIET, "num_steps": 25})
+    fitted = pyrolvm.fit(model, X, guide=location, engine="auto", **{**QUIET, "num_steps": 60})
     assert "eager engine: Python reads or branches on a value that depends on 'loc'" in fitted.engine
     assert re.search(r'in test_reads.py, line \d+: `pyro.sample\("x', fitted.engine)
 

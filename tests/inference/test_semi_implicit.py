@@ -319,7 +319,7 @@ def test_the_compiled_engine_trains_it_by_dreg_as_the_eager_one_does():
 
 def test_it_goes_by_its_name_and_runs_under_pyros_svi():
     fitted = pyrolvm.fit(GlobalMean().model, X, guide="SemiImplicitGuide", num_steps=2, **QUIET)
-    assert isinstance(fitted.program.guide, SemiImplicitGuide)
+    assert isinstance(fitted.program.auto_guide, SemiImplicitGuide)
     guide = SemiImplicitGuide(Folded().model, num_mixing=3, hidden=(8,))
     with pyro.get_param_store().scope():
         svi = pyro.infer.SVI(Folded().model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())

@@ -40,6 +40,12 @@ class Masked:
         with _UnderMasks(masks_of(trace)):
             return self.guide(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """What else is asked of the guide."""
+        if name in ("guide", "model") or name.startswith("__"):  # not there yet while it is copied
+            raise AttributeError(name)
+        return getattr(self.guide, name)
+
     @property
     def _any_masked(self) -> bool:
         """Whether a latent was masked when the guide looked at the model; not known before its first run."""

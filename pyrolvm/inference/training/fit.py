@@ -237,19 +237,9 @@ def fit(
     given = {k: v for k, v in only_stochastic.items() if v is not None}
     start, why = exact.choose(optimizer, setup, given, seed)
     if start is not None:
-        keeper = Checkpoint(
-            folder,
-            checkpoint_seconds,
-            settings_of(setup, spec, free_rate=True) | {"optimizer": exact.NAME},
-            exact.NAME,
-            processes,
-        )
-        solution, record = exact.run(setup, start, seed, keeper, callbacks if processes.is_first else ())
-        processes.align(setup.problem.program.tensors().values())
-        verdict = exact.verdict_of(setup, solution, seed)
-        note = f"L-BFGS on {verdict.numbers.get('num_draws', 1):.0f} fixed draws: {why}"
-        settings = keeper.settings | {"num_processes": processes.count}
-        return _finished(setup, record, settings, note, start.sentence, verdict, len(solution.history))
+        keep = settings_of(setup, spec, free_rate=True) | {"optimizer": exact.NAME}
+        keeper = Checkpoint(folder, checkpoint_seconds, keep, exact.NAME, processes)
+        return _exactly(setup, start, why, seed, keeper, callbacks if processes.is_first else ())
     if begun is None and until and optimizer == "auto" and "init" not in given:
         exact.place(setup, seed)
     parted = share(setup, processes) if processes.count > 1 and alternate is None else ""
@@ -265,28 +255,17 @@ def fit(
             expected = min(steps, EXPECTED_STEPS) if until else steps
             running, note = choose_engine(begun or engine, problem, expected, on_compile=bar.note)
         held_out = setup.held_out_bound
-        rule: Rule | None = None
+        rule = None
         if until and plateau is None:
-            first = problem.num_steps if len(problem.scheduled) > 1 or callable(spec.learning_rate) else 0
-            bounds = Bounds(problem, running, setup.plan, noise, held_out, first)
-            rule = (
-                NoMoreRise(problem.structure)
-                if alternate is not None
-                else Until(problem, bounds, not free_rate, first)
-            )
+            rule = _rule(setup, running, noise, spec, free_rate, alternate is not None)
+        keep = settings_of(setup, spec, alternate, free_rate)
         training = Training(
             problem,
             running,
             setup.plan,
             running.initial_state(noise),
             steps,
-            Checkpoint(
-                folder,
-                checkpoint_seconds,
-                settings_of(setup, spec, alternate, free_rate),
-                running.name,
-                processes,
-            ),
+            Checkpoint(folder, checkpoint_seconds, keep, running.name, processes),
             validate=held_out,
             validate_every=cadence(validate_every, setup.plan, problem.num_steps)
             if held_out is not None
@@ -309,6 +288,35 @@ def fit(
     verdict = exact.weighed(setup, _verdict(training), training.state.step, seed)
     step = training.kept_step or training.state.step
     return _finished(setup, training.history, settings, note, training.stopped_because, verdict, step)
+
+
+def _exactly(
+    setup: Setup,
+    start: exact.Start | exact.Averaged,
+    why: str,
+    seed: int,
+    keeper: Checkpoint,
+    callbacks: Sequence[Callback],
+) -> FittedModel:
+    """The fit by L-BFGS on fixed draws, of which every process takes the first one's solution."""
+    solution, record = exact.run(setup, start, seed, keeper, callbacks)
+    keeper.processes.align(setup.problem.program.tensors().values())
+    verdict = exact.verdict_of(setup, solution, seed)
+    note = f"L-BFGS on {verdict.numbers.get('num_draws', 1):.0f} fixed draws: {why}"
+    settings = keeper.settings | {"num_processes": keeper.processes.count}
+    return _finished(setup, record, settings, note, start.sentence, verdict, len(solution.history))
+
+
+def _rule(
+    setup: Setup, running: Engine, noise: Any, spec: OptimizerSpec, free_rate: bool, alternates: bool
+) -> Rule:
+    """When a fit without a number of steps ends."""
+    problem = setup.problem
+    first = problem.num_steps if len(problem.scheduled) > 1 or callable(spec.learning_rate) else 0
+    if alternates:
+        return NoMoreRise(problem.structure)
+    bounds = Bounds(problem, running, setup.plan, noise, setup.held_out_bound, first)
+    return Until(problem, bounds, not free_rate, first)
 
 
 def _finished(
