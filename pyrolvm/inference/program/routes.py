@@ -84,8 +84,9 @@ def resolve(model: Any, guide: Any, start: Any = None) -> tuple[Callable[..., An
 
 
 def _is_pair(model: nn.Module) -> bool:
-    """Whether a module's `model` is the program, not its `forward` (of a `ForecastingModel`, which calls `model`)."""
-    called = type(model).forward is not nn.Module.forward and not callable(getattr(model, "guide", None))
+    """Whether a module's `model` is the program, not a `forward` that calls `model` (of a `ForecastingModel`)."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    called = code is not None and "model" in code.co_names and not callable(getattr(model, "guide", None))
     known = callable(getattr(type(model), "knows", None))
     return callable(getattr(model, "model", None)) and (known or not called)
 
