@@ -436,9 +436,9 @@ def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setattr("pyrolvm.runs.recipe.MAPPED_BYTES", 1)
     from pyrolvm.runs.recipe import Source, fingerprint
 
-    values = Source("x.npy").read().values
-    assert isinstance(values, np.memmap)
-    assert fingerprint(values) == hashlib.sha256(np.load("x.npy").tobytes()).hexdigest()
+    dataset = Source("x.npy").read()
+    assert isinstance(dataset.values, np.memmap)
+    assert fingerprint(dataset) == hashlib.sha256(np.load("x.npy").tobytes()).hexdigest()
     done(*fit, "mapped")
     small, mapped = (load_file(tmp_path / n / "parameters.safetensors") for n in ("small", "mapped"))
     assert all(torch.equal(small[k], mapped[k]) for k in small)
