@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO, RenyiELBO
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -28,13 +30,14 @@ from pyrolvm.inference.training import exact
 from pyrolvm.inference.training.bounds import Bounds
 from pyrolvm.inference.training.checkpoint import Checkpoint, recorded_engine
 from pyrolvm.inference.training.loop import Callback, Training
+from pyrolvm.inference.training.plateau import Plateau
 from pyrolvm.inference.training.rules import NoMoreRise, Rule, most_steps
 from pyrolvm.inference.training.setup import Setup, alternating, cadence, plateau_of, set_up, settings_of
 from pyrolvm.inference.training.starts import checked, from_data
 from pyrolvm.inference.training.together import check_alike, device_of, in_step, share
 from pyrolvm.inference.training.until import Until
-from pyrolvm.processes import ALONE, here
-from pyrolvm.progress import progress_bar
+from pyrolvm.processes import ALONE, Processes, here
+from pyrolvm.progress import Bar, progress_bar
 
 EXAMPLE_ROWS = 8
 DEFAULT_RATE = 1e-3
@@ -226,7 +229,8 @@ def fit(
         processes=processes if alternate is None else ALONE,
     )
     setup = processes.each(prepare)
-    check_alike(setup, settings_of(setup, spec, alternate, free_rate), processes)
+    run = _Run(setup, spec, processes, folder, checkpoint_seconds, alternate, until, free_rate)
+    check_alike(setup, run.settings, processes)
     only_stochastic = {
         "num_steps": num_steps, "num_epochs": num_epochs, "learning_rate": learning_rate, "schedule": schedule,
         "optimizer_options": optimizer_options, "clip_norm": clip_norm, "batch_size": batch_size,
@@ -237,86 +241,109 @@ def fit(
     given = {k: v for k, v in only_stochastic.items() if v is not None}
     start, why = exact.choose(optimizer, setup, given, seed)
     if start is not None:
-        keep = settings_of(setup, spec, free_rate=True) | {"optimizer": exact.NAME}
-        keeper = Checkpoint(folder, checkpoint_seconds, keep, exact.NAME, processes)
-        return _exactly(setup, start, why, seed, keeper, callbacks if processes.is_first else ())
+        return run.on_fixed_draws(start, why, callbacks)
     if begun is None and until and optimizer == "auto" and "init" not in given:
         exact.place(setup, seed)
-    parted = share(setup, processes) if processes.count > 1 and alternate is None else ""
-    problem = setup.problem
-    noise = noise_state(seed, target, *([processes.rank] if problem.sharing and processes.rank else []))
-    steps = most_steps(problem.structure, setup.plan) if until else problem.num_steps
     plateau = plateau_of(patience, setup.held_out, kl_warmup, setup.problem.num_steps)
-    with progress_bar(_title(model), steps, enabled=progress and processes.is_first) as bar:
-        running: Engine
-        if alternate is not None:
-            running, note = alternating(setup, objective, alternate)
-        else:
-            expected = min(steps, EXPECTED_STEPS) if until else steps
-            running, note = choose_engine(begun or engine, problem, expected, on_compile=bar.note)
+    with progress_bar(_title(model), run.most_steps, enabled=progress and processes.is_first) as bar:
+        return run.by_steps(
+            begun or engine, objective, plateau, bar, resume,
+            validate_every=validate_every, on_nan=on_nan, callbacks=callbacks,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A fit that is set up: on fixed draws, or by steps."""
+
+    setup: Setup
+    spec: OptimizerSpec
+    processes: Processes
+    folder: Path | None
+    checkpoint_seconds: float
+    alternate: int | None
+    until: bool
+    free_rate: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self.setup, self.spec, self.alternate, self.free_rate)
+
+    @property
+    def most_steps(self) -> int:
+        problem = self.setup.problem
+        return most_steps(problem.structure, self.setup.plan) if self.until else problem.num_steps
+
+    def on_fixed_draws(
+        self, start: exact.Start | exact.Averaged, why: str, callbacks: Sequence[Callback]
+    ) -> FittedModel:
+        """By L-BFGS; every process takes the first one's solution."""
+        setup, processes = self.setup, self.processes
+        kept = settings_of(setup, self.spec, free_rate=True) | {"optimizer": exact.NAME}
+        keeper = Checkpoint(self.folder, self.checkpoint_seconds, kept, exact.NAME, processes)
+        solution, record = exact.run(
+            setup, start, setup.seed, keeper, callbacks if processes.is_first else ()
+        )
+        processes.align(setup.problem.program.tensors().values())
+        verdict = exact.verdict_of(setup, solution, setup.seed)
+        note = f"L-BFGS on {verdict.numbers.get('num_draws', 1):.0f} fixed draws: {why}"
+        settings = kept | {"num_processes": processes.count}
+        return _finished(setup, record, settings, note, start.sentence, verdict, len(solution.history))
+
+    def by_steps(
+        self, engine: str, objective: Any, plateau: Plateau | None, bar: Bar, resume: bool, **loop: Any
+    ) -> FittedModel:
+        """By an engine; `loop` goes to `Training`."""
+        setup = self.setup
+        parted = share(setup, self.processes) if self.processes.count > 1 and self.alternate is None else ""
+        problem = setup.problem
+        own = [self.processes.rank] if problem.sharing and self.processes.rank else []
+        noise = noise_state(setup.seed, problem.program.device, *own)
+        running, note = self._engine(engine, objective, bar)
         held_out = setup.held_out_bound
-        rule = None
-        if until and plateau is None:
-            rule = _rule(setup, running, noise, spec, free_rate, alternate is not None)
-        keep = settings_of(setup, spec, alternate, free_rate)
+        every = cadence(loop.pop("validate_every"), setup.plan, problem.num_steps)
         training = Training(
             problem,
             running,
             setup.plan,
             running.initial_state(noise),
-            steps,
-            Checkpoint(folder, checkpoint_seconds, keep, running.name, processes),
+            self.most_steps,
+            Checkpoint(self.folder, self.checkpoint_seconds, self.settings, running.name, self.processes),
             validate=held_out,
-            validate_every=cadence(validate_every, setup.plan, problem.num_steps)
-            if held_out is not None
-            else 0,
+            validate_every=every if held_out is not None else 0,
             plateau=plateau,
-            until=rule,
-            on_nan=on_nan,
-            callbacks=callbacks,
+            until=self._rule(running, noise) if self.until and plateau is None else None,
+            **loop,
         )
         if resume:
             training.resume()
         training.run(bar)
-    # an engine that fell back says so itself
-    note = "; ".join(filter(None, [getattr(running, "note", note), parted]))
-    settings = training.checkpoint.settings | {
-        "num_steps": None if until else steps,
-        "kept_step": training.kept_step,
-        "num_processes": processes.count,
-    }
-    verdict = exact.weighed(setup, _verdict(training), training.state.step, seed)
-    step = training.kept_step or training.state.step
-    return _finished(setup, training.history, settings, note, training.stopped_because, verdict, step)
+        # an engine that fell back says so itself
+        note = "; ".join(filter(None, [getattr(running, "note", note), parted]))
+        settings = training.checkpoint.settings | {
+            "num_steps": None if self.until else self.most_steps,
+            "kept_step": training.kept_step,
+            "num_processes": self.processes.count,
+        }
+        verdict = exact.weighed(setup, _verdict(training), training.state.step, setup.seed)
+        step = training.kept_step or training.state.step
+        return _finished(setup, training.history, settings, note, training.stopped_because, verdict, step)
 
+    def _engine(self, asked: str, objective: Any, bar: Bar) -> tuple[Engine, str]:
+        """What runs the steps, and why."""
+        if self.alternate is not None:
+            return alternating(self.setup, objective, self.alternate)
+        expected = min(self.most_steps, EXPECTED_STEPS) if self.until else self.most_steps
+        return choose_engine(asked, self.setup.problem, expected, on_compile=bar.note)
 
-def _exactly(
-    setup: Setup,
-    start: exact.Start | exact.Averaged,
-    why: str,
-    seed: int,
-    keeper: Checkpoint,
-    callbacks: Sequence[Callback],
-) -> FittedModel:
-    """The fit by L-BFGS on fixed draws, of which every process takes the first one's solution."""
-    solution, record = exact.run(setup, start, seed, keeper, callbacks)
-    keeper.processes.align(setup.problem.program.tensors().values())
-    verdict = exact.verdict_of(setup, solution, seed)
-    note = f"L-BFGS on {verdict.numbers.get('num_draws', 1):.0f} fixed draws: {why}"
-    settings = keeper.settings | {"num_processes": keeper.processes.count}
-    return _finished(setup, record, settings, note, start.sentence, verdict, len(solution.history))
-
-
-def _rule(
-    setup: Setup, running: Engine, noise: Any, spec: OptimizerSpec, free_rate: bool, alternates: bool
-) -> Rule:
-    """When a fit without a number of steps ends."""
-    problem = setup.problem
-    first = problem.num_steps if len(problem.scheduled) > 1 or callable(spec.learning_rate) else 0
-    if alternates:
-        return NoMoreRise(problem.structure)
-    bounds = Bounds(problem, running, setup.plan, noise, setup.held_out_bound, first)
-    return Until(problem, bounds, not free_rate, first)
+    def _rule(self, running: Engine, noise: dict[str, Tensor]) -> Rule:
+        """When a fit without a number of steps ends."""
+        problem, setup = self.setup.problem, self.setup
+        if self.alternate is not None:
+            return NoMoreRise(problem.structure)
+        first = problem.num_steps if len(problem.scheduled) > 1 or callable(self.spec.learning_rate) else 0
+        bounds = Bounds(problem, running, setup.plan, noise, setup.held_out_bound, first)
+        return Until(problem, bounds, not self.free_rate, first)
 
 
 def _finished(
