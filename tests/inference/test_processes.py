@@ -49,7 +49,7 @@ def read(path, words=""):
     return torch.load(path, weights_only=False)
 
 
-QUICK = ("cases", "gradients", "registry", "refusals", "resuming")
+QUICK = ("cases", "by_messages", "gradients", "registry", "refusals", "resuming")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,20 @@ def test_two_runs_have_the_same_bits(two):
     assert two["again"] == two["VAE", "eager"]["digests"][0]
 
 
+def test_memory_and_messages_carry_the_same(results, two):
+    for engine, (digest, words) in zip(("eager", "compiled"), results["by_messages"], strict=True):
+        assert digest == two["VAE", engine]["digests"][0]
+        assert two["VAE", engine]["engine"] == f"{words} through memory of their machine"
+
+
+@pytest.mark.parametrize("task", ["hanging", pytest.param("hanging_by_messages", marks=pytest.mark.slow)])
+def test_a_process_that_hangs_within_a_step_is_named(tmp_path, task):
+    words = launch(tmp_path, task, STEP_PATIENCE="2")
+    said = read(tmp_path / task, words)
+    assert said.startswith("LostProcessError: process 1 of 2 (pid"), said
+    assert "does not answer the others: it is stopped" in said
+
+
 def test_compiled_steps_draw_what_eager_ones_draw(two):
     assert apart(two["VAE", "eager"]["tensors"], two["VAE", "compiled"]["tensors"]) < 1e-6
 
@@ -121,6 +135,14 @@ def test_running_means_are_of_all_rows(two):
     name = next(name for name in one if name.endswith("running_mean"))
     assert one[name].abs().max() > 0
     assert apart({name: one[name]}, other) < 1e-12
+
+
+def test_free_bits_are_of_all_rows(two):
+    one = together.kept(together.fitted(together.idle, engine="eager"))
+    assert apart(one["tensors"], two["free bits"]["tensors"]) < 1e-6
+    paid = one["history"]["free_bits"] - one["history"]["log_likelihood"]
+    assert paid.min() < -0.601  # more than the three dimensions have free
+    assert paid.max() > -0.61  # and in some steps hardly more
 
 
 @pytest.mark.slow
@@ -178,6 +200,8 @@ def test_what_is_wrong_in_one_process_is_said_in_all(results):
         "model": "process 1 has model: weight_logits='float64 [4]' where process 0 has 'float64 [3]'",
         "steps": "process 1 has num_steps=11 where process 0 has 10",
         "few rows": "a step has 1 rows for 2 processes: give a batch_size of at least 2",
+        "V statistic": "the expectation of the V statistic depends on how many rows are compared",
+        "Trace_MMD": "Trace_MMD compares all rows of a batch with each other",
     }
     for name, sentence in same.items():
         assert all(words.startswith(sentence) for words in said[name]), said[name]
