@@ -5,14 +5,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import together
 import torch
 
-from pyrolvm import SettingError
+from pyrolvm import PyrolvmError, SettingError
+from pyrolvm.inference.training.loop import Training
 from pyrolvm.processes import ALONE, Processes, launched
+from pyrolvm.signals import Asked
 
 SCRIPT = Path(together.__file__)
 
@@ -284,3 +287,48 @@ def test_what_nobody_launched_is_one_alone():
     assert launched({"MASTER_ADDR": "a"}) == (0, 1)
     assert launched({"WORLD_SIZE": "1"}) == (0, 1)
     assert launched(WHOLE) == (1, 2)
+
+
+class SecondOfTwo(Processes):
+    """The second of two processes; `first` is what the first one has to say."""
+
+    first = None
+
+    def gather(self, value):
+        return [type(self).first, value]
+
+
+def test_the_first_process_decides_and_any_may_interrupt():
+    class Second(SecondOfTwo):
+        first = (17, "enough", True, False, None)
+
+    run = SimpleNamespace(
+        processes=Second(1, 2),
+        checkpoint=SimpleNamespace(is_due=False),
+        stopped_because="",
+        _asked=Asked(interrupted=True),
+        _size=3,
+    )
+    assert Training._agree(run, 5, None) is True
+    assert (run._size, run.stopped_because, run._asked.interrupted) == (17, "enough", True)
+    run._asked.interrupted = False
+    Training._agree(run, 5, None)
+    assert not run._asked.interrupted
+    Second.first = (17, "", False, True, None)
+    assert Training._agree(run, 5, None) is False
+    assert run._asked.interrupted
+    Second.first = (17, "", False, False, "no space")
+    with pytest.raises(PyrolvmError, match="a callback failed in process 0 of 2: no space"):
+        Training._agree(run, 5, None)
+
+
+def test_the_mean_by_rows_has_the_value_of_all_and_the_gradient_of_the_own_part():
+    class Two(Processes):
+        def sum(self, value):
+            return value + 0.75 * 10.0  # the other one's part, and its estimate
+
+    x = torch.tensor(4.0, requires_grad=True)
+    mean = Two(0, 2, part=0.25).mean(3 * x)
+    assert mean.item() == 0.25 * 12 + 0.75 * 10
+    assert torch.autograd.grad(mean, x)[0].item() == 3
+    assert ALONE.mean(x) is x
