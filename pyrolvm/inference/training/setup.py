@@ -268,7 +268,8 @@ def _first_step(problem: Problem, rows: torch.Tensor, seed: int) -> None:
                 raise
             raise _refusal(problem, error) from error
     terms = dict(zip(problem.terms, loss.terms.tolist(), strict=True))
-    _check_weighted(problem, terms, loss.remainder.item())
+    if loss.remainder is not None:
+        _check_weighted(problem, terms, loss.remainder.item())
     program.check_registered(loss.surrogate)
     if not loss.surrogate.requires_grad:
         raise ProgramError("the bound depends on no parameter, so there is nothing to fit")
@@ -290,7 +291,7 @@ def _refusal(problem: Problem, error: Exception) -> Exception:
 
 def _check_weighted(problem: Problem, terms: Mapping[str, float], remainder: float) -> None:
     """A KL that is not known cannot be weighed, nor one that the bound is not the likelihood minus."""
-    if KL_WEIGHT in problem.schedules and not abs(remainder) <= 1e-3 * max(1.0, abs(terms["elbo"])):
+    if not abs(remainder) <= 1e-3 * max(1.0, abs(terms["elbo"])):
         raise SettingError(unweighable(f"{problem.objective.settings().get('name', 'this objective')}"))
 
 
