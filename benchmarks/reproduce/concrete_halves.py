@@ -13,7 +13,6 @@ draws from p(z | x_top); all are evaluated by 100 draws of the discrete units.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,6 @@ def run(
     steps = round(options.scale * STEPS)
     torch.manual_seed(options.seed)
     model = glorot(StructuredPrediction(784, num_layers=layers, num_particles=m))
-    start = time.perf_counter()
     fitted = pyrolvm.fit(
         model,
         train,
@@ -73,7 +71,6 @@ def run(
         resume=True,
         engine="compiled",
     )
-    seconds = time.perf_counter() - start
 
     def judged() -> dict[str, Any]:
         place = NAMES.index(name)
@@ -89,7 +86,11 @@ def run(
                 f"{part} NLL, paper": PAPER[layers, m][column],
             }
         share = f"{steps / STEPS:.3%}"
-        return row | {"steps": steps, "share of the schedule": share, "seconds": round(seconds)}
+        return row | {
+            "steps": steps,
+            "share of the schedule": share,
+            "seconds": round(fitted.history["seconds"].iloc[-1]),
+        }
 
     return kept(folder, {"steps": steps, "test_rows": options.test_rows}, judged)
 

@@ -32,13 +32,14 @@ from pyrolvm.progress import watched
 Statistic = Callable[[Tensor], Any]
 EXTREME = 0.05
 
+OF_ROWS = "sd of the rows' means"
 STATISTICS: dict[str, Statistic] = {
     "mean": lambda x: x.double().mean(),
     "sd": lambda x: x.double().std(),
     "smallest": lambda x: x.min(),
     "largest": lambda x: x.max(),
     "share of zeros": lambda x: (x == 0).double().mean(),
-    "sd of the rows' means": lambda x: x.double().reshape(len(x), -1).mean(1).std(),
+    OF_ROWS: lambda x: x.double().reshape(len(x), -1).mean(1).std(),
 }
 """What is looked at by default: tensor [rows, ...] -> number."""
 OF_ONE_NUMBER: dict[str, Statistic] = {"value": lambda x: x.double().sum()}
@@ -150,17 +151,29 @@ class _Observed:
         self.name, self.statistics = name, statistics
         node: Any = model.nodes[name]
         self.value = tidy(pair.structure, node, node["value"])[0]
-        if self.value.numel() == 1 and statistics is STATISTICS:
-            self.statistics = OF_ONE_NUMBER
         self.kept = observed_mask(pair, node)
+        if statistics is STATISTICS:
+            self.statistics = _usual(self.value if self.kept is None else self.value[self._rows])
 
     def of(self, value: Tensor) -> dict[str, float]:
         """The statistics of values [rows, ...] of this site."""
         if self.kept is not None:
             median = self.value[self.kept].double().median().to(value.dtype).item()
-            rows = self.kept.reshape(len(self.kept), -1).any(1)
-            value = value[rows].masked_fill(~self.kept[rows], median)
+            value = value[self._rows].masked_fill(~self.kept[self._rows], median)
         return {name: _number(name, statistic, value) for name, statistic in self.statistics.items()}
+
+    @property
+    def _rows(self) -> Tensor:
+        """The rows of which any value counts: bool [rows]."""
+        assert self.kept is not None
+        return self.kept.reshape(len(self.kept), -1).any(1)
+
+
+def _usual(value: Tensor) -> Mapping[str, Statistic]:
+    """What is looked at by default of values [rows, ...], as far as they have it."""
+    if value.numel() == 1:
+        return OF_ONE_NUMBER
+    return {name: of for name, of in STATISTICS.items() if name != OF_ROWS or len(value) > 1}
 
 
 def observed_mask(pair: Pair, node: Any) -> Tensor | None:

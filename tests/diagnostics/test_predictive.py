@@ -95,3 +95,9 @@ def test_the_generators_are_left_as_found(ppca):
     first = predictive_check(ppca, X, num_samples=5)
     assert torch.equal(torch.get_rng_state(), before)
     assert first.table.equals(predictive_check(ppca, X, num_samples=5).table)
+
+
+def test_of_one_row_the_statistics_that_it_has():
+    one = predictive_check(pyrolvm.fit(PPCA.closed_form(X, 2), X[:1], **FREEZE), X[:1], num_samples=5)
+    assert list(one.table.index) == ["mean", "sd", "smallest", "largest", "share of zeros"]
+    assert np.isfinite(one.replicates.to_numpy()).all()

@@ -62,6 +62,11 @@ def test_a_program_without_shared_latents_has_nothing_outside():
     draws = pyrolvm.fit(model, X, guide=local, **STILL).draws(X, 4)
     assert torch.equal(draws.global_log_prior, torch.zeros(4))
     assert torch.equal(draws.global_log_guide, torch.zeros(4))
+    z = draws.values["z"]
+    weight = (
+        dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(X) - dist.Normal(X, 1.0).log_prob(z)
+    )
+    torch.testing.assert_close(draws.log_weight, weight, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("vectorized", [True, False])

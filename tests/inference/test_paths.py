@@ -176,3 +176,29 @@ def test_a_chain_is_diagnosed_and_exported(fitted, sequences):
     )
     assert idata["posterior"]["z_0"].dims[-1] == "rows"
     assert idata["log_likelihood"]["observed"].shape == (1, 20, 5)
+
+
+def test_data_beside_the_states_are_added_up_and_data_of_no_row_left_out():
+    """x_n | k_n in each row, three y_n that no state moves, and one w outside the rows."""
+    x = torch.randn(5, 1, generator=torch.Generator().manual_seed(1))
+    y = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
+
+    def model(x, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("w", dist.Normal(mu, 1.0), obs=torch.tensor(0.3))
+        with pyrolvm.data_plate(x, dim=-2):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer=SUMMED)
+            pyro.sample("x", dist.Normal(mu + 2 * k, 1.0), obs=x)
+            with pyro.plate("item", 3, dim=-1):
+                pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(x, y):
+        pyro.sample("mu", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 0.1))
+
+    draws = fitted_to(model, (x, y), guide).draws((x, y), 6)
+    mu = draws.values["mu"][:, None]  # [draws, 1]
+    each = [math.log(p) + dist.Normal(mu + m, 1.0).log_prob(x[:, 0]) for p, m in ((0.7, 0.0), (0.3, 2.0))]
+    of_y = dist.Normal(mu.unsqueeze(-1), 1.0).log_prob(y).sum(-1)
+    torch.testing.assert_close(draws.log_likelihood, torch.logaddexp(*each) + of_y, atol=1e-5, rtol=1e-5)
+    outside = dist.Normal(0.0, 1.0).log_prob(mu) + dist.Normal(mu, 1.0).log_prob(torch.tensor(0.3))
+    torch.testing.assert_close(draws.global_log_prior, outside[:, 0], atol=1e-5, rtol=1e-5)

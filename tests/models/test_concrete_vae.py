@@ -166,6 +166,13 @@ def test_digits_from_grey_levels_and_other_estimators():
         )
 
 
+@pytest.mark.filterwarnings("ignore:the data. whole numbers that float32 rounds")
+def test_rounding_of_a_large_cost_is_no_jump():
+    x = 1e12 * torch.randn(23, 4, generator=torch.Generator().manual_seed(3))
+    fitted = pyrolvm.fit(ConcreteVAE(4, 3, likelihood="gaussian"), x, num_steps=1, **QUIET)
+    assert fitted.elbo == pytest.approx(-2 * x.square().mean().item(), rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -548,7 +548,7 @@ def test_a_users_network_is_taken_or_refused_at_construction():
 def test_what_needs_a_density_is_refused_by_name():
     x = torch.randn(60, 3)
     fitted = pyrolvm.fit(DiffusionVAE(3, chain_length=10, hidden=(8,)), x, num_steps=3, **QUIET)
-    for method in ("importance", "iwae", "ais"):
+    for method in ("importance", "iwae", "ais", "exact"):
         with pytest.raises(
             SettingError, match=f"method='{method}' needs densities, and the model has none for 'z'"
         ):

@@ -31,11 +31,15 @@ class TrainingState:
     step: int
     random: dict[str, Tensor]
 
-    def clone(self) -> TrainingState:
-        """A copy that shares no memory with this state."""
+    def clone(self, into: TrainingState | None = None) -> TrainingState:
+        """A copy that shares no memory with this state; `into` is one that nobody needs, whose memory it takes."""
+        old = into or TrainingState({}, {}, 0, {})
         return TrainingState(
-            {k: v.detach().clone() for k, v in self.parameters.items()},
-            {k: {n: v.clone() for n, v in s.items()} for k, s in self.optimizer.items()},
+            {k: _copied(v.detach(), old.parameters.get(k)) for k, v in self.parameters.items()},
+            {
+                k: {n: _copied(v, old.optimizer.get(k, {}).get(n)) for n, v in s.items()}
+                for k, s in self.optimizer.items()
+            },
             self.step,
             {k: v.clone() for k, v in self.random.items()},
         )
@@ -67,3 +71,13 @@ class TrainingState:
             elif kind == "random":
                 state.random[name] = value
         return state
+
+
+def _copied(value: Tensor, into: Tensor | None) -> Tensor:
+    # memory that is new to the process costs more than the copy
+    same = into is not None and (into.shape, into.dtype, into.device) == (
+        value.shape,
+        value.dtype,
+        value.device,
+    )
+    return into.copy_(value) if into is not None and same else value.clone()

@@ -17,6 +17,8 @@ from pyrolvm.inference.program.pair import Pair
 
 NODES = 24
 TOLERANCE = 0.05
+ROUNDING = 16
+"""Units in the last place of the cost, a sum over data, that its difference may be wrong by."""
 
 
 class Smoothness:
@@ -39,7 +41,8 @@ class Smoothness:
             [_cost(pair, read, (float(node) + 1) / 2)[1] * weight / 2 for node, weight in nodes]
         )
         rise = ends[1] - ends[0]
-        if bool((rise - slopes.sum()).abs() > TOLERANCE * (rise.abs() + slopes.abs().sum() + 1)):
+        rounding = ROUNDING * torch.finfo(rise.dtype).eps * (ends[0].abs() + ends[1].abs())
+        if bool((rise - slopes.sum()).abs() > TOLERANCE * (rise.abs() + slopes.abs().sum() + 1) + rounding):
             raise ProgramError(
                 f"{what} runs the program at values between the discrete ones, and its log-densities jump there "
                 "(values used as an index, compared or rounded?), so that its gradient would be wrong: use DisARM() or "

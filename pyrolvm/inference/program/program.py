@@ -38,7 +38,7 @@ from pyrolvm.inference.program.routes import (
     reachable_modules,
     resolve,
 )
-from pyrolvm.inference.program.running import default_dtype, explained, without_handlers
+from pyrolvm.inference.program.running import default_dtype, explained, products_alone_cast, without_handlers
 from pyrolvm.inference.program.semi_amortised import SemiAmortised
 from pyrolvm.plates import Rows, data_rows
 
@@ -172,6 +172,7 @@ class Program:
                 stack.enter_context(pyro.get_param_store().scope(self._store))
                 stack.enter_context(pyro.validation_enabled(validate))
                 stack.enter_context(default_dtype(self.dtype))
+                stack.enter_context(products_alone_cast(self.device))
                 if self.device.type != "cpu":
                     stack.enter_context(self.device)
                 stack.enter_context(controlled(self.controls))

@@ -10,10 +10,15 @@ from typing import Any
 import torch
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.hints import LAST, hint_of, reason_of
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -40,6 +45,33 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def products_alone_cast(device: torch.device) -> Iterator[None]:
+    """Under the caller's `torch.autocast`, take products in its type and all else, densities above all, in float32.
+
+    Parameters are cast anew at each use: autocast's cache would keep them as they were at the first step.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        with _Widened():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+class _Widened(TorchFunctionMode):
+    """What autocast computes in half precision from float32 is float32 again."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return tree_map_only(Tensor, lambda t: t.float() if t.dtype in HALF else t, result)
 
 
 _EVERY_ROW: ContextVar[bool] = ContextVar("pyrolvm_every_row", default=False)

@@ -291,7 +291,14 @@ class _Run:
         settings = kept | {"num_processes": processes.count}
         return _finished(setup, record, settings, note, start.sentence, verdict, len(solution.history))
 
-    def by_steps(
+    def by_steps(self, *args: Any, **kwargs: Any) -> FittedModel:
+        """By an engine; arguments as of `_by_steps`."""
+        try:
+            return self._by_steps(*args, **kwargs)
+        finally:
+            self.setup.problem.processes.close()
+
+    def _by_steps(
         self, engine: str, objective: Any, plateau: Plateau | None, bar: Bar, resume: bool, **loop: Any
     ) -> FittedModel:
         """By an engine; `loop` goes to `Training`."""

@@ -34,7 +34,7 @@ from pyrolvm.inference.program.hints import reason_of
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.training.evaluation import HeldOutBound
+from pyrolvm.inference.training.evaluation import HeldOutBound, chosen_or_usual
 from pyrolvm.inference.training.plateau import Plateau
 from pyrolvm.inference.training.rules import MOST_STEPS, SCHEDULED_EPOCHS, SCHEDULED_STEPS
 from pyrolvm.inference.training.starts import InfiniteBoundError, from_data, set_values, strategies
@@ -147,8 +147,7 @@ def _set_up(
     with seeded(derived_seed(seed, Purpose.CHECK), device):
         structure = inspect_program(program, first)
     set_values(program, structure, init)
-    usual = program.contract.objective() if program.contract is not None else None
-    prepared = prepare(usual if objective is None else objective, structure)
+    prepared = prepare(chosen_or_usual(objective, program), structure)
     schedules = schedules_of(brought, prepared, controls, kl_warmup)
     problem = Problem(
         program,
@@ -271,7 +270,8 @@ def _first_step(problem: Problem, rows: torch.Tensor, seed: int) -> None:
                 raise
             raise _refusal(problem, error) from error
     terms = dict(zip(problem.terms, loss.terms.tolist(), strict=True))
-    _check_weighted(problem, terms, loss.remainder.item())
+    if loss.remainder is not None:
+        _check_weighted(problem, terms, loss.remainder.item())
     program.check_registered(loss.surrogate)
     if not loss.surrogate.requires_grad:
         raise ProgramError(
@@ -309,7 +309,7 @@ def _refusal(problem: Problem, error: Exception) -> Exception:
 
 def _check_weighted(problem: Problem, terms: Mapping[str, float], remainder: float) -> None:
     """A KL that is not known cannot be weighed, nor one that the bound is not the likelihood minus."""
-    if KL_WEIGHT in problem.schedules and not abs(remainder) <= 1e-3 * max(1.0, abs(terms["elbo"])):
+    if not abs(remainder) <= 1e-3 * max(1.0, abs(terms["elbo"])):
         raise SettingError(unweighable(f"{problem.objective.settings().get('name', 'this objective')}"))
 
 
@@ -326,7 +326,7 @@ def alternating(setup: Setup, objective: Any, num_draws: int) -> tuple[Coordinat
         raise SettingError("coordinate ascent (alternate=) takes the data whole: load them (`.load()`)")
     count("alternate", num_draws, least=LEAST_DRAWS)
     program = problem.program
-    usual = program.contract.objective() if objective is None and program.contract is not None else objective
+    usual = chosen_or_usual(objective, program)
     if usual not in (None, "trace", "meanfield", "enum"):
         raise SettingError(
             f"coordinate ascent (alternate=) climbs the ELBO, not {usual!r}: take objective='trace'"

@@ -12,7 +12,7 @@ from pyrolvm.inference.posterior.evidence.chunks import evidence_chunks
 from pyrolvm.inference.posterior.evidence.enumeration import enumerable, summed_out
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import refuse_bound, sample_sites
 from pyrolvm.seeds import Purpose, derived_seed
 
 
@@ -41,6 +41,7 @@ def _closed_form(pair: Pair) -> Tensor | None:
 
 
 def _enumerated(pair: Pair) -> Tensor:
+    refuse_bound(pair.structure, "method='exact'")
     guide = pair.guide() if pair.structure.global_latents else Trace()
     held = pair.held(guide)
     _check_points(guide, held)
