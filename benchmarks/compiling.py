@@ -3,7 +3,7 @@
 Each program is compiled twice in a process of its own, the step not being stored: on a machine that has compiled
 nothing, and once more, with torch's compiler imported and its headers precompiled, for which it waits in between.
 Seconds are those of `fit` for three steps, imports of pyrolvm not counted; those of processors, the C++ compiler's
-among them, say more of a busy machine.
+among them but not those of precompiling the headers in the background, say more of a busy machine.
 Results go to `results/compiling.md` and `.json`, in which rows that are not measured again stay.
 `python -m benchmarks.compiling --child NAME` prints one row as JSON.
 """
@@ -108,6 +108,8 @@ def _run(name: str, how: str, num_steps: int) -> tuple[Any, Any]:
     """(fitted, the compiled engine or None)."""
     from unittest import mock
 
+    import torch
+
     import pyrolvm
     from benchmarks.sequences import PROGRAMS
     from pyrolvm.inference.engine import choose
@@ -119,6 +121,7 @@ def _run(name: str, how: str, num_steps: int) -> tuple[Any, Any]:
             super().__init__(*args, **kwargs)
             made.append(self)
 
+    torch.manual_seed(0)  # a model's parameters begin where they did
     given = PROGRAMS[name]()
     with mock.patch.object(choose, "CompiledEngine", Seen):
         fitted = pyrolvm.fit(
