@@ -203,7 +203,7 @@ def test_what_is_wrong_in_one_process_is_said_in_all(results):
         "model": "process 1 has model: weight_logits='float64 [4]' where process 0 has 'float64 [3]'",
         "steps": "process 1 has num_steps=11 where process 0 has 10",
         "few rows": "a step has 1 rows for 2 processes: give a batch_size of at least 2",
-        "V statistic": "the expectation of the V statistic depends on how many rows are compared",
+        "one row each": "the MMD compares rows of a batch, and a process has a single row here",
         "Trace_MMD": "Trace_MMD compares all rows of a batch with each other",
     }
     for name, sentence in same.items():
