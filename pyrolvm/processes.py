@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,21 @@ ROLL_CALL = 5.0
 """Seconds for those that are left to say so."""
 PATIENCE = timedelta(minutes=30)
 """How long one process waits for the others: they compile and read data at their own speed."""
+STEP_PATIENCE = timedelta(seconds=45)
+"""How long within steps, which all begin together."""
+
+
+class Memory(Protocol):
+    """Memory that processes of one machine share."""
+
+    def sums(self, value: Tensor) -> bool:
+        """Whether `sum` takes such a tensor."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all processes."""
+
+    def close(self) -> None:
+        """Take part no more."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +64,26 @@ class Processes:
         How many there are.
     group : ProcessGroup, optional
         What they talk by on the CPU; None of one alone.
+    steps : ProcessGroup, optional
+        What sums on the CPU go by within steps.
+    memory : Memory, optional
+        Memory that they share, through which sums go instead where it takes them.
     names : tuple of str
         Of all, for messages.
     restarted : bool
         Whether the launcher has started these processes again, after one of them was lost.
+    part : float
+        Within a step: the part of its rows that is this process's.
     """
 
     rank: int = 0
     count: int = 1
     group: Any = None
+    steps: Any = None
+    memory: Memory | None = None
     names: tuple[str, ...] = ()
     restarted: bool = False
+    part: float = 1.0
 
     @property
     def is_first(self) -> bool:
@@ -116,6 +140,11 @@ class Processes:
         """Wait until all have come here."""
         self.gather(None)
 
+    def close(self) -> None:
+        """Leave the shared memory; who still waits there for this process hears that it has ended."""
+        if self.memory is not None:
+            self.memory.close()
+
     # ------------------------------------------------------------------ what is done
 
     def each(self, action: Callable[[], T]) -> T:
@@ -152,12 +181,12 @@ class Processes:
 
     @contextmanager
     def losses_named(self) -> Iterator[None]:
-        """Within the block, an error because another process has ended says which one it was.
+        """Within the block, an error because another process has ended or hangs says which one it was.
 
         Raises
         ------
         LostProcessError
-            Another process has ended.
+            Another process has ended or hangs.
         """
         try:
             yield
@@ -169,9 +198,11 @@ class Processes:
             if not lost:
                 raise
             names = " and ".join(self.names[rank] for rank in lost)
+            what = "ended before the fit did, and with it this one: see its own last words, if it had time for any"
+            if "timed out" in str(error).lower():
+                what = "does not answer the others: it is stopped or waits for something else, or its machine is lost"
             raise LostProcessError(
-                f"{names} ended before the fit did, and with it this one: see its own last words, if it had time for "
-                "any; torchrun --max-restarts=3 begins again by itself, from the checkpoint if fit has one"
+                f"{names} {what}; torchrun --max-restarts=3 begins again by itself, from the checkpoint if fit has one"
             ) from error
 
     def _lost(self) -> list[int]:
@@ -194,9 +225,22 @@ class Processes:
         """The sum of `value` over all processes, as an operation that a graph of tensor operations can hold."""
         if self.count == 1:
             return value
+        if self.memory is not None and self.memory.sums(value):
+            return self.memory.sum(value)
         operations = torch.ops._c10d_functional
-        begun = operations.all_reduce(value.contiguous(), "sum", dist.group.WORLD.group_name)  # type: ignore[union-attr]
+        group: Any = self.steps if value.device.type == "cpu" else dist.group.WORLD
+        begun = operations.all_reduce(value.contiguous(), "sum", group.group_name)
         return operations.wait_tensor(begun)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean by rows of what the processes of a step estimate, with the gradient of the own estimate.
+
+        For a loss that is no sum over rows: each process has its value, and the mean of their gradients is the
+        gradient.
+        """
+        if self.count == 1:
+            return value
+        return value + (self.sum(self.part * value.detach()) - value).detach()
 
     def of_first(self, value: Tensor) -> Tensor:
         """The first process's `value`, likewise."""
@@ -213,7 +257,7 @@ _made: dict[int, Processes] = {}
 
 
 class LostProcessError(PyrolvmError):
-    """Another process of a fit has ended before it."""
+    """Another process of a fit has ended before it, or hangs."""
 
 
 def sharing() -> Processes:
@@ -265,7 +309,8 @@ def here() -> Processes:
     world = id(dist.group.WORLD)
     if world not in _made:
         _made.clear()
-        nameless = Processes(dist.get_rank(), dist.get_world_size(), _talking())
+        steps = dist.new_group(backend="gloo", timeout=STEP_PATIENCE)
+        nameless = Processes(dist.get_rank(), dist.get_world_size(), _talking(), steps)
         own = f"process {nameless.rank} of {nameless.count} (pid {os.getpid()} on {socket.gethostname()})"
         names, attempts = zip(*nameless.gather((own, _attempt())), strict=True)
         # each machine counts the restarts that its own processes were the cause of
@@ -315,7 +360,7 @@ def _talking() -> Any:
 
 def _is_of_connection(error: BaseException | None) -> bool:
     """Whether an error, or one that it comes from, is of a message that did not get through."""
-    words = ("gloo", "nccl", "c10d", "connection", "broken pipe", "socket")
+    words = ("gloo", "nccl", "c10d", "connection", "broken pipe", "socket", "shared memory")
     while error is not None:
         if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words):
             return True

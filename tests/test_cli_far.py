@@ -1,6 +1,7 @@
 """The shell on data in many files: fits, questions and reports as of one file in memory."""
 
 import json
+import sys
 
 import fsspec
 import numpy as np
@@ -81,6 +82,14 @@ def test_answers_about_many_files_are_those_about_one(run, folder, tmp_path, com
         assert np.allclose(many[shared].mean(), one[shared].mean(), rtol=0.05, atol=0.1)
 
 
+def test_a_run_of_named_columns_is_asked_about_arrays_of_as_many(run, folder, tmp_path):
+    np.save(tmp_path / "0.npy", X[:400])
+    np.save(tmp_path / "1.npy", X[400:])
+    shell("encode", run, str(tmp_path / "[01].npy"), "--out", tmp_path / "z.npy")
+    shell("encode", run, folder, "--out", tmp_path / "again.npy")
+    assert np.array_equal(np.load(tmp_path / "z.npy"), np.load(tmp_path / "again.npy"))
+
+
 def test_evidence_of_many_rows_is_noted_in_the_run(run, folder, tmp_path):
     result = shell("evidence", run, folder, "--method", "exact", "--out", tmp_path / "e.npy")
     values = np.load(tmp_path / "e.npy")
@@ -109,6 +118,10 @@ def test_files_elsewhere(run, folder, tmp_path):
         fs.pipe(f"/cli/{path.name}", path.read_bytes())
     shell("encode", run, "memory://cli/*.parquet", "--out", tmp_path / "z.npy")
     assert np.load(tmp_path / "z.npy").shape == (600, 2)
+    shell("encode", run, folder, "--out", "memory://cli/z.npy")
+    assert np.array_equal(np.load(fs.open("/cli/z.npy")), np.load(tmp_path / "z.npy"))
+    shell("diagnose", run, folder, "--num-samples", 50, "--out", "memory://cli/k.parquet")
+    assert fs.ls("/cli/k.parquet", detail=False) == ["/cli/k.parquet/part-000000.parquet"]
     fs.rm("/cli", recursive=True)
 
 
@@ -128,6 +141,10 @@ def test_a_large_file_is_standardised_without_a_copy(tmp_path, monkeypatch):
     [
         (["encode", "RUN", "FOLDER"], "give --out FILE.parquet, FILE.npy or FILE.zarr"),
         (["encode", "RUN", "FOLDER", "--out", "z.csv"], "written as they come, to one of .parquet"),
+        (["encode", "RUN", "FOLDER", "--out", "memory://z.csv"], "to URLs answers are written as .parquet"),
+        (["encode", "RUN", "FOLDER", "--out", "s3://b/z.npy"], "s3://b/z.npy needs the package s3fs"),
+        (["most-probable", "RUN", "FOLDER", "--out", "s3://b/z.npy"], "name a file here"),
+        (["encode", "RUN", "PACKED", "--out", "z.npy"], ".npy.gz files cannot be read in parts"),
         (["encode", "RUN", "FOLDER", "--refine", "--out", "z.npy"], "--refine is for rows in memory"),
         (["encode", "RUN", "memory://none/*.parquet", "--out", "z.npy"], "no file matches memory://none"),
         (["encode", "RUN", "s3://none/x.parquet", "--out", "z.npy"], "type pip install s3fs"),
@@ -137,7 +154,10 @@ def test_a_large_file_is_standardised_without_a_copy(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_is_one_line(run, folder, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    result = shell(*({"RUN": run, "FOLDER": folder}.get(w, w) for w in words), code=2)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    (tmp_path / "x.npy.gz").write_bytes(b"packed")
+    known = {"RUN": run, "FOLDER": folder, "PACKED": str(tmp_path / "*.gz")}
+    result = shell(*(known.get(w, w) for w in words), code=2)
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, lines
     assert said in lines[0]

@@ -6,16 +6,22 @@ import signal
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.contrib.gp.kernels import RBF
+from pyro.infer import Trace_ELBO, Trace_MMD, TraceGraph_ELBO
 from torch import nn
 
 import pyrolvm
+import pyrolvm.processes as processes_module
 from pyrolvm import PPCA, VAE, VQVAE, GaussianMixture, PyrolvmError
+from pyrolvm.inference.engine import memory
+from pyrolvm.inference.objectives import FreeBits, InfoELBO
 from pyrolvm.plates import data_plate, row_entries
 from pyrolvm.processes import here
 
@@ -145,6 +151,37 @@ def normed():
     return {"model": Normed(), "data": X, "batch_size": 50}
 
 
+class Idle(nn.Module):
+    """A latent that explains nothing: its KL alone is trained, which depends on no draw."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+
+    def model(self, x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(x.new_zeros(6), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("net", self.net)
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(self.net(x), 1.0).to_event(1))
+
+
+def idle():
+    """Free bits near the KL of each dimension, which is above them for some batches only."""
+    free = FreeBits(0.2, per="dimension")
+    return {
+        "model": Idle(),
+        "data": X,
+        "objective": free,
+        "batch_size": 25,
+        "num_steps": 60,
+        "optimizer": "sgd",
+    }
+
+
 def fitted(case, **options):
     torch.manual_seed(0)
     pyro.clear_param_store()
@@ -170,6 +207,7 @@ def cases():
             fit = fitted(case, engine=engine)
             found[name, engine] = kept(fit) | {"digests": here().gather(digest(fit))}
     found["again"] = digest(fitted(NOISY["VAE"], engine="eager"))
+    found["free bits"] = kept(fitted(idle, engine="eager"))
     found["a step of batch norm"] = kept(fitted(normed, engine="eager", num_steps=1))
     return found
 
@@ -232,6 +270,12 @@ def refusals():
         "steps": {"num_steps": 10 + rank},
         "bad here": {"data": X if rank else X[:, :3]},
         "few rows": {"batch_size": 1},
+        "V statistic": {
+            "model": VAE(6, 2, "gaussian"),
+            "objective": InfoELBO(statistic="v"),
+            "batch_size": 50,
+        },
+        "Trace_MMD": {"model": VAE(6, 2, "gaussian"), "objective": Trace_MMD(RBF(1)), "batch_size": 50},
     }
     said = {}
     for name, options in wrong.items():
@@ -322,7 +366,43 @@ def killed():
     return [digest(fit), digest(fitted(NOISY["VAE"], **options))]
 
 
+def by_messages():
+    """The digests of fits without shared memory."""
+    with patch.object(memory, "FOLDER", FOLDER / "none"):
+        fits = [fitted(NOISY["VAE"], engine=engine) for engine in ("eager", "compiled")]
+        return [(digest(fit), fit.engine) for fit in fits]
+
+
+def hanging():
+    """What the first process says of the second one, which stops in the third step."""
+    processes = here()
+    pids = processes.gather(os.getpid())
+    seen = []
+
+    def model(x):
+        seen.append(x)
+        if processes.rank and len(seen) == 10:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return regression(x[:, :5], x[:, 5])
+
+    try:
+        fitted(lambda: {"model": model, "guide": "AutoNormal", "data": X}, batch_size=25, engine="eager")
+    except PyrolvmError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        os.kill(pids[1], signal.SIGKILL)
+
+
+def hanging_by_messages():
+    """The same where they have no shared memory."""
+    with patch.object(memory, "FOLDER", FOLDER / "none"):
+        return hanging()
+
+
 if __name__ == "__main__":
+    if os.environ.get("STEP_PATIENCE"):
+        processes_module.STEP_PATIENCE = timedelta(seconds=float(os.environ["STEP_PATIENCE"]))
+        processes_module.ROLL_CALL = 1.0
     signal.alarm(500)
     FOLDER = Path(sys.argv[1])
     for task in sys.argv[2:]:

@@ -6,21 +6,26 @@ import argparse
 import importlib.metadata
 import platform
 import subprocess
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+from benchmarks.posteriors.further import FURTHER
 from benchmarks.posteriors.peers import NUMPYRO, numpyro_svi, pymc
 from benchmarks.posteriors.programs import POSTERIORS
 from benchmarks.posteriors.reference import has_reference
 from benchmarks.posteriors.table import Outcome, fitted, paths, svi
 
 RESULTS = Path("benchmarks/results/posteriors.md")
+RESULTS_FURTHER = Path("benchmarks/results/posteriors_further.md")
 PYRO = ((1000, 1e-2), (5000, 1e-3))
 FAMILIES = ("AutoNormal", "AutoMultivariateNormal", "AutoLowRankMultivariateNormal")
 METHODS = {"advi": "ADVI", "fullrank_advi": "full-rank ADVI", "pathfinder": "Pathfinder"}
+T = TypeVar("T")
 Row = dict[str, Outcome | str]
 """Column -> what came out, or in words why nothing did."""
 
@@ -29,15 +34,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.posteriors", description="Right, wrong, or flagged."
     )
-    known = [name for name in POSTERIORS if has_reference(name)]
-    parser.add_argument("names", nargs="*", default=known, help="posteriors; all with a reference by default")
+    parser.add_argument("names", nargs="*", help="posteriors; the fifteen of `programs.py` by default")
+    parser.add_argument("--further", action="store_true", help="those of `further.py`")
     parser.add_argument("--pyro", action="store_true", help="Pyro's SVI with its usual settings, too")
     parser.add_argument("--numpyro", action="store_true", help="NumPyro's SVI, too")
     parser.add_argument("--pymc", metavar="PYTHON", help="PyMC, too, in the environment of this Python")
     parser.add_argument("--only-peers", action="store_true", help="none of ours")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    asked.names = asked.names or [
+        n for n in POSTERIORS if has_reference(n) and (n in FURTHER) == asked.further
+    ]
+    asked.out = asked.out or (RESULTS_FURTHER if asked.further else RESULTS)
     warnings.simplefilter("ignore")
     began, rows, peers = time.perf_counter(), dict[str, Row](), dict[str, Row]()
     for name in asked.names:
@@ -56,8 +65,10 @@ def ours(name: str, seeds: int) -> Row:
     for seed in range(seeds):
         tail = f" (seed {seed})" if seed else ""
         for family in FAMILIES:
-            row |= {k + tail: v for k, v in fitted(name, family, seed).items()}
-        row["Pathfinder" + tail] = paths(name, seed)
+            found = tried(lambda f=family, s=seed: fitted(name, f, s))  # type: ignore[misc]
+            both = {family: found} | ({"linear response": found} if family == "AutoNormal" else {})
+            row |= {k + tail: v for k, v in (both if isinstance(found, str) else found).items()}
+        row["Pathfinder" + tail] = tried(lambda s=seed: paths(name, s))  # type: ignore[misc]
     return row
 
 
@@ -78,8 +89,8 @@ def theirs(name: str, asked: argparse.Namespace) -> Iterator[tuple[str, Callable
         yield f"PyMC {title}", lambda m=method: pymc(asked.pymc, name, m)  # type: ignore[misc]
 
 
-def tried(run: Callable[[], Outcome | str]) -> Outcome | str:
-    """What it gives; the error in words where a peer fails."""
+def tried(run: Callable[[], T]) -> T | str:
+    """What it gives; the error in words where it fails."""
     try:
         return run()
     except Exception as error:
@@ -110,10 +121,11 @@ def versions(python: str | None) -> str:
 
 def written(rows: dict[str, Row], peers: dict[str, Row], told: str, minutes: float) -> str:
     """The tables as Markdown."""
+    options = " ".join(a for a in sys.argv[1:] if a.startswith("--"))
     lines = [
         "# Posteriors with known answers",
         "",
-        "One run of `python -m benchmarks.posteriors --pyro --numpyro --pymc PYTHON`. Nothing but model, data and",
+        f"One run of `python -m benchmarks.posteriors {options}`. Nothing but model, data and",
         "family is given. A cell: right (means within 0.1 reference sd, sds within 10%), near, or wrong (a mean off by",
         "more than 0.25 sd, or an sd ratio outside [0.75, 1.33]); what the method said of itself (right, flagged; of",
         "linear response also kept); the largest error of a mean in reference sds; the range of sd ratios; seconds of",

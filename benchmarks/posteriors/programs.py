@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-Moments = tuple[Tensor, Tensor]
-"""Means and standard deviations of every entry of every latent, in the program's order."""
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """A program on data.
-
-    Attributes
-    ----------
-    model : callable
-    data : tuple of tensor
-    exact : callable, optional
-        Its moments, where they are known; else `references.json` has them of a long NUTS run.
-    gaussian : bool
-        Whether a full-rank normal can be within 10% of every sd.
-    quick : bool
-        Whether its verdicts are among the quick tests.
-    of : tuple, optional
-        (another program's name, its draws -> draws of this one): the same posterior, easier to draw from there.
-    """
-
-    model: Callable[..., Any]
-    data: tuple[Tensor, ...] = ()
-    exact: Callable[[], Moments] | None = None
-    gaussian: bool = False
-    quick: bool = True
-    of: tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None
-
-
-def _random(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
+from benchmarks.posteriors.further import FURTHER
+from benchmarks.posteriors.posterior import Moments, Posterior
+from benchmarks.posteriors.posterior import random as _random
 
 # ---------------------------------------------------------------------- regressions
 
@@ -294,3 +261,4 @@ POSTERIORS: dict[str, Posterior] = {
     "normal, 100 dimensions": Posterior(gaussian, (), _gaussian, gaussian=True, quick=False),
     "simplex, Cholesky factor, ordered": Posterior(constrained, (COUNTS, Y_VECTORS), gaussian=True),
 }
+POSTERIORS |= FURTHER

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.posteriors.programs import COVARIANCE, LOCATION, POSTERIORS, PRIOR_SD, Moments
+from benchmarks.posteriors import in_numpyro
+from benchmarks.posteriors.posterior import Moments
+from benchmarks.posteriors.programs import COVARIANCE, LOCATION, POSTERIORS, PRIOR_SD
 
 FILE = Path(__file__).with_name("references.json")
 CHAINS, WARMUP, DRAWS = 4, 2000, 5000
@@ -155,6 +157,7 @@ def programs() -> dict[str, Callable[..., Any]]:
         "horseshoe": horseshoe,
         "normal, 100 dimensions": gaussian,
         "simplex, Cholesky factor, ordered": constrained,
+        **in_numpyro.programs(),
     }
 
 

@@ -16,7 +16,8 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor
 
-from benchmarks.posteriors.programs import POSTERIORS, Posterior
+from benchmarks.posteriors.posterior import Posterior
+from benchmarks.posteriors.programs import POSTERIORS
 from benchmarks.posteriors.reference import moments
 from pyrolvm.errors import PyrolvmError
 from pyrolvm.inference.log_joint import declined_or_start, judge, solve

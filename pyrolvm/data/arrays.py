@@ -9,6 +9,7 @@ that already has the wanted dtype and device, and a numpy array memory-mapped co
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -118,6 +119,11 @@ class Batch:
             if length is not None and name not in self.shared:
                 yield name, length
 
+    def carrying(self) -> list[Tensor]:
+        """The tensors [rows, ...] that carry rows."""
+        names = {name for name, _ in self.lengths()}
+        return [part for name, part in self.parts() if name in names and isinstance(part, Tensor)]
+
     def check_rows(self) -> None:
         """Raise `DataError` unless all that carries rows has `num_rows` of them; it names those that differ."""
         lengths = dict(self.lengths())
@@ -130,11 +136,15 @@ class Batch:
 
     def take(self, rows: Tensor) -> Batch:
         """The given rows of every tensor, which keep their numbers; `rows`: int64 [batch]."""
-        self.check_rows()
-        carrying = {name for name, _ in self.lengths()}
-        part = self._map(lambda name, t: taken(t, rows) if name in carrying else t)
+        total, carrying = self._carried
         numbers = rows if self.rows is None else self.rows.index_select(0, rows.to(self.rows.device))
-        return dataclasses.replace(part, rows=numbers, total=self.total_rows)
+        return self._map(lambda name, t: taken(t, rows) if name in carrying else t, rows=numbers, total=total)
+
+    @functools.cached_property
+    def _carried(self) -> tuple[int, frozenset[str]]:
+        """N, and the names of all that carries rows, checked once for all batches that are taken."""
+        self.check_rows()
+        return self.total_rows, frozenset(name for name, _ in self.lengths())
 
     def split(self, share: float, seed: int) -> tuple[Batch, Batch]:
         """(rows to train on, rows held out), each numbered anew; see `split_rows`."""
@@ -161,10 +171,10 @@ class Batch:
                 digest.update(json.dumps(described(value), sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
-    def _map(self, f: Callable[[str, Any], Any]) -> Batch:
+    def _map(self, f: Callable[[str, Any], Any], **changes: Any) -> Batch:
         args = tuple(mapped(v, f"args[{i}]", f) for i, v in enumerate(self.args))
         kwargs = {k: mapped(v, k, f) for k, v in self.kwargs.items()}
-        return dataclasses.replace(self, args=args, kwargs=kwargs)
+        return dataclasses.replace(self, args=args, kwargs=kwargs, **changes)
 
 
 def as_batch(data: Any, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Batch:

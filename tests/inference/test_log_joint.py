@@ -340,16 +340,45 @@ def test_the_bound_on_fixed_draws_has_the_gradient_that_it_says():
 
 
 @pytest.mark.slow
-def test_the_monte_carlo_error_covers_the_difference_to_a_hundred_times_the_draws():
+@pytest.mark.parametrize("kind", ["diagonal", FULL])
+def test_the_monte_carlo_error_covers_the_difference_to_a_hundred_times_the_draws(kind):
     log_joint = LogJoint(pair_of(schools, (EFFECTS, ERRORS)))
     place = find_modes(log_joint, 0)[0]
-    far = maximise(log_joint, place, "diagonal", 0, 10_000, num_draws=6400).q.location
+    far = maximise(log_joint, place, kind, 0, 10_000, num_draws=6400).q
     inside = []
-    for seed in range(20):
-        found = maximise(log_joint, place, "diagonal", 0, seed, num_draws=64)
-        inside.append(((found.q.location - far).abs() <= 1.645 * found.errors.clamp_min(1e-6)).double())
-    # 200 pairs of repetition and coordinate, of which 90% should be covered; coordinates move together
+    for seed in range(12):
+        found = maximise(log_joint, place, kind, 0, seed, num_draws=64)
+        apart = [(found.q.location - far.location).abs(), (found.q.scale / far.scale).log().abs()]
+        for distance, error in zip(apart, (found.errors, found.log_sd_errors), strict=True):
+            inside.append((distance <= 1.645 * error.clamp_min(1e-6)).double())
+    # of 240 repetitions of a location or log-sd 90% should be covered; coordinates move together
     assert torch.stack(inside).mean() >= 0.85
+
+
+@pytest.mark.slow
+def test_the_monte_carlo_error_of_a_low_rank_covers_the_difference_to_many_more_draws():
+    """Its largest one, of any location or log-sd, after doubling: in nine repetitions of ten and more."""
+    log_joint = LogJoint(pair_of(schools, (EFFECTS, ERRORS)))
+    place = find_modes(log_joint, 0)[0]
+    far = maximise(log_joint, place, "low_rank", 3, 10_000, num_draws=8192).q
+    inside = []
+    for seed in range(10):
+        found = maximise(log_joint, place, "low_rank", 3, seed)
+        apart = torch.maximum(
+            (found.q.location - far.location).abs() / far.scale, (found.q.scale / far.scale).log().abs()
+        )
+        inside.append(float(apart.max()) <= 1.645 * found.monte_carlo_error)
+    assert sum(inside) >= 9
+
+
+def test_the_monte_carlo_error_counts_the_log_sds():
+    """64 draws leave an sd of eight schools off by more than a tenth, and the means by less."""
+    log_joint = LogJoint(pair_of(schools, (EFFECTS, ERRORS)))
+    place = find_modes(log_joint, 0)[0]
+    found = maximise(log_joint, place, FULL, 0, 0, num_draws=64)
+    assert float((found.errors / found.q.scale).max()) < 0.1
+    assert found.monte_carlo_error == float(found.log_sd_errors.max()) > 0.1
+    assert maximise(log_joint, place, "point", 0, 0).monte_carlo_error == 0.0
 
 
 # ---------------------------------------------------------------------- linear response
@@ -364,6 +393,26 @@ def test_linear_response_is_the_covariance_of_a_regression():
     torch.testing.assert_close(
         response.q.covariance / sd / sd[:, None], covariance / sd / sd[:, None], rtol=1e-3, atol=1e-3
     )
+
+
+def test_levels_in_order_have_derivatives():
+    """Pyro's OrderedLogistic writes into a tensor: recorded as it is, it has values alone."""
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
+
+    def ordinal(x, y):
+        b = pyro.sample("b", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+        rising = [dist.transforms.OrderedTransform()]
+        cut = pyro.sample("cut", dist.TransformedDistribution(dist.Normal(torch.zeros(2), 2.0), rising))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.OrderedLogistic(x @ b, cut), obs=y)
+
+    log_joint = LogJoint(pair_of(ordinal, (x, y)))
+    assert log_joint.recorded
+    u = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
+    steps = 1e-5 * torch.eye(4, dtype=torch.float64)
+    differences = (log_joint(u + steps) - log_joint(u - steps)) / 2e-5
+    torch.testing.assert_close(log_joint.slope(u)[1], differences, rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- weights

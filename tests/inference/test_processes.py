@@ -5,14 +5,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import together
 import torch
 
-from pyrolvm import SettingError
+from pyrolvm import PyrolvmError, SettingError
+from pyrolvm.inference.training.loop import Training
 from pyrolvm.processes import ALONE, Processes, launched
+from pyrolvm.signals import Asked
 
 SCRIPT = Path(together.__file__)
 
@@ -49,7 +52,7 @@ def read(path, words=""):
     return torch.load(path, weights_only=False)
 
 
-QUICK = ("cases", "gradients", "registry", "refusals", "resuming")
+QUICK = ("cases", "by_messages", "gradients", "registry", "refusals", "resuming")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,20 @@ def test_two_runs_have_the_same_bits(two):
     assert two["again"] == two["VAE", "eager"]["digests"][0]
 
 
+def test_memory_and_messages_carry_the_same(results, two):
+    for engine, (digest, words) in zip(("eager", "compiled"), results["by_messages"], strict=True):
+        assert digest == two["VAE", engine]["digests"][0]
+        assert two["VAE", engine]["engine"] == f"{words} through memory of their machine"
+
+
+@pytest.mark.parametrize("task", ["hanging", pytest.param("hanging_by_messages", marks=pytest.mark.slow)])
+def test_a_process_that_hangs_within_a_step_is_named(tmp_path, task):
+    words = launch(tmp_path, task, STEP_PATIENCE="2")
+    said = read(tmp_path / task, words)
+    assert said.startswith("LostProcessError: process 1 of 2 (pid"), said
+    assert "does not answer the others: it is stopped" in said
+
+
 def test_compiled_steps_draw_what_eager_ones_draw(two):
     assert apart(two["VAE", "eager"]["tensors"], two["VAE", "compiled"]["tensors"]) < 1e-6
 
@@ -121,6 +138,14 @@ def test_running_means_are_of_all_rows(two):
     name = next(name for name in one if name.endswith("running_mean"))
     assert one[name].abs().max() > 0
     assert apart({name: one[name]}, other) < 1e-12
+
+
+def test_free_bits_are_of_all_rows(two):
+    one = together.kept(together.fitted(together.idle, engine="eager"))
+    assert apart(one["tensors"], two["free bits"]["tensors"]) < 1e-6
+    paid = one["history"]["free_bits"] - one["history"]["log_likelihood"]
+    assert paid.min() < -0.601  # more than the three dimensions have free
+    assert paid.max() > -0.61  # and in some steps hardly more
 
 
 @pytest.mark.slow
@@ -178,6 +203,8 @@ def test_what_is_wrong_in_one_process_is_said_in_all(results):
         "model": "process 1 has model: weight_logits='float64 [4]' where process 0 has 'float64 [3]'",
         "steps": "process 1 has num_steps=11 where process 0 has 10",
         "few rows": "a step has 1 rows for 2 processes: give a batch_size of at least 2",
+        "V statistic": "the expectation of the V statistic depends on how many rows are compared",
+        "Trace_MMD": "Trace_MMD compares all rows of a batch with each other",
     }
     for name, sentence in same.items():
         assert all(words.startswith(sentence) for words in said[name]), said[name]
@@ -260,3 +287,48 @@ def test_what_nobody_launched_is_one_alone():
     assert launched({"MASTER_ADDR": "a"}) == (0, 1)
     assert launched({"WORLD_SIZE": "1"}) == (0, 1)
     assert launched(WHOLE) == (1, 2)
+
+
+class SecondOfTwo(Processes):
+    """The second of two processes; `first` is what the first one has to say."""
+
+    first = None
+
+    def gather(self, value):
+        return [type(self).first, value]
+
+
+def test_the_first_process_decides_and_any_may_interrupt():
+    class Second(SecondOfTwo):
+        first = (17, "enough", True, False, None)
+
+    run = SimpleNamespace(
+        processes=Second(1, 2),
+        checkpoint=SimpleNamespace(is_due=False),
+        stopped_because="",
+        _asked=Asked(interrupted=True),
+        _size=3,
+    )
+    assert Training._agree(run, 5, None) is True
+    assert (run._size, run.stopped_because, run._asked.interrupted) == (17, "enough", True)
+    run._asked.interrupted = False
+    Training._agree(run, 5, None)
+    assert not run._asked.interrupted
+    Second.first = (17, "", False, True, None)
+    assert Training._agree(run, 5, None) is False
+    assert run._asked.interrupted
+    Second.first = (17, "", False, False, "no space")
+    with pytest.raises(PyrolvmError, match="a callback failed in process 0 of 2: no space"):
+        Training._agree(run, 5, None)
+
+
+def test_the_mean_by_rows_has_the_value_of_all_and_the_gradient_of_the_own_part():
+    class Two(Processes):
+        def sum(self, value):
+            return value + 0.75 * 10.0  # the other one's part, and its estimate
+
+    x = torch.tensor(4.0, requires_grad=True)
+    mean = Two(0, 2, part=0.25).mean(3 * x)
+    assert mean.item() == 0.25 * 12 + 0.75 * 10
+    assert torch.autograd.grad(mean, x)[0].item() == 3
+    assert ALONE.mean(x) is x

@@ -143,3 +143,20 @@ def test_a_collapsed_restart_is_not_kept_though_its_bound_is_higher():
     assert table["outcome"][1].startswith("diverged: the fit is degenerate")
     with pytest.raises(DivergenceError, match=r"all 1 restarts diverged; the last one: .*degenerate"):
         fit_restarts(outlier_or_cloud, x, num_restarts=1, **options)
+
+
+def test_fits_are_judged_by_the_objective_that_the_model_names():
+    """The held-out bound of a table is that of the fit's own record: of several draws here (VIMCO)."""
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    options = {"num_steps": 5, "validate_every": 5, "validation": x[30:], **QUIET}
+
+    def build(hidden=(8,)):
+        torch.manual_seed(0)
+        return pyrolvm.ProbabilisticVQVAE(4, 4, 8, 2, hidden=hidden)
+
+    assert build().objective() == "vimco"
+    best, restarts = fit_restarts(lambda seed: build(), x[:30], num_restarts=1, **options)
+    _, swept = pyrolvm.sweep(build, x[:30], {"hidden": [(8,)]}, by="bound", **options)
+    recorded = best.history["validation_elbo"].iloc[-1]
+    assert restarts["bound"][0] == pytest.approx(recorded, abs=1e-5)
+    assert swept["bound"][0] == pytest.approx(recorded, abs=1e-5)

@@ -93,6 +93,9 @@ def keep_strides(graph: fx.GraphModule, strides: Sequence[tuple[int, ...]]) -> N
     output.meta["original_output_strides"] = list(strides)
 
 
+_NO_DECLARATIONS = re.compile(r'extern "C" \{\s*\}')
+
+
 class _Source(BaseException):
     """Carries the source out of inductor before it is compiled; not an Exception, so nothing wraps it."""
 
@@ -116,7 +119,7 @@ def cpp_source(graph: fx.GraphModule, *, long: bool | None = None) -> str:
 
     with mock.patch.object(CppWrapperCodeCache, "load_pybinding", capture):
         try:
-            _compile(graph, INDUCTOR_SETTINGS, _least_vectorised(graph, long))
+            _compile(graph, INDUCTOR_SETTINGS | _own_operators(), _least_vectorised(graph, long))
         except _Source as source:
             code = str(source.args[0])
         else:
@@ -125,7 +128,13 @@ def cpp_source(graph: fx.GraphModule, *, long: bool | None = None) -> str:
     count = sum(n.op == "placeholder" for n in graph.graph.nodes)
     if taken != [str(count)]:
         raise RuntimeError(f"inductor's C++ takes {taken} inputs where the graph has {count}")
-    return code
+    return _NO_DECLARATIONS.sub("", code)
+
+
+def _own_operators() -> dict[str, Any]:
+    """Operators of this package's that the step calls as C++, which stands before inductor's."""
+    operators = [torch.ops.pyrolvm.shared_sum.default] if hasattr(torch.ops.pyrolvm, "shared_sum") else []
+    return {"aot_inductor.custom_ops_to_c_shims": {operator: [] for operator in operators}}
 
 
 @quiet()

@@ -68,7 +68,7 @@ class CompilerError(RuntimeError):
 def key(traced: TracedStep) -> str:
     """The name of the compiled step in the cache, a hash of the step and of the sources that generate its code."""
     sources = [Path(module.__file__ or "").read_text("utf-8") for module in GENERATORS]
-    own = [_header_text(path.name) for path in sorted(CPP.glob("*.h"))]
+    own = [header_text(path.name) for path in sorted(CPP.glob("*.h"))]
     return cache.digest(traced.text(), *sources, *own)
 
 
@@ -128,7 +128,7 @@ def _compile(
     with _precompiling(header):
         folded = folding.fold(traced, inputs, minibatch)
         if folded is not None:
-            code = "\n".join([_header_text("driver.h"), driver.source(folded), _header_text("interpreter.h")])
+            code = "\n".join([header_text("driver.h"), driver.source(folded), header_text("interpreter.h")])
         else:
             code = source.looped(inductor.cpp_source(inductor.functional(advance, inputs)))
     with cache.storing(path) as target:
@@ -142,10 +142,26 @@ def _whole(code: str, num_inputs: int) -> str:
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
     lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {steps}"]
-    return "\n".join([inductor.HEADERS, *lines, _header_text("runtime.h"), code])
+    sums = ("shared_sum.h", "shared_sum_step.h") if "aoti_torch_cpu_shared_sum" in code else ()
+    return "\n".join([inductor.HEADERS, *lines, *map(header_text, ("runtime.h", *sums)), code])
 
 
-def _header_text(name: str) -> str:
+def library(code: str, options: Sequence[str]) -> Path:
+    """C++ that needs nothing of torch, compiled once on a machine. Raises `CompilerError` if the compiler fails."""
+    path = cache.entry(cache.digest(code, *options), ".so")
+    if not cache.is_stored(path):
+        compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+        if compiler is None:
+            raise CompilerError("no C++ compiler was found (install g++ or clang++)")
+        with cache.storing(path) as target:
+            written = target.with_suffix(".cpp")
+            written.write_text(code, encoding="utf-8")
+            _call([compiler, *options, str(written), "-o", str(target)])
+    return path
+
+
+def header_text(name: str) -> str:
+    """The text of a file of `cpp`."""
     return (CPP / name).read_text("utf-8")
 
 

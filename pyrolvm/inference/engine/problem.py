@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -109,6 +109,8 @@ class Problem:
     def batch(self, rows: Tensor) -> Batch:
         """The data of `rows` [batch], with their row numbers and N."""
         taken = self.data.take(rows) if self.minibatch else self.data
+        if taken.rows is rows and taken.total == self.num_rows:
+            return taken
         return replace(taken, rows=rows, total=self.num_rows)
 
     @property
@@ -135,19 +137,16 @@ class Problem:
         given = {id(self.program.parameters[name]): entry for name, entry in (entries or {}).items()}
         controls = {**self.constants, **dict(zip(self.scheduled[1:], values, strict=True))}
         batch, weight = self.batch(rows), controls.get(KL_WEIGHT)
-        with ExitStack() as stack:
-            stack.enter_context(data_rows(self.num_rows, rows, given))
-            stack.enter_context(controlled(controls))
-            if weight is not None:
-                stack.enter_context(_KLWeight(weight))
+        weighted = nullcontext() if weight is None else _KLWeight(weight)
+        with data_rows(self.num_rows, rows, given), controlled(controls), weighted:
             pair = Pair(self.program, self.structure, batch, "train")
             result = self.objective.estimate(pair, controls)
         bound, terms = result.bound, dict(result.terms)
-        remainder = torch.zeros_like(bound)
+        remainder = None
         if weight is not None:  # what is reported is the ELBO itself, not the weighted one
             if not {"log_likelihood", "kl"} <= terms.keys():
                 raise SettingError(unweighable(type(self.objective).__name__))
-            remainder = bound - (terms["log_likelihood"] - terms["kl"])
+            remainder = (bound - (terms["log_likelihood"] - terms["kl"])).detach() / self.structure.num_data
             terms |= {k: v / weight for k, v in terms.items() if k == "kl" or k.startswith("kl_")}
             bound = terms["log_likelihood"] - terms["kl"]
         n = self.structure.num_data
@@ -156,7 +155,7 @@ class Problem:
         self.terms = (BOUND, *terms)
         own = None if result.own_loss is None else result.own_loss / n
         reported = torch.stack([bound, *terms.values()]).detach() / n
-        return Loss(result.surrogate / n, own, reported, remainder.detach() / n)
+        return Loss(result.surrogate / n, own, reported, remainder)
 
     def gradients(
         self, rows: Tensor, values: Sequence[Any] = (), grow: bool = False
@@ -197,13 +196,14 @@ class Problem:
 class Loss:
     """A loss per datum: `surrogate` for the pair, `own` for the objective's modules if they have one, [terms].
 
-    `remainder` is what a weighted bound is beside its likelihood and KL: not 0 where the objective is no ELBO.
+    `remainder` is what a weighted bound is beside its likelihood and KL: not 0 where the objective is no ELBO, None
+    where nothing is weighted.
     """
 
     surrogate: Tensor
     own: Tensor | None
     terms: Tensor
-    remainder: Tensor
+    remainder: Tensor | None
 
 
 def unweighable(what: str) -> str:

@@ -70,6 +70,11 @@ class Sharing:
     moved: tuple[str, ...] = ()
 
     @property
+    def part(self) -> float:
+        """B_r / B."""
+        return len(self.places) / self.batch
+
+    @property
     def num_bytes(self) -> int:
         """What the reduction of one step carries."""
         program = self.local.program
@@ -109,7 +114,7 @@ class Sharing:
     def own(self, rows: Tensor, values: Sequence[Any]) -> tuple[list[Tensor | None], Tensor]:
         """The gradients and terms of the own rows of a batch."""
         with ExitStack() as stack:
-            stack.enter_context(shared_step(self.processes))
+            stack.enter_context(shared_step(replace(self.processes, part=self.part)))
             stack.enter_context(AlikeDraws(self.plate.name, self.processes))
             if self.weight != 1.0:
                 stack.enter_context(Weighed(self.plate.name, self.weight))
@@ -134,7 +139,7 @@ class Sharing:
     def _reduced(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The mean of each part by the rows of the processes, all in one message."""
         flat = torch.cat([part.reshape(-1) for part in parts])
-        total = self.processes.sum(flat * (len(self.places) / self.batch))
+        total = self.processes.sum(flat * self.part)
         sizes = [part.numel() for part in parts]
         return [t.reshape(p.shape).to(p.dtype) for t, p in zip(total.split(sizes), parts, strict=True)]
 

@@ -36,13 +36,15 @@ from pyrolvm.inference.log_joint.modes import Place
 GRADIENT = 1e-4
 MOVES = 0.1
 ERROR = 0.05
-"""Monte Carlo error of the location, in sds, that is low enough."""
+"""Monte Carlo error, in sds or log-sds, that is low enough."""
 MOST_DRAWS, MOST_NUMBERS = 4096, 2**18
 """The most draws, and the most numbers in them, unless a full covariance needs more."""
 REPLICATES = 8
 """Independent sets of draws that the Monte Carlo error is estimated from."""
 MOST_CURVED, DIFFERENCE = 128, 1e-4
-"""Parameters of a mean field up to which its error takes the curvature of the bound itself; step of its differences."""
+"""Parameters up to which errors take the curvature of the bound itself; step of its differences."""
+FROM_DOUBLING = 3**-0.5
+"""The error of an optimum on 2M draws over its distance from one on M others: sqrt(1/2) / sqrt(1 + 1/2)."""
 
 
 class FixedBound:
@@ -151,9 +153,11 @@ class Optimum:
     moved : float
         How far the last doubling moved the optimum, in sds or log-sds; 0 of a point.
     monte_carlo_error : float
-        Of the location, in sds: the largest over coordinates.
+        The largest over coordinates, of the location in sds or of the log-sd.
     errors : tensor [dim]
-        That of each coordinate, in its own units.
+        That of each coordinate's location, in its own units.
+    log_sd_errors : tensor [dim]
+        That of its log-sd; 0 where it is not estimated but by what the last doubling moved.
     history : list of dict
     """
 
@@ -167,6 +171,7 @@ class Optimum:
     moved: float
     monte_carlo_error: float
     errors: Tensor
+    log_sd_errors: Tensor
     history: list[dict[str, float]]
 
     @property
@@ -195,7 +200,7 @@ def maximise(
         if kind == POINT or num_draws is not None:
             moved = 0.0
         optimum = _judged(bound, parameters, normals, q, found, moved, history, seed)
-        done = moved <= MOVES and optimum.monte_carlo_error <= ERROR
+        done = moved <= MOVES and optimum.monte_carlo_error <= max(ERROR, FROM_DOUBLING * moved)
         if done or num_draws is not None or most < 2 * M:
             break
         M *= 2
@@ -220,12 +225,15 @@ def _judged(
     fresh = [_normals(q, len(normals), seed, 100 + r) for r in range(1 if q.kind == POINT else REPLICATES)]
     values, gradients = zip(*(bound(parameters, e) for e in fresh), strict=True)
     slopes = torch.stack(gradients)
-    if q.kind not in (POINT, FULL, LOW_RANK) and slopes.shape[1] <= MOST_CURVED:
-        curved = torch.linalg.lstsq(_curvature(bound, parameters, normals), slopes.T).solution.T
-        errors = bound.place.times(curved[:, : bound.dim]).square().mean(0).sqrt()
+    nothing = torch.zeros_like(q.location)
+    # the bound of a low rank is all but flat along rotations of its factor: its curvature says nothing there
+    if q.kind in (DIAGONAL, FULL) and slopes.shape[1] <= MOST_CURVED:
+        errors, log_sd_errors = _curved_errors(bound, parameters, normals, slopes)
+        relative = max(float((errors / q.scale).max()), float(log_sd_errors.max()))
     else:
-        errors = _location_errors(bound.place, q, slopes[:, : bound.dim])
-    relative = 0.0 if q.kind == POINT else float((errors / q.scale).max())
+        errors, log_sd_errors = _location_errors(bound.place, q, slopes[:, : bound.dim]), nothing
+        relative = 0.0 if q.kind == POINT else float((errors / q.scale).max())
+        relative = max(relative, FROM_DOUBLING * moved)
     return Optimum(
         q,
         bound,
@@ -237,8 +245,26 @@ def _judged(
         moved=moved,
         monte_carlo_error=relative,
         errors=errors,
+        log_sd_errors=log_sd_errors,
         history=history,
     )
+
+
+def _curved_errors(
+    bound: FixedBound, parameters: Tensor, normals: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Standard errors of location and log-sd [dim] from gradients on independent sets of draws [replicates, size].
+
+    The optimum on other draws is off by K^-1 times their gradient here, K being minus the second derivatives.
+    """
+
+    def told(parameters: Tensor) -> Tensor:
+        q = bound.gaussian(parameters)
+        return torch.cat([q.location, q.scale.log()])
+
+    moves = torch.linalg.lstsq(_curvature(bound, parameters, normals), slopes.T).solution.T
+    spread = (moves @ torch.func.jacrev(told)(parameters).T).square().mean(0).sqrt()
+    return spread[: bound.dim], spread[bound.dim :]
 
 
 def _curvature(bound: FixedBound, parameters: Tensor, normals: Tensor) -> Tensor:
@@ -255,9 +281,9 @@ def _curvature(bound: FixedBound, parameters: Tensor, normals: Tensor) -> Tensor
 def _location_errors(place: Place, q: Gaussian, slopes: Tensor) -> Tensor:
     """Standard errors of the location [dim] from its gradients on independent sets of draws [replicates, dim].
 
-    The optimum on other draws is off by H^-1 times their gradient here (the sandwich formula of DADVI, section 3.3,
-    with sets of quasi-random draws in place of single ones); H^-1 is the covariance of a full Gaussian at its
-    optimum, else that at the mode, which misses some where the posterior is skewed.
+    As `_curved_errors` for many parameters and low ranks (the sandwich formula of DADVI, section 3.3, with sets of
+    quasi-random draws in place of single ones): the inverse of the second derivatives is the covariance of a full
+    Gaussian at its optimum, else that at the mode, which misses some where the posterior is skewed.
     """
     if q.kind == POINT:
         return torch.zeros_like(q.location)

@@ -210,6 +210,7 @@ class LogJoint:
                 with suppress(Exception):  # what cannot be recorded is run
                     self._graph = batched(self._recording(points[0], pure))
                     if torch.allclose(self._batch(points), wanted, 1e-9, 1e-9, equal_nan=True):
+                        self.products(points[0], points[:1])  # some operations have values and no derivatives
                         return
         self._graph = None
 
@@ -224,6 +225,7 @@ class LogJoint:
             warnings.simplefilter("ignore")
             function = torch.func.functionalize(run, remove="mutations") if pure else run
             graph, constants = graphs.record(function, (u,))
+        _copied_anew(graph)
         constants = settled(graph, 1, tuple(t.detach() for t in constants), fresh=pure)
         constants = _numbered(graph, constants)
         if graphs.written_inputs(graph):
@@ -260,6 +262,23 @@ def _with(graph: fx.GraphModule, constants: tuple[Tensor, ...], u: Tensor) -> Te
 def _one_by_one(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function of u [dim] as one of u [rows, dim]: where `vmap` has no rule for an operation."""
     return lambda u: torch.stack([function(row) for row in u])
+
+
+def _copied_anew(graph: fx.GraphModule) -> None:
+    """Let what is copied over a tensor take its place: the copy itself has no derivative."""
+    aten, call = torch.ops.aten, graph.graph.call_function
+    node: Any
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.copy.default:
+            continue
+        layout = node.meta[graphs.LAYOUT]
+        with graph.graph.inserting_before(node):
+            new = call(aten.expand.default, (node.args[1], list(layout.shape)))
+            new = call(aten._to_copy.default, (new,), {"dtype": layout.dtype})
+        new.meta[graphs.LAYOUT] = layout
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

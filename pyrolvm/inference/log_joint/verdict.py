@@ -2,9 +2,9 @@
 
 4,000 draws of the guide get Pareto-smoothed weights. The guide is flagged if the weights move the mean of any entry
 of any latent by a tenth of its sd, or its log-sd by a tenth; if they are worth fewer than 5% of the draws; if
-k-hat exceeds 0.7 at fewer than 10%; if the optimum's gradient is not flat, or other fixed draws would move it; and
-if the log joint has no mode, or more than one. Weights cannot see what no draw has visited: of that, only the number
-of modes speaks.
+k-hat exceeds 0.7 at fewer than 10%, or 1, from where on weights have no mean and what they would move is not known; if
+the optimum's gradient is not flat, or other fixed draws would move it; and if the log joint has no mode, or more than
+one. Weights cannot see what no draw has visited: of that, only the number of modes speaks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pyrolvm.seeds import Purpose, derived_seed
 DRAWS = 4000
 SHIFT = 0.1
 """Of an sd, or of a log-sd: what importance weights may move without a word."""
-FEWEST, FEW, KHAT = 0.05, 0.1, 0.7
+FEWEST, FEW, KHAT, NO_MEAN = 0.05, 0.1, 0.7, 1.0
 MOVES, ERROR, FLAT = 0.2, 0.1, 1e-2
 NAMES = {POINT: "point", DIAGONAL: "mean-field normal", FULL: "full-rank normal", LOW_RANK: "low-rank normal"}
 
@@ -184,7 +184,7 @@ def _flags_of_weights(numbers: dict[str, float]) -> tuple[str, ...]:
     broken = {
         "shift": not max(numbers["mean_shift"], numbers["sd_shift"]) < SHIFT,
         "few": not share >= FEWEST,
-        "tail": numbers["khat"] > KHAT and share < FEW,
+        "tail": numbers["khat"] > (KHAT if share < FEW else NO_MEAN),
     }
     return tuple(name for name, wrong in broken.items() if wrong)
 
@@ -238,4 +238,6 @@ def _weights_sentence(flags: tuple[str, ...], numbers: dict[str, float], kind: s
         kind, "a richer guide"
     )
     moved = f"importance weights would move '{worst}' by {shift:.2g} sd ({told})"
+    if "shift" not in flags:
+        moved = f"it misses tails ({told})"
     return f"the {NAMES.get(kind, kind)} is not the posterior: {moved}; take {richer}{cure}"

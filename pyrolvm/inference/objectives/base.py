@@ -145,11 +145,9 @@ class TraceObjective(Objective):
         """The mean over particles."""
         program, batch = pair.program, pair.batch
         traces = self.elbo._get_traces(program.model, program.guide, batch.args, batch.kwargs)
-        sums: list[Any] = [0.0, 0.0, 0.0]
         runs = list(traces)
-        for model_trace, guide_trace in runs:
-            sums = [s + part for s, part in zip(sums, self.parts(model_trace, guide_trace), strict=True)]
-        bound, surrogate, kl = (torch.as_tensor(s) / self.elbo.num_particles for s in sums)
+        parts = zip(*(self.parts(model, guide) for model, guide in runs), strict=True)
+        bound, surrogate, kl = (_mean(part, self.elbo.num_particles) for part in parts)
         # the expected log-likelihood is what the bound and the KL leave
         terms = {"log_likelihood": (bound + kl).detach(), "kl": kl.detach()}
         return Estimate(
@@ -163,6 +161,13 @@ class TraceObjective(Objective):
     def site_kl(self, model_trace: Trace, guide_trace: Trace, name: str) -> Any:
         """The part of the KL that is one latent's."""
         return log_ratio(model_trace, guide_trace, name)
+
+
+def _mean(values: Sequence[Any], count: int) -> Tensor:
+    """The sum of numbers or tensors [] over `count`, as a tensor."""
+    total = sum(values[1:], values[0])
+    total = total if isinstance(total, Tensor) else torch.tensor(float(total))
+    return total / count if count > 1 else total
 
 
 def log_ratio(model_trace: Trace, guide_trace: Trace, name: str) -> Any:
@@ -187,10 +192,9 @@ def site_terms(
     local = [
         s for s in pair.structure.local_latents if s.in_guide and s.name != "weight"
     ]  # a control's column
-    apart = all(not s.enumerated for s in local) and not any(
-        s["infer"].get("is_auxiliary") for _, guide in runs for s in sample_sites(guide)
-    )
-    if len(local) < 2 or not apart:
+    if len(local) < 2 or any(s.enumerated for s in local):
+        return {}
+    if any(s["infer"].get("is_auxiliary") for _, guide in runs for s in sample_sites(guide)):
         return {}
     totals = {s.name: sum(kl(model, guide, s.name) for model, guide in runs) for s in local}
     plain = {name: torch.as_tensor(detach_provenance(total)).detach() for name, total in totals.items()}

@@ -17,11 +17,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from pyro.infer import Trace_MMD
 from torch import Tensor
 
-from pyrolvm.errors import ProgramError
+from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.objectives.base import Estimate, Objective, TraceObjective, kl_term
 from pyrolvm.inference.program.pair import Pair
+from pyrolvm.processes import sharing
 
 
 class Foreign(Objective):
@@ -68,6 +70,11 @@ class Differentiable(Foreign):
 
     def losses(self, model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
         """Its value, twice."""
+        if sharing().count > 1 and isinstance(self.elbo, Trace_MMD):
+            raise SettingError(
+                "Trace_MMD compares all rows of a batch with each other, and each process has its own rows alone: take "
+                "objective='info', or pass parallel=False"
+            )
         found = self.elbo.differentiable_loss(model, guide, *args, **kwargs)
         return found, found
 

@@ -36,6 +36,7 @@ from pyrolvm.inference.objectives.base import (
 )
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import given_first, sample_sites
+from pyrolvm.processes import sharing
 
 
 class FreeBits(Objective):
@@ -91,7 +92,8 @@ class FreeBits(Objective):
         bound: Any = sum(model.log_prob_sum() - guide.log_prob_sum() for model, guide in runs) * share
         kl: Any = sum(kl_term(*run) for run in runs) * share
         drawn: Any = sum(log_ratio(*run, name) for run in runs for name in sites) * share
-        groups = {name: sum(self._kl(*run, name) for run in runs) * share for name in sites}
+        # the threshold is on the mean over all rows, whichever processes they are with
+        groups = {name: sharing().mean(sum(self._kl(*run, name) for run in runs) * share) for name in sites}
         least = self.free_bits * pair.structure.num_data
         paid: Any = sum(group.clamp(min=least).sum() for group in groups.values())
         value = bound + drawn - paid

@@ -36,6 +36,7 @@ from pyrolvm.inference.objectives.mmd import Bandwidth, check_mmd, mmd
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import Structure, sample_sites
 from pyrolvm.inference.program.weights import PARTICLES
+from pyrolvm.processes import sharing
 
 LARGEST = 1024
 """Rows that are compared at once: a larger batch falls into parts, and D is the mean over them."""
@@ -125,6 +126,11 @@ class InfoELBO(Objective):
 
     def _distance(self, pair: Pair, sites: list[str], model: Trace, guide: Trace) -> Tensor:
         """D of one draw of each datum, averaged over draws: []."""
+        if sharing().count > 1 and self.statistic == "v":
+            raise SettingError(
+                "the expectation of the V statistic depends on how many rows are compared, and each process compares "
+                "its own: give statistic='unbiased', or pass parallel=False"
+            )
         drawn = torch.cat([pair.values(guide, name) for name in sites], -1)  # [draws, rows, dim]
         if drawn.shape[1] == 1 and self.statistic == "unbiased":
             if torch.is_grad_enabled():

@@ -30,8 +30,10 @@ class TraceBound(TraceObjective):
 
     def parts(self, model_trace: Trace, guide_trace: Trace) -> tuple[Any, Any, Any]:
         """(bound, surrogate, KL) of one pair of traces."""
-        bound = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
-        return bound, -_surrogate_elbo(model_trace, guide_trace), kl_term(model_trace, guide_trace)
+        surrogate = -_surrogate_elbo(model_trace, guide_trace)
+        with torch.no_grad():  # these are reported
+            bound = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
+            return bound, surrogate, kl_term(model_trace, guide_trace)
 
 
 def _surrogate_elbo(model_trace: Trace, guide_trace: Trace) -> Any:

@@ -18,6 +18,7 @@ from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.rows_plate import draws_subsample, find_data_plate
 from pyrolvm.inference.program.running import every_row, explained
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
@@ -26,8 +27,6 @@ from pyrolvm.inference.program.structure import (
     Site,
     Structure,
     base,
-    draws_subsample,
-    find_data_plate,
     in_plate,
     is_bound,
     is_deterministic,
@@ -61,7 +60,9 @@ def read_structure(
     made = rows.made if rows else ()
     tables = tuple(n for n, p in program.parameters.items() if rows and id(p) in rows.tables)
     subsamples = draws_subsample(model) and _runs_whole(program, batch)
-    plate = find_data_plate(model, len(batch.indices), drawn=subsamples)
+    plate = find_data_plate(
+        model, len(batch.indices), drawn=subsamples, named=made, arguments=batch.carrying()
+    )
     drawn = {s["name"]: s for s in sample_sites(guide)}
     sources = _sources(program, batch, guide)
     whole = len(batch.indices) == batch.total_rows

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import Structure, sample_sites
 from pyrolvm.inference.program.weights import PARTICLES
 
 
@@ -61,12 +61,22 @@ def log_sums(pair: Pair, trace: Trace, num_draws: int, held: Collection[str]) ->
     total = torch.zeros([*sizes.values()], device=pair.device)
     for ordinal, terms in contracted(pair, trace, held).items():
         if plate is not None and trace.plate_to_symbol[plate.name] not in ordinal:
-            raise ProgramError(
-                "a discrete latent outside the data plate is summed out, so that the data depend on each other "
-                "and have no evidence each: draw it in the guide"
-            )
+            raise ProgramError(_coupled(pair.structure))
         total = sum((_aligned(term, sizes) for term in terms), total)
     return total.reshape(-1, pair.num_rows).expand(num_draws, -1)
+
+
+def _coupled(structure: Structure) -> str:
+    """Why data have no evidence each: a latent of something else than the rows is summed out."""
+    site = next((s for s in structure.enumerated if not s.local), None)
+    why = "is summed out, so that the data depend on each other and have no evidence each"
+    if site is None or not site.plates or structure.data_plate is None:
+        return f"a discrete latent outside the data plate {why}: draw it in the guide"
+    return (
+        f"'{site.name}', one for each of '{site.plates[0]}', {why}, as the rows of the data are those of "
+        f"'{structure.data_plate.name}': if the data are those of '{site.plates[0]}', pass them with this dimension "
+        "first and turn them in the model; or draw the latent in the guide"
+    )
 
 
 def contracted(

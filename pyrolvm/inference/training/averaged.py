@@ -29,7 +29,7 @@ from torch import Tensor
 from pyrolvm.inference.engine import Problem
 from pyrolvm.inference.log_joint import DRAWS, Drawn, can_be_weighed
 from pyrolvm.inference.log_joint.climbing import climb, rows_of
-from pyrolvm.inference.log_joint.fixed import MOVES
+from pyrolvm.inference.log_joint.fixed import FROM_DOUBLING, MOVES
 from pyrolvm.inference.log_joint.function import element
 from pyrolvm.inference.objectives import prepare
 from pyrolvm.inference.program.hints import reason_of
@@ -49,8 +49,6 @@ ITERATIONS, EVALUATIONS = 1000, 2500
 STEP, ROUGH = 1e-5, 0.02
 """Of the differences that smoothness is judged by, and how far, relatively, they may be from the gradient."""
 FRESH = 999_000
-FROM_DOUBLING = 3**-0.5
-"""The error of an optimum on 2M draws over its distance from one on M others: sqrt(1/2) / sqrt(1 + 1/2)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from pyrolvm.inference.objectives import prepare
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import find_data_plate
+from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.rows_plate import find_data_plate
 from pyrolvm.processes import ALONE
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -79,18 +80,28 @@ class HeldOutBound:
         batch = problem.batch(rows)
         with seeded(self.seed, problem.program.device):
             trace = Pair(problem.program, problem.structure, batch).model()
-        plate = find_data_plate(trace, len(rows))
+        own = problem.structure.data_plate
+        plate = find_data_plate(trace, len(rows), named=(own.name,) if own else ())
         return replace(problem, structure=replace(problem.structure, data_plate=plate))
 
 
 def bound_of(fitted: FittedModel, data: Batch, seed: int = 0, objective: Any = None) -> float:
-    """The bound of a fit's parameters on `data`, weighed as held-out data are: nats per datum."""
-    objective = prepare(objective, fitted.structure)
+    """The bound of a fit's parameters on `data`, weighed as held-out data are: nats per datum.
+
+    `objective`: as passed to `fit`; by default the model's own.
+    """
+    objective = prepare(chosen_or_usual(objective, fitted.program), fitted.structure)
     problem = Problem(
         fitted.program, fitted.structure, objective, OptimizerSpec(), data, True, fitted.num_rows,
         schedules=dict(fitted.program.controls),
     )  # fmt: skip
     return HeldOutBound(problem, replace(data, rows=None, total=None), seed)()
+
+
+def chosen_or_usual(objective: Any, program: Program) -> Any:
+    """The objective as passed; by default that which the model names as its own, None if it names none."""
+    usual = program.contract.objective() if program.contract is not None else None
+    return usual if objective is None else objective
 
 
 def _final(problem: Problem) -> dict[str, Schedule]:

@@ -98,6 +98,7 @@ class Training:
     history: History = field(init=False)
     _size: int = FIRST_CHUNK
     _asked: Asked = field(default_factory=Asked)
+    _spare: TrainingState | None = None
 
     def __post_init__(self) -> None:
         self.history = History(self.problem.terms, self._control_columns)
@@ -138,7 +139,7 @@ class Training:
                 if self.until is not None and not self.state.step:
                     self.state = self.until.begin(self.state)
                 while self.state.step < self.num_steps and not self.stopped_because:
-                    good = self.state.clone()
+                    good = self.state.clone(self._spare)
                     record = self._chunk(good)
                     good = None
                     self._decide(record, bar)
@@ -247,9 +248,11 @@ class Training:
         first = self.state.step
         size = self.plan.most_steps(first, self._limited(self._size))
         rows, controls = self.plan.rows(first, size), self._controls(first, size)
+        self.processes.barrier()  # within steps they wait for each other for less than a minute
         start = time.perf_counter() - self.engine.setup_seconds
         state, terms = self.engine.run(self.state, rows)
-        finite = _finite(state, terms)
+        finite = _finite(state, terms, good)
+        self._spare = good if finite else None
         if not finite:
             state, terms = self._diverged(good, rows)
         seconds = time.perf_counter() - self.engine.setup_seconds - start
@@ -323,9 +326,6 @@ class Training:
             )
 
 
-def _finite(state: TrainingState, terms: Tensor) -> bool:
+def _finite(state: TrainingState, terms: Tensor, before: TrainingState) -> bool:
     # other terms may be nan by definition (unknown); the bound may not
-    if not bool(torch.isfinite(terms[:, 0]).all()):
-        return False
-    floating = [t for t in state.parameters.values() if t.is_floating_point()]
-    return all(bool(torch.isfinite(t).all()) for t in floating)
+    return bool(torch.isfinite(terms[:, 0]).all()) and state.not_finite(before) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.carriers import Rows as Carriers
 from pyrolvm.inference.program.carriers import carried, check_call
 from pyrolvm.inference.program.checks import inspect_program
+from pyrolvm.inference.program.hints import reason_of
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.training.evaluation import HeldOutBound
+from pyrolvm.inference.training.evaluation import HeldOutBound, chosen_or_usual
 from pyrolvm.inference.training.plateau import Plateau
 from pyrolvm.inference.training.rules import MOST_STEPS, SCHEDULED_EPOCHS, SCHEDULED_STEPS
 from pyrolvm.inference.training.starts import InfiniteBoundError, from_data, set_values, strategies
@@ -76,7 +78,7 @@ def set_up(
     batch_size: int | None,
     validation: Any,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     seed: int,
     init: Any,
     processes: Processes = ALONE,
@@ -145,8 +147,7 @@ def _set_up(
     with seeded(derived_seed(seed, Purpose.CHECK), device):
         structure = inspect_program(program, first)
     set_values(program, structure, init)
-    usual = program.contract.objective() if program.contract is not None else None
-    prepared = prepare(usual if objective is None else objective, structure)
+    prepared = prepare(chosen_or_usual(objective, program), structure)
     schedules = schedules_of(brought, prepared, controls, kl_warmup)
     problem = Problem(
         program,
@@ -264,15 +265,19 @@ def _first_step(problem: Problem, rows: torch.Tensor, seed: int) -> None:
         warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
         try:
             loss = problem.loss(rows, values)
-        except (ValueError, NotImplementedError, KeyError) as error:
+        except (ValueError, NotImplementedError, LookupError, RuntimeError, TypeError) as error:
             if isinstance(error, (ProgramError, SettingError, DataError)):
                 raise
             raise _refusal(problem, error) from error
     terms = dict(zip(problem.terms, loss.terms.tolist(), strict=True))
-    _check_weighted(problem, terms, loss.remainder.item())
+    if loss.remainder is not None:
+        _check_weighted(problem, terms, loss.remainder.item())
     program.check_registered(loss.surrogate)
     if not loss.surrogate.requires_grad:
-        raise ProgramError("the bound depends on no parameter, so there is nothing to fit")
+        raise ProgramError(
+            "the bound depends on no parameter, so there is nothing to fit: make numbers of model or guide a "
+            "pyro.param, and take .detach(), .item() and float() off those that are"
+        )
     if not torch.isfinite(loss.terms[0]):
         raise InfiniteBoundError(
             f"the bound is {loss.terms[0].item()} before the first step: the data lie outside the model's support, or "
@@ -286,12 +291,25 @@ def _refusal(problem: Problem, error: Exception) -> Exception:
         return SettingError(
             unweighable(f"a latent that is summed out ('{problem.structure.enumerated[0].name}')")
         )
-    return ProgramError(f"{name} cannot take this program: {error}")
+    summed = problem.structure.enumerated
+    hint = ""
+    given = getattr(getattr(problem.objective, "elbo", None), "max_plate_nesting", math.inf)
+    depth = problem.structure.max_plate_nesting
+    if given < depth:
+        hint = f"\nplates are nested {depth} deep: pass max_plate_nesting={depth}"
+    elif summed and not isinstance(error, (NotImplementedError, TypeError)):
+        site = summed[0]
+        hint = (
+            f"\n'{site.name}' is summed out: its {site.num_states} values come along one more dimension, left of the "
+            f"plates; let shapes broadcast (`means[{site.name}]`, pyro.ops.indexing.Vindex) where the program expands, "
+            "reshapes or stacks to sizes"
+        )
+    return ProgramError(f"{name} cannot take this program: {reason_of(error)}{hint}")
 
 
 def _check_weighted(problem: Problem, terms: Mapping[str, float], remainder: float) -> None:
     """A KL that is not known cannot be weighed, nor one that the bound is not the likelihood minus."""
-    if KL_WEIGHT in problem.schedules and not abs(remainder) <= 1e-3 * max(1.0, abs(terms["elbo"])):
+    if not abs(remainder) <= 1e-3 * max(1.0, abs(terms["elbo"])):
         raise SettingError(unweighable(f"{problem.objective.settings().get('name', 'this objective')}"))
 
 
@@ -308,7 +326,7 @@ def alternating(setup: Setup, objective: Any, num_draws: int) -> tuple[Coordinat
         raise SettingError("coordinate ascent (alternate=) takes the data whole: load them (`.load()`)")
     count("alternate", num_draws, least=LEAST_DRAWS)
     program = problem.program
-    usual = program.contract.objective() if objective is None and program.contract is not None else objective
+    usual = chosen_or_usual(objective, program)
     if usual not in (None, "trace", "meanfield", "enum"):
         raise SettingError(
             f"coordinate ascent (alternate=) climbs the ELBO, not {usual!r}: take objective='trace'"

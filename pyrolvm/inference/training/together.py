@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 
 from pyrolvm._version import __version__
 from pyrolvm.errors import SettingError
+from pyrolvm.inference.engine.memory import shared_memory
 from pyrolvm.inference.engine.sharing import shared
 from pyrolvm.inference.training.setup import Setup
 from pyrolvm.processes import ALONE, Processes, here
@@ -96,8 +98,12 @@ def share(setup: Setup, processes: Processes) -> str:
     rows = setup.plan.rows(0, 1)[0].to(device)
     seed = derived_seed(setup.seed, Purpose.CHECK, 1)
     processes.align(setup.problem.program.tensors().values())
+    if device.type == "cpu":
+        processes = replace(processes, memory=shared_memory(processes))
     setup.problem.processes = processes
     setup.problem, sentence = shared(setup.problem, processes, rows, seed)
     if setup.streamed is not None and setup.problem.sharing is None:
         raise SettingError(f"{sentence}, but each reads its share of the data only: pass parallel=False")
+    if setup.problem.sharing is not None and processes.memory is not None:
+        return f"{sentence} through memory of their machine"
     return sentence

@@ -1,0 +1,162 @@
+// The sum of an array over the processes of one machine, through memory that they share: see memory.py.
+//
+// The memory has a line for each process, which says how far it has come, and slots for parts of the array:
+//
+//     [lines: 128 bytes of each process][slots: 2 of each process]
+//
+// A part goes in three steps: each process writes its own to its slot, all wait for all, each adds up the slots in the
+// order of the ranks, so that all have the same bits. Of many processes each adds up its share alone and leaves it in
+// its slot for the others. Slots are used in turn: who writes to one has seen that all have read what was in it.
+
+#include <fcntl.h>
+#include <sched.h>
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace pyrolvm {
+
+struct Place {  // as memory.py writes it
+    int64_t rank, count, slot_bytes, file, patience_ms;
+};
+
+class SharedSum {
+   public:
+    SharedSum(void* memory, const void* place) : memory_(static_cast<char*>(memory)), at_(*static_cast<const Place*>(place)) {}
+
+    template <typename T>
+    void run(const T* value, T* sum, int64_t length) const {
+        const int64_t most = at_.slot_bytes / sizeof(T);
+        for (int64_t begin = 0; begin < length; begin += most) {
+            part(value + begin, sum + begin, std::min(most, length - begin));
+        }
+    }
+
+   private:
+    static constexpr int64_t LINE = 128, FEW = 3, SMALL = 4096, SPINS = 4000, YIELDS = 20000;
+
+    template <typename T>
+    void part(const T* value, T* sum, int64_t length) const {
+        const uint64_t before = arrived(at_.rank).load(std::memory_order_relaxed);
+        const bool second = before >> 1 & 1;
+        T* own = slot<T>(second, at_.rank);
+        std::memcpy(own, value, length * sizeof(T));
+        if (at_.count <= FEW || length < SMALL) {
+            meet(before + 2);
+            add(second, 0, length, value, sum);
+            return;
+        }
+        meet(before + 1);
+        const int64_t begin = share(at_.rank, length), end = share(at_.rank + 1, length);
+        add(second, begin, end, value, sum);
+        std::memcpy(own + begin, sum + begin, (end - begin) * sizeof(T));
+        meet(before + 2);
+        for (int64_t rank = 0; rank < at_.count; ++rank) {
+            if (rank == at_.rank) continue;
+            const int64_t from = share(rank, length), to = share(rank + 1, length);
+            std::memcpy(sum + from, slot<T>(second, rank) + from, (to - from) * sizeof(T));
+        }
+    }
+
+    template <typename T>
+    void add(bool second, int64_t begin, int64_t end, const T* value, T* __restrict sum) const {
+        const auto of = [&](int64_t rank) { return rank == at_.rank ? value : slot<T>(second, rank); };
+        const T *first = of(0), *other = of(1);
+#pragma omp simd
+        for (int64_t i = begin; i < end; ++i) sum[i] = first[i] + other[i];
+        for (int64_t rank = 2; rank < at_.count; ++rank) {
+            const T* next = of(rank);
+#pragma omp simd
+            for (int64_t i = begin; i < end; ++i) sum[i] += next[i];
+        }
+    }
+
+    int64_t share(int64_t rank, int64_t length) const { return length * rank / at_.count; }
+
+    std::atomic<uint64_t>& arrived(int64_t rank) const {
+        return *reinterpret_cast<std::atomic<uint64_t>*>(memory_ + LINE * rank);
+    }
+
+    template <typename T>
+    T* slot(bool second, int64_t rank) const {
+        return reinterpret_cast<T*>(memory_ + LINE * at_.count + (second * at_.count + rank) * at_.slot_bytes);
+    }
+
+    // Say that this process has come so far, and wait until all have.
+    void meet(uint64_t step) const {
+        arrived(at_.rank).store(step, std::memory_order_release);
+        for (int64_t rank = 0; rank < at_.count; ++rank) {
+            if (arrived(rank).load(std::memory_order_acquire) < step) wait(rank, step);
+        }
+    }
+
+    void wait(int64_t rank, uint64_t step) const {
+        int64_t since = 0, looked = 0;
+        for (int64_t tries = 0; arrived(rank).load(std::memory_order_acquire) < step; ++tries) {
+            if (tries < SPINS) {
+#if defined(__x86_64__)
+                __builtin_ia32_pause();
+#endif
+                continue;
+            }
+            if (tries < YIELDS) {
+                sched_yield();
+                continue;
+            }
+            const timespec nap{0, 50000};
+            nanosleep(&nap, nullptr);
+            const int64_t now = milliseconds();
+            since = since ? since : now;
+            if (now - looked < 200) continue;
+            looked = now;
+            // once more: it may have come here and ended since the last look
+            if (is_gone(rank) && arrived(rank).load(std::memory_order_acquire) < step) {
+                throw std::runtime_error("a process of the shared memory has ended: connection lost");
+            }
+            if (now - since > at_.patience_ms) {
+                throw std::runtime_error("a process of the shared memory does not come: timed out");
+            }
+        }
+    }
+
+    // Every process locks a byte of the file, which the system frees when it ends.
+    bool is_gone(int64_t rank) const {
+        struct flock lock {};
+        lock.l_type = F_WRLCK;
+        lock.l_whence = SEEK_SET;
+        lock.l_start = rank;
+        lock.l_len = 1;
+        return fcntl(static_cast<int>(at_.file), F_GETLK, &lock) == 0 && lock.l_type == F_UNLCK;
+    }
+
+    static int64_t milliseconds() {
+        timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+    }
+
+    char* memory_;
+    Place at_;
+};
+
+// `kind` is the place of the type in memory.py's table.
+static void shared_sum(void* memory, const void* place, const void* value, void* sum, int64_t length, int64_t kind) {
+    const SharedSum over(memory, place);
+    const auto run = [&](auto example) {
+        using T = decltype(example);
+        over.run(static_cast<const T*>(value), static_cast<T*>(sum), length);
+    };
+    switch (kind) {
+        case 0: return run(float{});
+        case 1: return run(double{});
+        case 2: return run(int64_t{});
+        default: return run(uint8_t{});
+    }
+}
+
+}  // namespace pyrolvm

@@ -1,0 +1,77 @@
+"""Sums through shared memory, by threads in place of processes."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from pyrolvm.inference.engine import memory
+
+
+def summed(values, times=1, patience=60_000):
+    """What each of `len(values)` threads finds as the sum of all `values`, in its last round of `times`."""
+    count, slot = len(values), 4096
+    shared = torch.zeros(count * (memory.LINE + 2 * slot), dtype=torch.uint8)
+
+    def take_part(rank):
+        place = torch.tensor([rank, count, slot, -1, patience])
+        for _ in range(times):
+            found = torch.ops.pyrolvm.shared_sum(values[rank], shared, place)
+        return found
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(take_part, range(count)))
+
+
+def in_order(values):
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", memory.TYPES)
+@pytest.mark.parametrize("length", [1, 5, 511, 4096, 4097, 20_011])
+def test_all_have_the_sum_in_the_order_of_the_ranks(count, dtype, length):
+    generator = torch.Generator().manual_seed(length)
+    values = [(100 * torch.randn(length, generator=generator)).to(dtype) for _ in range(count)]
+    before = [value.clone() for value in values]
+    for found in summed(values, times=5):
+        assert torch.equal(found, in_order(values))  # the same bits
+    assert all(torch.equal(a, b) for a, b in zip(values, before, strict=True))
+
+
+def test_the_memory_of_many_processes_fits_into_a_container():
+    for count in (2, 3, 16, 64, 100):
+        slot = memory.SharedMemory.slot(count)
+        assert slot % 4096 == 0
+        assert memory.SharedMemory.size(count) == count * (memory.LINE + 2 * slot) <= 2**26
+
+
+def test_the_shape_stays():
+    found = summed([torch.ones(3, 2, 4), torch.ones(3, 2, 4)])
+    assert found[0].shape == (3, 2, 4)
+
+
+def test_who_does_not_come_is_not_waited_for_without_end():
+    shared = torch.zeros(2 * (memory.LINE + 2 * 4096), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="timed out"):
+        torch.ops.pyrolvm.shared_sum(torch.ones(3), shared, torch.tensor([0, 2, 4096, -1, 50]))
+
+
+def test_others_go_by_messages(monkeypatch, tmp_path):
+    """Where there is no such memory, or no compiler."""
+    monkeypatch.setattr(memory, "FOLDER", tmp_path / "none")
+    assert memory._made(2) is None
+    monkeypatch.setattr(memory, "FOLDER", tmp_path)
+    _, name, token = memory._made(2)
+    assert memory._opened(name, token) is not None
+    assert memory._opened(name, b"x" * len(token)) is None
+    assert memory._opened(name + "x", token) is None
+
+    def fail():
+        raise memory.native.CompilerError("none")
+
+    monkeypatch.setattr(memory, "_library", fail)
+    assert memory._made(2) is None
