@@ -278,10 +278,10 @@ def refusals():
         "steps": {"num_steps": 10 + rank},
         "bad here": {"data": X if rank else X[:, :3]},
         "few rows": {"batch_size": 1},
-        "V statistic": {
+        "one row each": {
             "model": VAE(6, 2, "gaussian"),
             "objective": InfoELBO(statistic="v"),
-            "batch_size": 50,
+            "batch_size": 2,
         },
         "Trace_MMD": {"model": VAE(6, 2, "gaussian"), "objective": Trace_MMD(RBF(1)), "batch_size": 50},
     }
