@@ -49,10 +49,19 @@ def main(folder, file):
         validation=0.1,
     )
     pyrolvm.write_answers(vae, data, f"{folder}/answers.parquet", "posterior", part_rows=64, progress=False)
+    wrong = [("answers.parquet", data), ("broken.parquet", scan(f"{folder}/broken/*.npy"))]
+    refused = [processes.gather(refusal(vae, rows, f"{folder}/{out}")) for out, rows in wrong]
     if processes.is_first:
-        torch.save(
-            {"tensors": tensors(fitted), "read": told, "settings": fitted.settings, "vae": tensors(vae)}, file
-        )
+        found = {"tensors": tensors(fitted), "read": told, "settings": fitted.settings, "vae": tensors(vae)}
+        torch.save(found | {"refused": refused}, file)
+
+
+def refusal(fitted, data, out):
+    """What each process says of answers that cannot be written."""
+    try:
+        pyrolvm.write_answers(fitted, data, out, part_rows=64, progress=False)
+    except pyrolvm.PyrolvmError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

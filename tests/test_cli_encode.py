@@ -5,7 +5,7 @@ from programs import LocalNormal
 from pyro.infer.autoguide import AutoNormal
 
 import pyrolvm
-from pyrolvm.inference.posterior.at_scale import deviations
+from pyrolvm.inference.posterior.questions import deviations
 
 X = torch.randn(30, generator=torch.Generator().manual_seed(0))
 QUIET = {"progress": False, "engine": "eager", "num_steps": 1}

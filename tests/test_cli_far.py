@@ -1,6 +1,7 @@
 """The shell on data in many files: fits, questions and reports as of one file in memory."""
 
 import json
+import sys
 
 import fsspec
 import numpy as np
@@ -81,6 +82,14 @@ def test_answers_about_many_files_are_those_about_one(run, folder, tmp_path, com
         assert np.allclose(many[shared].mean(), one[shared].mean(), rtol=0.05, atol=0.1)
 
 
+def test_a_run_of_named_columns_is_asked_about_arrays_of_as_many(run, folder, tmp_path):
+    np.save(tmp_path / "0.npy", X[:400])
+    np.save(tmp_path / "1.npy", X[400:])
+    shell("encode", run, str(tmp_path / "[01].npy"), "--out", tmp_path / "z.npy")
+    shell("encode", run, folder, "--out", tmp_path / "again.npy")
+    assert np.array_equal(np.load(tmp_path / "z.npy"), np.load(tmp_path / "again.npy"))
+
+
 def test_evidence_of_many_rows_is_noted_in_the_run(run, folder, tmp_path):
     result = shell("evidence", run, folder, "--method", "exact", "--out", tmp_path / "e.npy")
     values = np.load(tmp_path / "e.npy")
@@ -109,6 +118,10 @@ def test_files_elsewhere(run, folder, tmp_path):
         fs.pipe(f"/cli/{path.name}", path.read_bytes())
     shell("encode", run, "memory://cli/*.parquet", "--out", tmp_path / "z.npy")
     assert np.load(tmp_path / "z.npy").shape == (600, 2)
+    shell("encode", run, folder, "--out", "memory://cli/z.npy")
+    assert np.array_equal(np.load(fs.open("/cli/z.npy")), np.load(tmp_path / "z.npy"))
+    shell("diagnose", run, folder, "--num-samples", 50, "--out", "memory://cli/k.parquet")
+    assert fs.ls("/cli/k.parquet", detail=False) == ["/cli/k.parquet/part-000000.parquet"]
     fs.rm("/cli", recursive=True)
 
 
@@ -124,10 +137,57 @@ def test_a_large_file_is_standardised_without_a_copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "prepared",
+    [
+        {"standardise": True},
+        {"standardise": True, "per_column": False, "validation": 0.25, "split_seed": 7},
+        {"binarise": True},
+        {"binarise": True, "threshold": 5.0, "validation": 0.1},
+        {"validation": 0.3},
+    ],
+)
+@pytest.mark.parametrize("chosen", [{}, {"columns": ["c", "a"]}, {"labels": "d", "columns": ["b", "d"]}])
+def test_what_is_prepared_as_it_is_read_is_what_is_prepared_in_memory(folder, monkeypatch, prepared, chosen):
+    found = []
+    for most in (1, 2**40):
+        monkeypatch.setattr(recipe, "MAPPED_BYTES", most)
+        found.append(Preparation(**prepared).apply(Source(str(folder), **chosen), streamed=True))
+    streamed, whole = found
+    assert isinstance(streamed.train, pyrolvm.data.StreamedDataset)
+    assert isinstance(whole.train, pyrolvm.data.Dataset)
+    for own, other in zip(streamed.transforms, whole.transforms, strict=True):
+        assert np.allclose(own.scale, other.scale, rtol=1e-12)
+        assert np.allclose(own.offset, other.offset, rtol=1e-12)
+    for own, other in ((streamed.train, whole.train), (streamed.held_out, whole.held_out)):
+        if other is not None:
+            assert np.allclose(own.load().values, other.values, rtol=1e-6, atol=1e-6)
+            assert own.columns == other.columns
+            assert chosen.get("labels") is None or np.array_equal(own.load().labels, other.labels)
+    differ = {k for k in whole.record if streamed.record[k] != whole.record[k]}
+    assert differ <= {"sha256", "transforms"}
+
+
+def test_labels_are_numbered_as_they_are_read(tmp_path):
+    words = np.array(["u", "w", "v"] * 200)
+    pd.DataFrame(X, columns=list("abcd")).assign(kind=words).to_parquet(
+        tmp_path / "x.parquet", row_group_size=70
+    )
+    found = Preparation(validation=0.1).apply(Source(str(tmp_path), labels="kind"), takes_labels=True)
+    assert found.record["classes"] == ["u", "v", "w"]
+    rows = pyrolvm.data.Dataset(X, labels=np.array([0, 2, 1] * 200)).split(0.1)
+    assert np.array_equal(found.train.load().labels, rows[0].labels)
+    assert np.array_equal(found.held_out.load().labels, rows[1].labels)
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["encode", "RUN", "FOLDER"], "give --out FILE.parquet, FILE.npy or FILE.zarr"),
         (["encode", "RUN", "FOLDER", "--out", "z.csv"], "written as they come, to one of .parquet"),
+        (["encode", "RUN", "FOLDER", "--out", "memory://z.csv"], "to URLs answers are written as .parquet"),
+        (["encode", "RUN", "FOLDER", "--out", "s3://b/z.npy"], "s3://b/z.npy needs the package s3fs"),
+        (["most-probable", "RUN", "FOLDER", "--out", "s3://b/z.npy"], "name a file here"),
+        (["encode", "RUN", "PACKED", "--out", "z.npy"], ".npy.gz files cannot be read in parts"),
         (["encode", "RUN", "FOLDER", "--refine", "--out", "z.npy"], "--refine is for rows in memory"),
         (["encode", "RUN", "memory://none/*.parquet", "--out", "z.npy"], "no file matches memory://none"),
         (["encode", "RUN", "s3://none/x.parquet", "--out", "z.npy"], "type pip install s3fs"),
@@ -137,7 +197,10 @@ def test_a_large_file_is_standardised_without_a_copy(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_is_one_line(run, folder, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    result = shell(*({"RUN": run, "FOLDER": folder}.get(w, w) for w in words), code=2)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    (tmp_path / "x.npy.gz").write_bytes(b"packed")
+    known = {"RUN": run, "FOLDER": folder, "PACKED": str(tmp_path / "*.gz")}
+    result = shell(*(known.get(w, w) for w in words), code=2)
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, lines
     assert said in lines[0]

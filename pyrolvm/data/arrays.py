@@ -119,6 +119,11 @@ class Batch:
             if length is not None and name not in self.shared:
                 yield name, length
 
+    def carrying(self) -> list[Tensor]:
+        """The tensors [rows, ...] that carry rows."""
+        names = {name for name, _ in self.lengths()}
+        return [part for name, part in self.parts() if name in names and isinstance(part, Tensor)]
+
     def check_rows(self) -> None:
         """Raise `DataError` unless all that carries rows has `num_rows` of them; it names those that differ."""
         lengths = dict(self.lengths())

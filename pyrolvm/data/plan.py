@@ -26,6 +26,8 @@ from pyrolvm.seeds import Purpose, derived_seed
 # than the training steps themselves. The block's size depends on N alone, so the plan stays pure.
 _BLOCK_ROWS, _BLOCK_EPOCHS = 2**14, 256
 _CACHED_BLOCKS = 2
+RUN = 2**16
+"""Rows of a run: of each the same share is held out, so that any stretch of a split is known without the others."""
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,21 @@ def split_rows(num_rows: int, share: float, seed: int = 0, name: str = "validati
     SettingError
         One of the parts would have no rows.
     """
-    held_out = num_held_out(num_rows, share, name)
-    generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SPLIT))
-    order = torch.randperm(num_rows, generator=generator)
-    return order[held_out:].sort().values, order[:held_out].sort().values
+    num_held_out(num_rows, share, name)
+    runs = range(-(-num_rows // RUN))
+    held_out = torch.cat([held_out_of_run(index, num_rows, share, seed) for index in runs])
+    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+
+def held_out_of_run(index: int, num_rows: int, share: float, seed: int) -> Tensor:
+    """Which rows of a run `split_rows` holds out, a pure function of the arguments: bool [rows of the run]."""
+    start, stop = index * RUN, min((index + 1) * RUN, num_rows)
+    number = round(share * stop) - round(share * start)
+    runs = (index,) if num_rows > RUN else ()
+    generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.SPLIT, *runs))
+    held_out = torch.zeros(stop - start, dtype=torch.bool)
+    held_out[torch.randperm(stop - start, generator=generator)[:number]] = True
+    return held_out
 
 
 def num_held_out(num_rows: int, share: float, name: str = "validation") -> int:

@@ -31,7 +31,7 @@ from pyrolvm.diagnostics.sites import latent_mean, latent_node, site_kl
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair, Values
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import rows_dim, sample_sites
 from pyrolvm.progress import watched
 
 FIRST_ROWS = 500
@@ -244,7 +244,7 @@ class _Part:
         if draw_others or plate is None:
             return {s["name"]: s["value"] for s in local}
         order = _another(self.pair.num_rows).to(self.pair.device)
-        dims = {s["name"]: plate.dim - len(s["fn"].event_shape) for s in local}
+        dims = {s["name"]: (rows_dim(s, plate) or 0) - len(s["fn"].event_shape) for s in local}
         return {s["name"]: s["value"].index_select(dims[s["name"]], order) for s in local}
 
 

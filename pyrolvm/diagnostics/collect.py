@@ -20,6 +20,7 @@ from pyrolvm.errors import SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.record import model_record
 from pyrolvm.inference.posterior.saving import versions
+from pyrolvm.inference.program.devices import placed
 from pyrolvm.inference.program.draws import tidy
 from pyrolvm.inference.program.enumerated import TOGETHER, enumerated_sites
 from pyrolvm.inference.program.pair import Pair
@@ -53,6 +54,7 @@ class _Parts:
         return {k: np.concatenate(v, axis) if len(v) > 1 else v[0] for k, v in parts.items()}
 
 
+@placed
 def collect(
     fitted: FittedModel,
     x: Any,

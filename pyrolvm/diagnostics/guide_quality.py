@@ -17,6 +17,7 @@ from pyrolvm.diagnostics.reference import ReferenceComparison
 from pyrolvm.diagnostics.tails import GlobalTail
 from pyrolvm.errors import PyrolvmError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.devices import placed
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.progress import PATIENCE, progress_bar
 
@@ -139,6 +140,7 @@ def _not_computed(reasons: Mapping[str, str]) -> list[str]:
     return found
 
 
+@placed
 def diagnose(
     fitted: FittedModel,
     x: Any,

@@ -14,6 +14,7 @@ import numpy as np
 
 from pyrolvm.data import DATASETS, Dataset, StreamedDataset, Transform, load_dataset, read, scan
 from pyrolvm.data.far import is_far
+from pyrolvm.data.far.locations import find_files
 from pyrolvm.data.plan import split_rows
 from pyrolvm.errors import DataError, PyrolvmError, SettingError, count
 
@@ -88,6 +89,11 @@ class Source:
         return f"{first} and {len(more)} more" if more else first
 
     @property
+    def _are_tables(self) -> bool:
+        """Whether they are many files, or elsewhere, of columns that have names."""
+        return not self.is_named and is_far(self.text) and find_files(self.text).kind == ".parquet"
+
+    @property
     def is_named(self) -> bool:
         """Whether it is a data set of the list."""
         return self.text.replace("-", "_") in DATASETS
@@ -105,7 +111,7 @@ class Source:
                 "leave columns out, they are taken by name"
             )
         has = {
-            "columns": self.is_named or self.ends_in(NAMED_COLUMNS) or is_far(self.text),
+            "columns": self.is_named or self.ends_in(NAMED_COLUMNS) or self._are_tables,
             "key": self.ends_in(KEYED),
             "header": self.ends_in(TEXT),
         }
@@ -346,7 +352,7 @@ def _transformed(dataset: Any, transforms: list[Transform]) -> Any:
 def fingerprint(dataset: Data) -> str:
     """The SHA-256 of the values [rows, ...], whatever kind of file they came from; read some rows at a time.
 
-    Of data that are read as they are needed, that of their files' names, sizes and heads.
+    Of data that are read as they are needed, that of their files' names and sizes, and of some of what is in them.
     """
     if isinstance(dataset, StreamedDataset):
         return dataset.fingerprint()

@@ -13,13 +13,14 @@ import torch
 from pyrolvm.data import Dataset, StreamedDataset
 from pyrolvm.errors import SettingError, count
 from pyrolvm.files import write_atomically
-from pyrolvm.inference.posterior.at_scale import QUESTIONS, Answers, deviations, draws_of, write_answers
+from pyrolvm.inference.posterior.at_scale import Answers, draws_of, write_answers
 from pyrolvm.inference.posterior.evidence import evidence_table, khat_threshold
+from pyrolvm.inference.posterior.questions import QUESTIONS, deviations
 from pyrolvm.processes import here
 from pyrolvm.runs import Source, add_evidence, open_run
 from pyrolvm.runs.recipe import CHOICES, SAMPLED_ROWS
 from pyrolvm.shell.options import LOADING, PICTURE, READING
-from pyrolvm.shell.outputs import ARRAYS, PARTS, check_image_shape, check_out, write_png, write_values
+from pyrolvm.shell.outputs import ARRAYS, PARTS, check_image_shape, checked_out, write_png, write_values
 from pyrolvm.shell.printing import caution, console, note, print_facts, print_table
 from pyrolvm.shell.signatures import given
 
@@ -31,21 +32,21 @@ ANSWERS = (*ARRAYS, *PARTS)
 class Question:
     """A run, the data that it is asked about, and `out`, the file of the answer: one of the kinds `suffixes`.
 
-    With `streamed`, data that are larger than memory are not read yet: their rows are asked about some at a time.
+    With `streamed`, data that are larger than memory are not read yet: their rows are asked about some at a time. Where
+    `out` is elsewhere it is the `url`.
     """
 
     def __init__(
         self,
         run: str,
         shared: dict[str, Any],
-        out: Path | None = None,
+        out: str | Path | None = None,
         suffixes: tuple[str, ...] = ARRAYS,
         data: str | list[str] | None = None,
         streamed: bool = False,
     ) -> None:
-        self.path, self.out = Path(run), out
-        check_out(out, suffixes)
-        shape = check_image_shape(given(shared, PICTURE).get("image_shape"), out)
+        self.path, self.out, self.url = Path(run), *checked_out(out, suffixes)
+        shape = check_image_shape(given(shared, PICTURE).get("image_shape"), self.out)
         self.saved = open_run(self.path, **given(shared, LOADING))
         self.fitted, self.recipe = self.saved.fitted, self.saved.recipe
         recorded = self.recipe.shape[-2:]
@@ -106,18 +107,19 @@ class Question:
     def is_large(self) -> bool:
         """Whether the answer is written as it comes."""
         parts = self.out is not None and self.out.suffix.lower() in PARTS
-        return parts or isinstance(self.dataset, StreamedDataset)
+        return parts or self.url is not None or isinstance(self.dataset, StreamedDataset)
 
     def write_answers(self, question: str, overwrite: bool = False, **options: Any) -> Answers:
         """Ask about all rows, some at a time; every one of several processes about its share."""
-        if self.out is None:
+        out = self.url or self.out
+        if out is None:
             raise SettingError(
                 f"{self.source.called} has {self.dataset.num_rows:,} rows, which are written as they come: give --out "
                 "FILE.parquet, FILE.npy or FILE.zarr"
             )
-        answers = write_answers(self.fitted, self.dataset, self.out, question, overwrite=overwrite, **options)
+        answers = write_answers(self.fitted, self.dataset, out, question, overwrite=overwrite, **options)
         if here().is_first:
-            note(f"{answers.num_rows:,} rows: {self.out}")
+            note(f"{answers.num_rows:,} rows: {out}")
         return answers
 
     def posterior(self, overwrite: bool = False, num_samples: int = 100, seed: int = 0) -> None:
@@ -242,7 +244,7 @@ class Question:
         from pyrolvm.diagnostics.inference_data import save_inference_data, summarise, to_inference_data
 
         written = []
-        if self.out is not None:
+        if self.out is not None or self.url is not None:
             shown = {k: options[k] for k in ("num_samples", "seed") if k in options}
             answers = self.write_answers("diagnose", overwrite, **shown)
             if answers.num_untrusted:

@@ -239,9 +239,11 @@ def diagnose(
     run: RunName,
     data: DataNames,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--out", "-o", help="Also k-hat and evidence of every row: a parquet, npy or zarr file."
+            "--out",
+            "-o",
+            help="Also k-hat and evidence of every row: a parquet, npy or zarr file, or its URL.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the draws and their summary.")] = False,

@@ -72,12 +72,12 @@ Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="A csv, tsv, npy or npz file; printed as csv without one.")
 ]
 Answers = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--out",
         "-o",
-        help="A csv, tsv, npy or npz file; parquet, npy or zarr for many rows, which are written as they come, and "
-        "gone on with after a kill. Printed as csv without one.",
+        help="A csv, tsv, npy or npz file; parquet, npy or zarr, or a URL of one, for many rows, which are written as "
+        "they come, and gone on with after a kill. Printed as csv without one.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin --out anew where it is there.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +20,24 @@ ARRAYS = (".csv", ".tsv", ".npy", ".npz")
 PARTS = (".parquet", ".zarr")
 """Written part by part, and gone on with where they are begun already."""
 MAX_IMAGES = 400
+_URL = re.compile(r"[a-z0-9+:]{2,}:/", re.I)
+"""Also of a URL that a path was made of."""
+
+
+def checked_out(out: str | Path | None, suffixes: tuple[str, ...] = ARRAYS) -> tuple[Path | None, str | None]:
+    """(a file here, a URL), one of them None. Raises `SettingError` where it cannot be written, before anything is."""
+    url = str(out) if out is not None and _URL.match(str(out)) else None
+    path = None if out is None else Path(out)
+    check_out(path if url is None else None, suffixes)
+    if url is not None and ".parquet" not in suffixes:
+        raise SettingError(
+            f"--out {url}: only encode, posterior, evidence and diagnose write to URLs: name a file here"
+        )
+    if url is not None and not url.lower().endswith((*PARTS, ".npy")):
+        raise SettingError(
+            f"--out {url}: to URLs answers are written as .parquet, .npy or .zarr: change the suffix"
+        )
+    return (path, None) if url is None else (None, url)
 
 
 def check_out(out: Path | None, suffixes: tuple[str, ...] = ARRAYS) -> None:

@@ -1,14 +1,23 @@
 """Data in many files, here or elsewhere: what is read is what was written, and each byte once."""
 
+import os
+import sys
+from dataclasses import replace
+
 import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pyrolvm import DataError, SettingError
 from pyrolvm.data import Dataset, Transform, read, scan
-from pyrolvm.data.far.holdout import RUN, Holdout
-from pyrolvm.data.plan import split_rows
+from pyrolvm.data import survey as surveying
+from pyrolvm.data.far import blocks
+from pyrolvm.data.far.holdout import Holdout
+from pyrolvm.data.far.locations import find_files
+from pyrolvm.data.plan import RUN, split_rows
 from pyrolvm.data.survey import survey
 
 X = (np.random.default_rng(0).standard_normal((1000, 4)) * [1, 10, 0.1, 3] + [0, 50, 2, -7]).astype(
@@ -51,6 +60,18 @@ def test_a_folder_a_pattern_and_a_list_are_the_same_rows(folder):
         assert (data.num_rows, data.row_shape, data.num_bytes) == (1000, (4,), X.nbytes)
 
 
+def test_hidden_files_and_answers_that_come_together_are_no_data(folder):
+    for name in (
+        "_metadata.parquet",
+        ".part.parquet",
+        "_temporary/x.parquet",
+        "z.parquet.progress/values/x.parquet",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no data")
+    assert np.array_equal(scan(folder).load().values, X)
+
+
 def test_files_elsewhere_are_read_as_those_here(memory, folder):
     assert np.array_equal(scan("memory://far").load().values, X)
     assert np.array_equal(scan("memory://far/*.npy", columns=["2", "0"]).load().values, X[:, [2, 0]])
@@ -66,6 +87,8 @@ def test_columns_are_taken_in_the_order_given_and_labels_apart(tmp_path):
     assert np.array_equal(loaded.values, X[:, [2, 0]])
     assert loaded.labels.tolist() == frame["word"].tolist()
     assert data.survey().labels.tolist() == ["x", "y"]
+    both = scan(tmp_path, columns=["a", "kind"], labels="kind").load()
+    assert np.array_equal(both.values[:, 1], both.labels)
     assert scan(tmp_path, columns=["a", "kind"]).load().values.dtype == np.result_type(np.float32, np.int64)
 
 
@@ -155,9 +178,13 @@ def test_any_stretch_of_a_long_split_is_the_same_and_has_its_share():
     held = Holdout(3 * RUN + 17, 0.1, seed=5)
     whole = held.mask(0, held.num_rows)
     assert whole.sum() == round(0.1 * held.num_rows)
+    parts = split_rows(held.num_rows, 0.1, 5)  # of as many rows in memory
+    assert np.array_equal(np.flatnonzero(whole), parts[1])
+    assert np.array_equal(np.flatnonzero(~whole), parts[0])
     assert np.array_equal(
         Holdout(held.num_rows, 0.1, seed=5).mask(RUN - 3, 2 * RUN + 9), whole[RUN - 3 : 2 * RUN + 9]
     )
+    assert np.array_equal(held.mask(2 * RUN + 5, 3 * RUN + 9), whole[2 * RUN + 5 : 3 * RUN + 9])
     assert abs(whole[:RUN].mean() - 0.1) < 1e-4
     assert (whole != Holdout(held.num_rows, 0.1, seed=6).mask(0, held.num_rows)).any()
 
@@ -199,6 +226,147 @@ def test_the_fingerprint_tells_data_and_what_is_done_to_them_apart(folder):
     assert len({data.fingerprint(), *(o.fingerprint() for o in others)}) == 6
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of seven rows of `X`."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 7 * X[:1].nbytes)
+
+
+def test_arrays_of_many_blocks_are_read_in_their_order_and_their_rows_counted(memory, small_blocks):
+    data = scan("memory://far")
+    assert len(data.blocks.blocks) == 5 * 29
+    assert [b.num_rows for b in data.blocks.blocks[27:30]] == [7, 4, 7]
+    assert np.array_equal(data.load().values, X)
+    assert np.array_equal(data.reader().rows(195, 210).values, X[195:210])
+    wrong = X[:200].copy()
+    wrong[150, 2] = np.nan
+    with memory.open("/far/9.npy", "wb") as stream:
+        np.save(stream, wrong)
+    with pytest.raises(DataError, match=r"9.npy: a value is missing at row 150, column 2"):
+        scan("memory://far").load()
+
+
+def test_files_of_very_different_sizes_of_one_row_and_of_none(tmp_path):
+    for kind in ("npy", "parquet"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        for i, part in enumerate((X[:1], X[:0], X[1:990], X[990:])):
+            if kind == "npy":
+                np.save(folder / f"{i}.npy", part)
+            else:
+                pd.DataFrame(part, columns=NAMES).to_parquet(folder / f"{i}.parquet")
+        assert np.array_equal(scan(folder).load().values, X)
+    with pytest.raises(DataError, match="too few rows of data: 1, and at least 2"):
+        scan(tmp_path / "npy" / "0.npy")
+
+
+def test_columns_in_another_order_in_a_file_and_names_with_dots(folder):
+    frames = [pd.read_parquet(p).rename(columns={"b": "b.length"}) for p in sorted(folder.glob("*.parquet"))]
+    for i, frame in enumerate(frames):
+        frame[frame.columns[:: 1 if i != 2 else -1]].to_parquet(folder / f"part-{i}.parquet")
+    assert np.array_equal(scan(folder).load().values, X)
+    assert np.array_equal(scan(folder, columns=["b.length", "a"]).load().values, X[:, [1, 0]])
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_a_file_that_is_written_again_is_noticed_before_its_rows_are_mixed(tmp_path, kind):
+    def write(i, x):
+        if kind == "npy":
+            np.save(tmp_path / f"{i}.npy", x)
+        else:
+            pd.DataFrame(x, columns=NAMES).to_parquet(tmp_path / f"{i}.parquet")
+        os.utime(tmp_path / f"{i}.{kind}", ns=(0, write.time))
+        write.time += 1_000_000_000
+
+    write.time = 10**18
+    for change in (X[100:200] + 1, X[100:150]):  # of the same size, and shorter
+        write(0, X[:100])
+        write(1, X[100:200])
+        data = scan(tmp_path)
+        assert data.survey().mean.shape == (4,)
+        write(1, change)
+        with pytest.raises(DataError, match=rf"1.{kind} was written again while it was read") as caught:
+            data.load()
+        assert "\n" not in str(caught.value)
+        assert scan(tmp_path).num_rows == 100 + len(change)
+
+
+def test_a_file_elsewhere_that_is_written_again_is_noticed(memory):
+    data = scan("memory://far")
+    memory.pipe("/far/3.npy", memory.cat("/far/2.npy"))
+    with pytest.raises(DataError, match=r"/far/3.npy was written again"):
+        data.load()
+
+
+def test_what_lies_far_inside_a_file_is_in_the_fingerprint(tmp_path):
+    found = []
+    for row in (None, 0, 40_000, 99_999):
+        x = np.zeros((100_000, 3), np.float32)
+        x[row if row is None else slice(row, row + (1 if row != 40_000 else 9_000))] += row is not None
+        np.save(tmp_path / "x.npy", x)
+        found.append(scan(tmp_path).fingerprint())
+    assert len(set(found)) == 4
+
+
+def test_transforms_follow_each_other(folder):
+    half, shift = (
+        Transform("standardise", np.asarray(o), np.asarray(s)) for o, s in ((0.0, 2.0), (1.0, 1.0))
+    )
+    found = scan(folder).transformed(half).transformed(shift).load().values
+    assert np.allclose(found, X / 2 - 1, rtol=1e-6)
+
+
+def test_means_and_deviations_of_single_precision_are_taken_in_double(tmp_path, monkeypatch):
+    """Numbers of mean 10^4 and deviation 1: in single precision their squares have no digit of it left."""
+    x = (np.random.default_rng(1).standard_normal((5000, 2)) + 1e4).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    monkeypatch.setattr(surveying, "_CHUNK", 300)
+    for found in (scan(tmp_path).survey(), Dataset(x).survey()):
+        assert np.allclose(found.mean, x.astype(float).mean(0), rtol=1e-13)
+        assert np.allclose(np.sqrt(found.squares / found.number), x.astype(float).std(0), rtol=1e-9)
+        assert np.array_equal(found.number, [5000, 5000])
+        assert np.array_equal(found.low, x.min(0))
+        assert np.array_equal(found.high, x.max(0))
+    half = (x - 1e4).astype(np.float16)
+    np.save(tmp_path / "x.npy", half)
+    values = scan(tmp_path).standardise()[0].load().values
+    assert values.dtype == np.float32
+    assert np.allclose(values.astype(float).std(0), 1, rtol=1e-5)
+
+
+def test_missing_values_are_left_out_of_means_and_stay_missing(tmp_path):
+    x = X[:, :2].copy()
+    x[::3, 0] = np.nan
+    for i in range(2):
+        np.save(tmp_path / f"{i}.npy", x[500 * i : 500 * (i + 1)])
+    data, both = scan(tmp_path, allow_missing=True), Dataset(x)
+    for prepare in (Dataset.standardise, Dataset.binarise):
+        found = getattr(data, prepare.__name__)()[0].load().values
+        assert np.allclose(found, prepare(both)[0].values, rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert np.array_equal(np.isnan(found), np.isnan(x))
+    constant = np.stack([np.full(100, 0.1, np.float32), X[:100, 0]], 1)
+    np.save(tmp_path / "0.npy", constant)
+    np.save(tmp_path / "1.npy", constant)
+    with pytest.raises(DataError, match="column 0 is constant"):
+        scan(tmp_path).standardise()
+
+
+def test_runs_of_a_split_are_drawn_apart():
+    held = Holdout(2 * RUN + 2, 0.5, seed=5)
+    whole = held.mask(0, held.num_rows)
+    assert abs((whole[:RUN] == whole[RUN : 2 * RUN]).mean() - 0.5) < 4 * 0.5 / RUN**0.5
+
+
+def test_missing_values_that_no_footer_counts_are_refused_when_they_are_read(tmp_path):
+    table = pa.table({"a": pa.array([1.0, 2.0, 3.0, None]), "b": [1.0, 2.0, 3.0, 4.0]})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=2, write_statistics=False)
+    data = scan(tmp_path)
+    with pytest.raises(DataError, match="1 values of column 'a' are missing in its row group 1"):
+        data.load()
+    found = scan(tmp_path, allow_missing=True).load().values
+    assert np.array_equal(found, [[1, 1], [2, 2], [3, 3], [np.nan, 4]], equal_nan=True)
+
+
 # ---------------------------------------------------------------------- refused, in one line
 
 
@@ -213,7 +381,8 @@ def test_the_fingerprint_tells_data_and_what_is_done_to_them_apart(folder):
         ([], "no file is named"),
     ],
 )
-def test_places_without_files_are_refused(memory, source, words):
+def test_places_without_files_are_refused(memory, monkeypatch, source, words):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(DataError, match=words) as caught:
         scan(source)
     assert "\n" not in str(caught.value)
@@ -238,7 +407,7 @@ def test_files_of_several_kinds_or_of_none_are_refused(folder, memory):
     with pytest.raises(DataError, match=r"holds no file of data: the kinds are .parquet, .npy, .idx"):
         scan(folder / "deep")
     (folder / "deep" / "x.csv").write_text("a\n1\n2\n")
-    with pytest.raises(DataError, match=r".csv files are read one by one and as a whole"):
+    with pytest.raises(DataError, match=r".csv files cannot be read in parts; of many files"):
         scan(folder / "deep")
     with pytest.raises(DataError, match="named twice"):
         scan([folder / "x.npy", folder / "x.npy"])
@@ -306,6 +475,15 @@ def test_damaged_files_are_named(folder, memory):
     memory.pipe("/far/1.npy", b"no numpy at all")
     with pytest.raises(DataError, match=r"/far/1.npy is damaged or not a numpy file"):
         scan("memory://far")
+
+
+def test_a_file_of_unknown_size_that_ends_early_is_named_when_it_is_read(memory):
+    """As of a web server that does not say how long a file is."""
+    memory.pipe("/far/1.npy", memory.cat("/far/1.npy")[:1000])
+    files = replace(find_files("memory://far/0.npy"), paths=["/far/1.npy"], sizes=[0])
+    data = blocks.ArrayBlocks(files)
+    with pytest.raises(DataError, match=r"/far/1.npy is truncated: its header announces 200 rows"):
+        data.read(data.blocks[0])
 
 
 def test_missing_values_are_refused_with_file_and_row_or_kept(tmp_path):

@@ -1,5 +1,6 @@
 """The commonest mistakes in a program: each is refused in words that name the site and what to type."""
 
+import math
 from functools import partial
 
 import pyro
@@ -22,10 +23,10 @@ def model(x, event=1, x_event=1, dim=None, rows=None, latent_rows=None):
         pyro.sample("x", dist.Normal(z @ w, 1.0).to_event(x_event), obs=x)
 
 
-def guide(x, event=1, size=2, name="z", dim=None, network=None):
+def guide(x, event=1, size=2, name="z", dim=None, network=None, obs=None):
     a = pyro.param("a", lambda: torch.ones(3, size))
     with pyro.plate("data", len(x), dim=dim):
-        pyro.sample(name, dist.Normal(x @ a if network is None else network(x), 1.0).to_event(event))
+        pyro.sample(name, dist.Normal(x @ a if network is None else network(x), 1.0).to_event(event), obs=obs)
 
 
 def latent_outside(x):
@@ -61,6 +62,59 @@ def binary(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
         pyro.sample("x", dist.Bernoulli(logits=z @ w).to_event(1), obs=x)
+
+
+def without_data(x):
+    w = pyro.param("w", torch.ones(2, 3))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ w, 1.0).to_event(1))
+
+
+def nothing(x):
+    pass
+
+
+def negative(x):
+    s = pyro.param("s", torch.tensor(-1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(torch.zeros(3), s).to_event(1), obs=x)
+
+
+def drawn_state(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(k.unsqueeze(-1).expand(-1, 3), 1.0).to_event(1), obs=x)
+
+
+def positive(x):
+    w = pyro.sample("w", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(w.expand(3), 1.0).to_event(1), obs=x)
+
+
+def guide_of_reals(x):
+    pyro.sample("w", dist.Normal(pyro.param("m", torch.tensor(-9.0)), 0.1))
+
+
+def fixed_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ torch.ones(2, 3), 1.0).to_event(1), obs=x)
+
+
+def detached(x):
+    a = pyro.param("a", lambda: torch.ones(3, 2)).detach()
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x @ a, 1.0).to_event(1))
+
+
+@pyro.infer.config_enumerate
+def of_fixed_sizes(x):
+    p = pyro.param("p", torch.tensor(0.5))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(p))
+        pyro.sample("x", dist.Normal(k.unsqueeze(-1).expand(len(x), 3), 1.0).to_event(1), obs=x)
 
 
 MISTAKES = {
@@ -100,15 +154,46 @@ MISTAKES = {
         X,
         "'z' is [20, 2] in the model and [20, 3] in the guide",
     ),
+    "obs forgotten": (without_data, guide, X, "give it pyro.sample('x', ..., obs=...)"),
+    "to_event surplus at a latent, in both": (
+        partial(model, event=2),
+        partial(guide, event=2),
+        X,
+        "'z' has the rows of 'data' in its event shape (20, 2), too: take one dimension off its .to_event",
+    ),
+    "fixed sizes around what is summed out": (
+        of_fixed_sizes,
+        nothing,
+        X,
+        "'k' is summed out: its 2 values come along one more dimension",
+    ),
     "name with another letter": (model, partial(guide, name="zz"), X, "did you mean 'z'?"),
     "site forgotten": (model, lambda x: pyro.param("a", torch.ones(())), X, "sample 'z' in the guide"),
     "pyro.module forgotten": (model, with_forgotten, X, "write pyro.module('forgotten', forgotten)"),
-    "network of float64": (
+    "networks of two types": (
         model,
-        registered(nn.Linear(3, 2).double()),
+        registered(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2).double())),
         X,
         "write network.float() before the fit",
     ),
+    "missing values": (model, guide, X.clone().fill_diagonal_(math.nan), "args[0] holds NaN at index [0, 0]"),
+    "a negative scale": (negative, nothing, X, "'scale' must be positive: give its pyro.param constraint="),
+    "a layer of another width": (model, registered(nn.Linear(5, 2)), X, "takes 5 columns gets 3"),
+    "data in the guide": (
+        model,
+        partial(guide, obs=torch.zeros(20, 2)),
+        X,
+        "the guide observes 'z': take obs= off",
+    ),
+    "a discrete latent under an AutoGuide": (drawn_state, "AutoNormal", X, "mark it in the model by infer="),
+    "a guide without arguments": (model, lambda: None, X, "called with the same arguments, here args[0]"),
+    "a guide outside the support": (
+        positive,
+        guide_of_reals,
+        X,
+        "such as dist.LogNormal for positive values",
+    ),
+    "parameters that are detached": (fixed_model, detached, X, "take .detach(), .item() and float() off"),
     "data of integers": (model, registered(nn.Linear(3, 2)), X.long(), "write x.float() in the program"),
     "network elsewhere": (model, registered(nn.Linear(3, 2, device="meta")), X, "write network.to('cpu')"),
     "two sites of one name": (twice, guide, X, "give one of the two sites 'z' another name"),
@@ -132,3 +217,20 @@ def test_data_of_float64_run_in_a_net_of_float32():
     network = nn.Linear(3, 2)
     fitted = pyrolvm.fit(model, X.double(), guide=registered(network), **QUIET)
     assert fitted.posterior(X.double(), 2)["z"].dtype is torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_networks_of_float64_are_trained_in_float64():
+    """As under SVI, where data of float64 meet them; two functions that share nothing with a module of the user's."""
+    network = nn.Linear(3, 2).double()
+    fitted = pyrolvm.fit(model, X.double(), guide=registered(network), **QUIET)
+    assert network.weight.dtype is torch.float64
+    assert fitted.posterior(X, 2)["z"].dtype is torch.float64
+    assert pyrolvm.fit(model, X.double(), guide=guide, **QUIET).posterior(X, 2)["z"].dtype is torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_too_shallow_a_nesting_is_told():
+    objective = pyro.infer.TraceEnum_ELBO(max_plate_nesting=0)
+    with pytest.raises(ProgramError, match="plates are nested 1 deep: pass max_plate_nesting=1"):
+        pyrolvm.fit(pyro.infer.config_enumerate(drawn_state), X, guide=nothing, objective=objective, **QUIET)

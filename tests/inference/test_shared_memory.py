@@ -42,6 +42,13 @@ def test_all_have_the_sum_in_the_order_of_the_ranks(count, dtype, length):
     assert all(torch.equal(a, b) for a, b in zip(values, before, strict=True))
 
 
+def test_the_memory_of_many_processes_fits_into_a_container():
+    for count in (2, 3, 16, 64, 100):
+        slot = memory.SharedMemory.slot(count)
+        assert slot % 4096 == 0
+        assert memory.SharedMemory.size(count) == count * (memory.LINE + 2 * slot) <= 2**26
+
+
 def test_the_shape_stays():
     found = summed([torch.ones(3, 2, 4), torch.ones(3, 2, 4)])
     assert found[0].shape == (3, 2, 4)

@@ -37,10 +37,11 @@ def test_a_copy_takes_the_memory_of_one_that_nobody_needs():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_number_that_is_not_finite_is_found(value):
     terms = torch.zeros(2, 3)
-    assert _finite(state(a=torch.full((4,), 3e38)), terms)  # though their sum is not
-    assert not _finite(state(a=torch.tensor([0.0, value, 1.0])), terms)
-    assert not _finite(state(a=torch.tensor([value, -value])), terms)
+    before = state(a=torch.zeros(1))
+    assert _finite(state(a=torch.full((4,), 3e38)), terms, before)  # though their sum is not
+    assert not _finite(state(a=torch.tensor([0.0, value, 1.0])), terms, state(a=torch.zeros(3)))
+    assert not _finite(state(a=torch.tensor([value, -value])), terms, state(a=torch.zeros(2)))
     terms[0, 1] = value
-    assert _finite(state(a=torch.zeros(1)), terms)  # a term may be unknown
+    assert _finite(state(a=torch.zeros(1)), terms, before)  # a term may be unknown
     terms[1, 0] = value
-    assert not _finite(state(a=torch.zeros(1)), terms)
+    assert not _finite(state(a=torch.zeros(1)), terms, before)

@@ -45,6 +45,43 @@ def test_networks_in_the_attributes_of_an_instance_answer_in_eval_mode(of):
     torch.testing.assert_close(fitted.encode(X), exact)
 
 
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda guide: pyro.infer.config_enumerate(guide),
+        lambda guide: pyro.poutine.scale(guide, scale=1.0),
+        lambda guide: pyro.poutine.mask(pyro.poutine.block(guide, hide=["nothing"]), mask=True),
+    ],
+)
+def test_networks_of_functions_inside_handlers_answer_in_eval_mode(inside):
+    encoder = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)).double()
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x.unsqueeze(-1)).squeeze(-1), 0.5))
+
+    fitted = pyrolvm.fit(of_rows, X.double(), guide=inside(guide), num_steps=2, **QUIET)
+    with torch.no_grad():
+        exact = encoder.eval()(X.double().unsqueeze(-1)).squeeze(-1)
+    encoder.train()
+    torch.testing.assert_close(fitted.encode(X), exact)
+
+
+def test_a_parameter_of_another_stage_is_read_from_pyros_store():
+    """As under SVI, where a second guide uses what the first program made: pyro.param(name) without a start."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("shift", torch.tensor(0.0)), pyro.param("spread")))
+
+    with pyro.get_param_store().scope():
+        pyro.param("spread", torch.tensor(0.3), constraint=dist.constraints.positive)
+        fitted = pyrolvm.fit(of_rows, X, guide=guide, num_steps=1, learning_rate=1e-9, **QUIET)
+    assert fitted.posterior(X, 400)["z"].std().item() == pytest.approx(0.3, rel=0.05)
+    assert set(fitted.program.parameters) == {"shift", "spread"}
+
+
 def test_a_loss_in_the_guide_is_no_part_of_its_density():
     """The evidence under the exact posterior is exact, whatever factor is trained beside it."""
 

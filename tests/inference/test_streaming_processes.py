@@ -27,6 +27,11 @@ def folder(tmp_path_factory):
     for i in range(4):
         frame = pd.DataFrame(X[150 * i : 150 * (i + 1)], columns=list("abcde"))
         frame.to_parquet(path / f"{i}.parquet", row_group_size=50)
+    (path / "broken").mkdir()
+    wrong = X[:300].copy()
+    wrong[-1] = np.nan
+    for i in range(2):
+        np.save(path / "broken" / f"{i}.npy", wrong[150 * i : 150 * (i + 1)])
     return path
 
 
@@ -82,3 +87,15 @@ def test_answers_of_two_processes_are_those_of_one(two, folder, tmp_path):
     pyrolvm.write_answers(fitted, data, tmp_path / "a.parquet", "posterior", part_rows=64, progress=False)
     one, both = (pd.read_parquet(p) for p in (tmp_path / "a.parquet", folder / "answers.parquet"))
     pd.testing.assert_frame_equal(one, both, check_exact=True)
+
+
+def test_what_one_process_cannot_ends_the_others_with_its_sentence(two, folder):
+    """The first finds the file there; the second a value that is missing, whose parts the first has not."""
+    there, missing = two["refused"]
+    assert there[0].startswith("SettingError: ")
+    assert "answers.parquet is there already" in there[0]
+    assert there[1] == f"PyrolvmError: process 0 of 2 cannot go on: {there[0].removeprefix('SettingError: ')}"
+    assert "1.npy: a value is missing at row 149, column 0" in missing[1]
+    assert missing[0].startswith("PyrolvmError: process 1 of 2 cannot go on: ")
+    assert not (folder / "broken.parquet").exists()
+    assert (folder / "broken.parquet.progress").exists()

@@ -226,3 +226,20 @@ def test_two_stages_with_the_first_held():
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
     assert fitted.history["elbo"].iloc[-1] > fitted.history["elbo"].iloc[0]
+
+
+def test_a_parameter_at_the_edge_of_its_constraint_stays_there():
+    """As under SVI: a positive parameter at 0 is at -inf without its constraint, and its gradient is 0."""
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+
+    def model(x):
+        scale = pyro.param("scale", torch.eye(2), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), scale), obs=x)
+
+    fitted = pyrolvm.fit(
+        model, x, guide=lambda x: None, num_steps=200, learning_rate=0.05, progress=False, engine="eager"
+    )
+    found = fitted.program.transform_of("scale")(fitted.program.tensors()["scale"])
+    assert found[0, 1] == found[1, 0] == 0
+    assert found.diagonal().detach().numpy() == pytest.approx(x.square().mean(0).numpy(), rel=0.05)

@@ -6,21 +6,17 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-from pyrolvm.data.plan import num_held_out, split_rows
-from pyrolvm.seeds import Purpose, derived_seed
+from pyrolvm.data.plan import RUN, held_out_of_run, num_held_out
 
-RUN = 2**16
-"""Rows of a run. Data of one run are split as data in memory are."""
 _CACHED_RUNS = 4
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """Which of N rows are held out: of each run of `RUN` rows its share, drawn at random.
+    """Which of N rows are held out, those of `split_rows`: of each run of `RUN` rows its share, drawn at random.
 
-    A pure function of its arguments, of which any stretch is computed without the others.
+    Any stretch is computed without the others.
 
     Parameters
     ----------
@@ -58,19 +54,7 @@ class Holdout:
 
     def _run(self, index: int) -> np.ndarray:
         if index not in self._runs:
-            self._runs[index] = self._drawn(index)
+            self._runs[index] = held_out_of_run(index, self.num_rows, self.share, self.seed).numpy()
             while len(self._runs) > _CACHED_RUNS:
                 self._runs.popitem(last=False)
         return self._runs[index]
-
-    def _drawn(self, index: int) -> np.ndarray:
-        start, stop = index * RUN, min((index + 1) * RUN, self.num_rows)
-        mask = np.zeros(stop - start, bool)
-        if self.num_rows <= RUN:
-            mask[split_rows(self.num_rows, self.share, self.seed)[1].numpy()] = True
-        else:
-            number = round(self.share * stop) - round(self.share * start)
-            seed = derived_seed(self.seed, Purpose.SPLIT, index)
-            order = torch.randperm(stop - start, generator=torch.Generator().manual_seed(seed))
-            mask[order[:number].numpy()] = True
-        return mask

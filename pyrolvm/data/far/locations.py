@@ -16,8 +16,11 @@ from pyrolvm.errors import DataError, did_you_mean
 
 KINDS = (".parquet", ".npy", ".idx")
 """Kinds of file of which rows can be read without the rest; idx files may also be called `...-ubyte`."""
-_WHOLE = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".npz", ".idx.gz", "-ubyte.gz", ".h5ad")
+_WHOLE = (".csv", ".tsv", ".npz", ".h5ad")
+_PACKED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 _HIDDEN = ("_", ".")
+PROGRESS = ".progress"
+"""What the names of folders end with in which answers come together."""
 _WILD = "*?["
 
 
@@ -36,6 +39,8 @@ class Files:
         Their paths in it.
     sizes : list of int
         In bytes.
+    versions : list of dict
+        What their file system said of them: of a file that was written again, something else.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Files:
     fs: Any
     paths: list[str]
     sizes: list[int]
+    versions: list[dict[str, str]]
 
     @property
     def is_local(self) -> bool:
@@ -53,6 +59,17 @@ class Files:
         """A file's name in messages: as one would type it."""
         path = self.paths[index]
         return path if self.is_local else self.fs.unstrip_protocol(path)
+
+    def check_unchanged(self, index: int) -> None:
+        """Raise `DataError` where a file is another than the one that was found."""
+        with reached(self.called(index)):
+            now, then = _version(self.fs.info(self.paths[index])), self.versions[index]
+        known = [key for key in then if key in now]  # a listing may know other things than a look at the file
+        if any(now[key] != then[key] for key in ("size", *known[:1]) if key in known):
+            raise DataError(
+                f"{self.called(index)} was written again while it was read: rows of both would be mixed; begin again, "
+                "with files that stay"
+            )
 
 
 def is_far(source: Any) -> bool:
@@ -76,10 +93,10 @@ def find_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     """
     texts = _texts(source)
     name = texts[0] if len(texts) == 1 else f"{texts[0]} and {len(texts) - 1} more"
-    fs, found = None, list[tuple[str, int]]()
+    fs, found = None, list[tuple[str, dict[str, Any]]]()
     for text in texts:
         with reached(text):
-            own, path = _file_system(text)
+            own, path = file_system(text)
         if fs is not None and own is not fs:
             raise DataError(f"{text} is in another file system than {texts[0]}: name files of one")
         fs = own
@@ -89,7 +106,8 @@ def find_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     twice = next((p for i, p in enumerate(paths) if p in paths[:i]), None) if len(texts) > 1 else None
     if twice:
         raise DataError(f"{twice} is named twice: name each file once")
-    return Files(name, _kind(paths, name), fs, paths, _sizes(found))
+    kind, infos = _kind(paths, name), [_asked(fs, path, info) for path, info in found]
+    return Files(name, kind, fs, paths, _sizes(infos, paths), [_version(info) for info in infos])
 
 
 def _texts(source: Any) -> list[str]:
@@ -113,6 +131,10 @@ def reached(text: str) -> Iterator[None]:
         raise DataError(f"{text} needs {_advice(error, needed)}") from None
     except Exception as error:  # every file system has errors of its own
         found = " ".join(str(error).split()) or type(error).__name__
+        if "range requests" in found:
+            found = (
+                f"its server has whole files only; let it be fetched first, by the name simplecache::{text}"
+            )
         raise DataError(f"{text} cannot be read: {found}") from None
 
 
@@ -125,9 +147,10 @@ def _advice(error: ImportError, needed: str) -> str:
 _PACKAGES = ("s3fs", "gcsfs", "adlfs", "aiohttp", "huggingface_hub", "paramiko", "requests", "ocifs")
 
 
-def _file_system(text: str) -> tuple[Any, str]:
+def file_system(text: str) -> tuple[Any, str]:
+    """(the file system of a path or URL, its path in it); listings are not kept, files may change."""
     if "://" in text:
-        return url_to_fs(text)
+        return url_to_fs(text, use_listings_cache=False)
     return fsspec.filesystem("file"), text
 
 
@@ -135,11 +158,12 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _listed(fs: Any, path: str, text: str) -> list[tuple[str, int]]:
-    """(path, bytes) of the files that one part of a source means."""
+def _listed(fs: Any, path: str, text: str) -> list[tuple[str, dict[str, Any]]]:
+    """(path, what is known of it) of the files that one part of a source means."""
     wild = any(c in path for c in _WILD) and not fs.exists(path)
     if wild:
         found = {p: i for p, i in fs.glob(path, detail=True).items() if i["type"] == "file"}
+        found = {p: i for p, i in found.items() if f"{PROGRESS}/" not in p}
         if not found:
             raise DataError(f"no file matches {text}: {_near(fs, path)}")
     elif fs.isdir(path):
@@ -151,18 +175,20 @@ def _listed(fs: Any, path: str, text: str) -> list[tuple[str, int]]:
         found = {path: fs.info(path)}
     else:
         raise DataError(f"there is no {text}: {_near(fs, path)}".rstrip(": "))
-    return [(p, found[p].get("size")) for p in sorted(found)]
+    return [(p, found[p]) for p in sorted(found)]
 
 
 def _is_shown(path: str, folder: str) -> bool:
-    """Whether no part of the path under the folder is hidden, as `_SUCCESS` and `.crc` files are."""
+    """Whether no part of the path under the folder is hidden, as `_SUCCESS` and `.crc` files are, or unfinished."""
     inner = path.rstrip("/").removeprefix(folder.rstrip("/"))
-    return not any(part.startswith(_HIDDEN) for part in inner.strip("/").split("/"))
+    parts = inner.strip("/").split("/")
+    return not any(part.startswith(_HIDDEN) or part.endswith(PROGRESS) for part in parts)
 
 
 def _near(fs: Any, path: str) -> str:
     """What lies in the same folder, by names like the one that is missing."""
-    parent, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
+    parent, _, name = path.rstrip("/").rpartition("/")
+    parent = parent or ("/" if path.startswith("/") else ".")
     if any(c in parent for c in _WILD) or not fs.isdir(parent):
         return f"its folder {parent} does not exist"
     names = [PurePosixPath(p).name for p in fs.ls(parent, detail=False)]
@@ -172,10 +198,11 @@ def _near(fs: Any, path: str) -> str:
 
 def _suffix(path: str) -> str:
     """The kind of a file, or what tells that it is data of another; empty if neither."""
-    name = PurePosixPath(path).name.lower()
-    if name.endswith("-ubyte"):
-        return ".idx"
-    return next((s for s in (*KINDS, *_WHOLE) if name.endswith(s)), "")
+    bare = path.partition("?")[0] if path.startswith("http") else path  # of a signed URL
+    name = PurePosixPath(bare).name.lower().replace("-ubyte", ".idx")
+    packed = next((s for s in _PACKED if name.endswith(s)), "")
+    kind = next((s for s in (*KINDS, *_WHOLE) if name.removesuffix(packed).endswith(s)), "")
+    return kind and kind + packed
 
 
 def _kind(paths: list[str], name: str) -> str:
@@ -187,13 +214,40 @@ def _kind(paths: list[str], name: str) -> str:
         )
     kind, first = next(iter(kinds.items()))
     if kind not in KINDS:
-        what = f"{kind} files are read one by one and as a whole" if kind else "it is of no known kind"
+        what = f"{kind} files cannot be read in parts" if kind else "it is of no known kind"
         raise DataError(f"{first}: {what}; of many files, or elsewhere, the kinds are {', '.join(KINDS)}")
     return kind
 
 
-def _sizes(found: list[tuple[str, int]]) -> list[int]:
-    empty = next((path for path, size in found if size == 0), None)
+def _asked(fs: Any, path: str, info: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a file: asked for, where a listing has no more than its name."""
+    if info.get("size") is not None:
+        return info
+    with reached(path):
+        return fs.info(path)
+
+
+def _sizes(found: list[dict[str, Any]], paths: list[str]) -> list[int]:
+    empty = next((path for path, info in zip(paths, found, strict=True) if info.get("size") == 0), None)
     if empty:
         raise DataError(f"{empty} is empty")
-    return [int(size or 0) for _, size in found]
+    return [int(info.get("size") or 0) for info in found]
+
+
+_VERSION = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "generation",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
+
+
+def _version(info: dict[str, Any]) -> dict[str, str]:
+    """What changes when a file is written again, the surest first."""
+    known = {key: info[key] for key in (*_VERSION, "size") if info.get(key) is not None}
+    return {key: str(v.timestamp() if hasattr(v, "timestamp") else v) for key, v in known.items()}

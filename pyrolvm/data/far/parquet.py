@@ -41,7 +41,8 @@ class Tables:
         unlabelled = [name for name in names if name != labels]
         kept = unlabelled if columns is None else [names[i] for i in find_columns(columns, names, called)]
         self.columns = kept
-        self.wanted = kept if labels is None else [*kept, names[find_column(labels, names, called)]]
+        apart = [] if labels is None else [names[find_column(labels, names, called)]]
+        self.wanted = list(dict.fromkeys([*kept, *apart]))  # a column may be both
         for i in range(1, len(self._types)):
             self._check_alike(i, whole=columns is None)
         self.dtype = self._dtype()

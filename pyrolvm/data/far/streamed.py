@@ -140,8 +140,8 @@ class StreamedDataset:
     ) -> tuple[StreamedDataset, StreamedDataset]:
         """Hold out a random part of the rows: `(train, held_out)`, disjoint, each in the order of the files.
 
-        Of every 65,536 consecutive rows the same share is held out. Up to that many rows, they are the same rows as
-        `Dataset.split` and `fit(validation=fraction, seed=seed)` hold out.
+        The same rows as `Dataset.split` and `fit(validation=fraction, seed=seed)` hold out: of every 65,536 consecutive
+        rows the same share.
 
         Parameters
         ----------
@@ -274,7 +274,10 @@ class Reader:
             self._block = None  # not two at a time
             blocks = self.data.blocks
             block = blocks.blocks[index]
-            values, labels = blocks.read(block)
+            try:
+                values, labels = blocks.read(block)
+            finally:  # what was read of a file that was written again, or refused in it, means nothing
+                blocks.files.check_unchanged(block.file)
             called = blocks.files.called(block.file)
             check_finite(values, called, blocks.columns, self.data.allow_missing, first_row=block.first)
             self._block = index, (values, labels)

@@ -30,8 +30,8 @@ from pyrolvm.processes import Processes
 FOLDER = Path("/dev/shm")
 LINE = 128
 """Bytes of a process's line, as in shared_sum.h."""
-LARGEST_SLOT, SLOTS = 2**20, 2**26
-"""Bytes of a slot at the most, and of a process's slots of all."""
+LARGEST_SLOT, SLOTS = 2**20, 2**24
+"""Bytes of a slot at the most, and of one slot of each process: with the second ones, half a container's 64 MiB."""
 TYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
 """What can be summed, in the order of shared_sum.h."""
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-shared", "-fPIC", "-w")
@@ -64,19 +64,23 @@ class SharedMemory:
 
     def __init__(self, file: int, rank: int, count: int) -> None:
         self._file = file
-        slot = min(LARGEST_SLOT, max(4096, SLOTS // count))
+        slot = self.slot(count)
         self._map = mmap.mmap(file, os.fstat(file).st_size)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
         patience = int(1000 * module.STEP_PATIENCE.total_seconds())
         self._place = torch.tensor([rank, count, slot, file, patience])
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank
-        )  # the system frees it when this process ends
+        # of a byte for each process, which the system frees when the process ends
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
     @staticmethod
     def size(count: int) -> int:
         """Bytes for `count` processes."""
-        return count * (LINE + 2 * min(LARGEST_SLOT, max(4096, SLOTS // count)))
+        return count * (LINE + 2 * SharedMemory.slot(count))
+
+    @staticmethod
+    def slot(count: int) -> int:
+        """Bytes of a slot of one of `count` processes."""
+        return max(4096, min(LARGEST_SLOT, SLOTS // count) // 4096 * 4096)
 
     def sums(self, value: Tensor) -> bool:
         """Whether it takes such a tensor."""

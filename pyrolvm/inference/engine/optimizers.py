@@ -67,7 +67,7 @@ class OptimizerSpec:
         elif not _is_optimizer_class(self.optimizer):
             raise SettingError(
                 f"optimizer must be a name or a torch.optim class, not {self.optimizer!r}: "
-                "parameters are created by fit, which builds the optimiser itself"
+                "fit builds the optimiser itself; write optimizer='adam', learning_rate=0.01"
             )
         if self.optimizer is torch.optim.LBFGS:
             raise SettingError("optimizer=LBFGS needs closures and a fixed objective: use 'adam'")

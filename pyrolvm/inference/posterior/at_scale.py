@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,26 +13,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pyro.distributions import Delta
-from torch import Tensor
 
 from pyrolvm.data.arrays import Batch
+from pyrolvm.data.far.places import Place
 from pyrolvm.data.far.streamed import StreamedDataset
 from pyrolvm.data.far.writing import AnswerFile, check_answer_file
-from pyrolvm.errors import ProgramError, count, one_of
-from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, evidence_table, khat_threshold
+from pyrolvm.errors import SettingError, count, one_of
+from pyrolvm.inference.posterior.evidence import CHAINS, DRAWS, khat_threshold
 from pyrolvm.inference.posterior.fitted import FittedModel
-from pyrolvm.inference.program.handlers import Means
-from pyrolvm.inference.program.structure import base
-from pyrolvm.processes import ALONE, here
-from pyrolvm.progress import progress_bar
+from pyrolvm.inference.posterior.questions import QUESTIONS, Columns
+from pyrolvm.processes import ALONE, Processes, here
+from pyrolvm.progress import Bar, progress_bar
 from pyrolvm.seeds import Purpose, derived_seed
 
 PART_ROWS, PART_BYTES = 2**16, 2**26
 """Rows of a part, at the most, and bytes of its data."""
-QUANTILES = (0.05, 0.5, 0.95)
-
-Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,8 @@ class Answers:
 
     Attributes
     ----------
-    path : Path
+    path : Path or str
+        Where; a URL is a str.
     num_rows : int
     table : DataFrame
         Of each column with one number a row: `mean`, `sd`, `min`, `max` over all rows, and how many are `missing`.
@@ -49,7 +45,7 @@ class Answers:
         Rows whose k-hat is too high to trust their estimate; None where there is no k-hat.
     """
 
-    path: Path
+    path: Path | str
     num_rows: int
     table: pd.DataFrame
     num_untrusted: int | None = None
@@ -82,6 +78,8 @@ def write_answers(
     data : StreamedDataset, or data as `fit` takes them
         Of a `StreamedDataset` only the rows of a part are in memory.
     out : str or Path
+        A file here, or a URL that fsspec writes (`"s3://bucket/NAME.parquet"`). It is there when all of it is; until
+        then `OUT.progress` is.
         `NAME.parquet`, a folder with a file for every part, whose columns begin with the number of the row (and its
         label); `NAME.npy`, the first answer alone, [rows, ...]; or `NAME.zarr`, a group with an array for each answer.
     question : {"encode", "log_evidence", "posterior", "diagnose"}
@@ -104,42 +102,57 @@ def write_answers(
         The file cannot be written, is there already, or was begun for another question, other data or another fit.
     """
     one_of("question", question, QUESTIONS)
-    out = Path(out).expanduser()
-    check_answer_file(out)
+    place = Place.of(out)
+    check_answer_file(place)
     processes = here() if parallel else ALONE
     rows = _Rows(fitted, data)
     size = max(1, min(PART_ROWS, PART_BYTES // rows.row_bytes)) if part_rows is None else part_rows
-    file = AnswerFile(out, rows.num_rows, count("part_rows", size))
-    ask = partial(_asked, fitted, QUESTIONS[question], options, seed)
+    file = AnswerFile(place, rows.num_rows, count("part_rows", size))
+    ask = partial(_asked, fitted, QUESTIONS[question], options, seed, rows)
     record = {"question": question, "options": {k: repr(v) for k, v in options.items()}, "seed": seed}
     record |= {"data": rows.fingerprint(), "fit": _fingerprint(fitted)}
-    if processes.is_first:
-        file.begin(record, overwrite)
-        _make_room(file, partial(ask, rows))
-    processes.barrier()
-    share = processes.share(file.num_parts)
-    parts = [part for part in range(share.start, share.stop) if not file.is_done(part)]
-    with progress_bar(question, len(parts), enabled=progress and processes.is_first, unit=" parts") as bar:
-        for part in parts:
-            columns = ask(rows, part, *file.rows(part))
-            file.write(part, columns, _note(columns, _khat_limit(question, options)))
-            bar.advance()
-    processes.barrier()
-    notes = list(file.taken())
-    processes.barrier()
-    if processes.is_first and file.is_complete:
-        file.finish()
-    return _answers(out, rows.num_rows, notes)
+    limit = _khat_limit(question, options)
+    with processes.losses_named():
+        _check_alike(processes, record)
+        processes.first(lambda: _begin(file, record, overwrite, ask))
+        share, done = processes.share(file.num_parts), file.done()
+        parts = [part for part in range(share.start, share.stop) if part not in done]
+        with progress_bar(
+            question, len(parts), enabled=progress and processes.is_first, unit=" parts"
+        ) as bar:
+            processes.each(lambda: _write(file, parts, ask, limit, bar))
+        notes = processes.first(file.finish)
+    return _answers(place.name, rows.num_rows, notes)
 
 
-def _make_room(file: AnswerFile, ask: Callable[..., Columns]) -> None:
-    """Ask about two rows, for what answers look like; where that fails nothing is begun."""
-    if any(file.is_done(part) for part in range(file.num_parts)):
+def _write(
+    file: AnswerFile, parts: list[int], ask: Callable[..., Columns], limit: float | None, bar: Bar
+) -> None:
+    for part in parts:
+        columns = ask(part, *file.rows(part))
+        file.write(part, columns, _note(columns, limit))
+        bar.advance()
+
+
+def _check_alike(processes: Processes, record: dict[str, Any]) -> None:
+    """Raise `SettingError` where processes ask something else, or of something else."""
+    for rank, other in enumerate(processes.gather(record)):
+        differ = [k for k in record if other[k] != record[k]]
+        if differ:
+            raise SettingError(
+                f"process {rank} asks with another {differ[0]} ({other[differ[0]]}, not {record[differ[0]]}): start "
+                "all processes with the same question, data and fit"
+            )
+
+
+def _begin(file: AnswerFile, record: dict[str, Any], overwrite: bool, ask: Callable[..., Columns]) -> None:
+    """Begin, or go on; two rows are asked about first, and where that fails nothing is begun."""
+    if not file.begin(record, overwrite):
         return
     try:
         file.make_room(ask(0, 0, min(2, file.num_rows)))
     except BaseException:
-        file.finish()
+        file.withdraw()
         raise
 
 
@@ -197,95 +210,6 @@ def _asked(
     return beside | found
 
 
-# ------------------------------------------------------------------ questions
-
-
-def _encode(fitted: FittedModel, x: Any, *, seed: int) -> Columns:
-    means = fitted.encode(x, seed=seed)
-    if not isinstance(means, dict):
-        names = [s.name for s in fitted.structure.local_latents if s.in_guide]
-        means = {(names or [fitted.structure.enumerated[0].name])[0]: means}
-    return {
-        k: _array(v) for k, v in (means | {f"{n}_sd": sd for n, sd in deviations(fitted, x).items()}).items()
-    }
-
-
-def _log_evidence(
-    fitted: FittedModel, x: Any, method: str = "importance", num_samples: int | None = None, **options: Any
-) -> Columns:
-    table = evidence_table(fitted.pair(x), method, num_samples, progress=False, **options)
-    return {name: table[name].to_numpy() for name in table.columns}
-
-
-def _diagnose(fitted: FittedModel, x: Any, num_samples: int = DRAWS, *, seed: int) -> Columns:
-    found = _log_evidence(fitted, x, num_samples=num_samples, seed=seed)
-    return {n: found[n] for n in ("k_hat", "effective_sample_size", "log_evidence", "elbo")}
-
-
-def _posterior(fitted: FittedModel, x: Any, num_samples: int = 100, *, seed: int) -> Columns:
-    sites = [s for s in fitted.structure.local_latents if not s.point]
-    if not sites:
-        raise ProgramError("the program draws no latents of each row: ask for encode, or log_evidence")
-    parts: dict[str, list[np.ndarray]] = {}
-    for draws in fitted.draw_chunks(x, num_samples, seed=seed):
-        for site in sites:
-            for name, value in _summary(site.name, draws.values[site.name], site.discrete):
-                parts.setdefault(name, []).append(_array(value))
-    return {name: np.concatenate(found) for name, found in parts.items()}
-
-
-def _summary(name: str, draws: Tensor, discrete: bool) -> Iterator[tuple[str, Tensor]]:
-    """Of draws [draws, rows, ...]: the most frequent value and its share if discrete, else moments and quantiles."""
-    if discrete:
-        mode = draws.mode(0).values
-        yield f"{name}_mode", mode
-        yield f"{name}_share", (draws == mode).float().mean(0)
-        return
-    yield f"{name}_mean", draws.mean(0)
-    yield f"{name}_sd", draws.std(0)
-    for q, value in zip(QUANTILES, _quantiles(draws), strict=True):
-        yield f"{name}_q{100 * q:.0f}", value
-
-
-def _quantiles(draws: Tensor) -> Tensor:
-    """Linear between order statistics, [quantiles, rows, ...]; torch's own refuses 2^24 numbers."""
-    ordered = draws.sort(0).values
-    place = torch.tensor(QUANTILES, dtype=draws.dtype) * (len(draws) - 1)
-    low = place.floor().long()
-    high = (low + 1).clamp(max=len(draws) - 1)
-    share = (place - low).reshape(-1, *[1] * (draws.dim() - 1)).to(draws.device)
-    return ordered[low] + share * (ordered[high] - ordered[low])
-
-
-QUESTIONS: dict[str, Callable[..., Columns]] = {
-    "encode": _encode,
-    "log_evidence": _log_evidence,
-    "posterior": _posterior,
-    "diagnose": _diagnose,
-}
-
-
-@torch.no_grad()
-def deviations(fitted: FittedModel, x: Any) -> dict[str, Tensor]:
-    """Standard deviations of q(z | x) at the guide's means, site -> [rows, ...], where there is a closed form."""
-    names = [s.name for s in fitted.structure.local_latents if not s.discrete and not s.point]
-    parts: list[dict[str, Tensor]] = []
-    for pair in fitted.pair(x).chunks():
-        trace = pair.guide(None, Means())
-        found: Any = {n: trace.nodes[n]["fn"] for n in names if n in trace.nodes}
-        # an AutoGuide computes its latents from auxiliary draws: of such a point the spread is not 0 but unknown
-        found = {n: fn for n, fn in found.items() if not isinstance(base(fn), Delta)}
-        try:
-            parts.append({n: d.stddev.expand_as(trace.nodes[n]["value"]) for n, d in found.items()})
-        except NotImplementedError:
-            return {}
-    return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
-
-
-def _array(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().numpy()
-
-
 def _fingerprint(fitted: FittedModel) -> str:
     """A digest of the parameters."""
     digest = hashlib.sha256()
@@ -319,7 +243,7 @@ def _note(columns: Columns, limit: float | None) -> dict[str, Any]:
     return found
 
 
-def _answers(path: Path, num_rows: int, notes: list[dict[str, Any]]) -> Answers:
+def _answers(path: Path | str, num_rows: int, notes: list[dict[str, Any]]) -> Answers:
     names = list(dict.fromkeys(name for note in notes for name in note["columns"]))
     table = {name: _merged([n["columns"][name] for n in notes if name in n["columns"]]) for name in names}
     counted = [n["untrusted"] for n in notes if "untrusted" in n]

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.handlers import Means
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import rows_dim, sample_sites
 from pyrolvm.inference.program.sums import all_states, at_states, differentiated, where_seen
 
 
@@ -52,10 +52,8 @@ def _states(pair: Pair) -> Trace:
 
 def _by_row(pair: Pair, site: Any, values: Tensor, event_dims: int = 0) -> Tensor:
     """`values` as [rows, other plates from the left..., states, event...]."""
-    dim, plate = site["infer"]["_enumerate_dim"], pair.structure.data_plate
-    frames = sorted(f.dim for f in site["cond_indep_stack"] if f.vectorized)
-    if plate is not None and plate.dim in frames:
-        frames = [plate.dim, *(d for d in frames if d != plate.dim)]
+    dim, rows = site["infer"]["_enumerate_dim"], rows_dim(site, pair.structure.data_plate)
+    frames = sorted((f.dim for f in site["cond_indep_stack"] if f.vectorized), key=lambda d: (d != rows, d))
     batch_dims = values.dim() - event_dims
     order = [d + batch_dims for d in (*frames, dim)]
     others = [d for d in range(batch_dims) if d not in order]

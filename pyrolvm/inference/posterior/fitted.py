@@ -22,12 +22,14 @@ from pyrolvm.inference.posterior.generation import Generator
 from pyrolvm.inference.posterior.imputation import Imputation, impute
 from pyrolvm.inference.posterior.laplace import laplace_approximation
 from pyrolvm.inference.posterior.record import Record, model_record
+from pyrolvm.inference.program.devices import with_methods_placed
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.seeds import Purpose, derived_seed
 
 
+@with_methods_placed
 @dataclass(repr=False)
 class FittedModel(Record):
     """A trained model/guide pair.

@@ -18,7 +18,7 @@ from pyrolvm.inference.posterior.convergence import recorded
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.saving import CONFIG, HISTORY, PARAMETERS
 from pyrolvm.inference.posterior.suiting import suited
-from pyrolvm.inference.program.devices import resolve_device
+from pyrolvm.inference.program.devices import placed, resolve_device
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.routes import row_guide
 from pyrolvm.inference.program.structure import Plate, Site, Structure
@@ -45,6 +45,7 @@ KEYS = [
 OBJECTIVE = "objective."
 
 
+@placed
 def load_run(
     path: Path,
     registry: Mapping[str, Any],

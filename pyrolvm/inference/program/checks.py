@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -74,10 +76,16 @@ def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
         site = in_model[name]
         infer = site["infer"]
         if name not in guide_trace.nodes and not infer.get("enumerate") and not infer.get(LEFT_TO_PRIOR):
-            _refuse_forgotten(name)
+            _refuse_forgotten(name, latents if len(latents) == len(in_model) else ())
 
 
-def _refuse_forgotten(name: str) -> None:
+def _refuse_forgotten(name: str, unobserved: Sequence[str]) -> None:
+    """`unobserved` are all sites of the model, if none of them is data."""
+    if unobserved:
+        raise ProgramError(
+            f"no site of the model is observed, and the guide has no site '{name}': if that is the data, give it "
+            f"pyro.sample('{name}', ..., obs=...); else sample it in the guide"
+        )
     original = name.removesuffix("_unobserved")
     if original != name:
         raise ProgramError(
@@ -120,16 +128,32 @@ def _check_shapes(model_trace: Trace, guide_trace: Trace, sites: tuple[Site, ...
         try:
             trace.compute_log_prob()
             for site in sample_sites(trace):
-                _check_batch(site, role)
+                _check_batch(site, role, trace)
                 pyro.util.check_site_shape(site, math.inf)  # type: ignore[arg-type]
         except ProgramError as error:
             raise ProgramError(f"{error}\n{site_table(sites)}") from None
         except (ValueError, RuntimeError) as error:
             reason = reason_of(error).replace("\n", "\n  ")
-            raise ProgramError(f"the {role}'s shapes do not fit:\n  {reason}\n{site_table(sites)}") from error
+            what = "values are outside a support" if "within the support" in reason else "shapes do not fit"
+            hint = _outside(reason, model_trace)
+            raise ProgramError(f"the {role}'s {what}:\n  {reason}{hint}\n{site_table(sites)}") from error
 
 
-def _check_batch(site: Any, role: str) -> None:
+def _outside(reason: str, model: Trace) -> str:
+    """What to type where a value is outside the support of its distribution."""
+    found = re.search(r"site '(\S+)':\s+Expected value argument", reason)
+    if found is None:
+        return ""
+    nodes: dict[str, Any] = model.nodes
+    if nodes[found.group(1)]["is_observed"]:
+        return "\n  give the site a distribution on what the data are, or rescale them"
+    return (
+        "\n  the guide draws values that the model does not have: take a guide's distribution on that support, such as "
+        "dist.LogNormal for positive values"
+    )
+
+
+def _check_batch(site: Any, role: str, trace: Trace) -> None:
     """Every dimension of a batch must be one of the site's plates."""
     plates = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
     shape = tuple(site["fn"].batch_shape)
@@ -142,6 +166,7 @@ def _check_batch(site: Any, role: str) -> None:
             f"{where} in the {role}: write dim={where} at the plate, in model and guide"
         )
     if free:
+        _check_rows_once(site, trace)
         names = " and ".join(f"'{plates[d].name}'" for d in sorted(plates)) or "no plate"
         raise ProgramError(
             f"'{site['name']}' has the batch shape {list(shape)} in the {role}, but stands in {names}: if the "
@@ -149,6 +174,21 @@ def _check_batch(site: Any, role: str) -> None:
             f"(`with pyrolvm.data_plate(x):`); if they belong to one value, write .to_event({len(free)}) at "
             f"'{site['name']}'"
         )
+
+
+def _check_rows_once(site: Any, trace: Trace) -> None:
+    """Where a site has too many dimensions, a latent before it may hold the rows twice: in its plate and its event."""
+    for other in sample_sites(trace):
+        event = tuple(other["fn"].event_shape)
+        twice = [
+            f for f in other["cond_indep_stack"] if f.vectorized and event[:1] == (f.size,) and f.size > 1
+        ]
+        if other["name"] != site["name"] and twice and len(event) > 1:
+            raise ProgramError(
+                f"'{site['name']}' has the batch shape {list(site['fn'].batch_shape)}, because '{other['name']}' has "
+                f"the rows of '{twice[0].name}' in its event shape {event}, too: take one dimension off its "
+                ".to_event(...), in model and guide"
+            )
 
 
 def _check_plates(model: Trace, guide: Trace) -> None:

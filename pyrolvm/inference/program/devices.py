@@ -1,6 +1,11 @@
-"""Devices by name."""
+"""Devices by name, and the default device of torch."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,3 +24,36 @@ def resolve_device(name: str) -> str:
     if not there.get(kind, False):
         raise SettingError(f"device='{name}' is not on this machine: use device='cpu'")
     return name
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=type)
+
+
+def placed(function: F) -> F:
+    """Run a function with new tensors on the CPU unless it says otherwise, as it is written.
+
+    Under `torch.set_default_device("cuda")` row numbers and permutations would be made there, and meet data and
+    generators that are not.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def with_methods_placed(cls: C) -> C:
+    """A class whose methods are `placed`."""
+    for name, method in list(vars(cls).items()):
+        if (
+            not name.startswith("_")
+            and inspect.isfunction(method)
+            and not inspect.isgeneratorfunction(method)
+        ):
+            setattr(cls, name, placed(method))
+    return cls

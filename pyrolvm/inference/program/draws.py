@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.enumerated import TOGETHER, Summed, draw_summed
 from pyrolvm.inference.program.pair import Pair, slice_of, total_of
-from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.inference.program.structure import Structure, rows_dim, sample_sites
 from pyrolvm.inference.program.sums import where_seen
 from pyrolvm.inference.program.weights import log_densities
 
@@ -182,7 +182,8 @@ def tidy(structure: Structure, site: Any, value: Tensor, *, event: bool = True) 
     value = value.expand(torch.broadcast_shapes(value.shape, (*sizes, *tail)))
     keep = [d for d in range(-nesting, 0) if d in frames]
     value = value.reshape(sizes[0], *(sizes[d] for d in keep), *tail)
-    return value.movedim(1 + keep.index(plate.dim), 1) if plate and plate.dim in keep else value
+    rows = rows_dim(site, plate)
+    return value if rows is None else value.movedim(1 + keep.index(rows), 1)
 
 
 def stack(draws: list[Draws]) -> Draws:

@@ -53,19 +53,65 @@ def _named_twice(found: re.Match[str], _: Batch) -> str:
     )
 
 
+def _real(_: re.Match[str], batch: Batch) -> str:
+    for name, tensor in batch.tensors():
+        if tensor.is_floating_point() and tensor.isnan().any():
+            where = tensor.isnan().nonzero()[0].tolist()
+            return f"{name} holds NaN at index {where}: drop or fill such rows, or leave them out by poutine.mask"
+    return "a network gives NaN or infinite values: standardise the data, or start its weights smaller"
+
+
+def _positive(found: re.Match[str], _: Batch) -> str:
+    return (
+        f"'{found.group(1)}' must be positive: give its pyro.param constraint=dist.constraints.positive, or pass a "
+        "network's output through softplus or exp"
+    )
+
+
+def _columns(found: re.Match[str], _: Batch) -> str:
+    return f"a layer that takes {found.group(3)} columns gets {found.group(2)}: give the network the width of its data"
+
+
+def _observed(found: re.Match[str], _: Batch) -> str:
+    return f"the guide observes '{found.group(1)}': take obs= off there, as the guide draws the latents"
+
+
+def _discrete(found: re.Match[str], _: Batch) -> str:
+    name = found.group(1)
+    return (
+        f"to have '{name}' summed out, mark it in the model by infer={{'enumerate': 'parallel'}}; else write a guide "
+        f"that samples '{name}'"
+    )
+
+
+def _arguments(_: re.Match[str], batch: Batch) -> str:
+    names = [f"args[{i}]" for i in range(len(batch.args))] + list(batch.kwargs)
+    return f"model and guide are called with the same arguments, here {', '.join(names) or 'none'}: let both take them"
+
+
 HINTS: tuple[tuple[str, Callable[[re.Match[str], Batch], str]], ...] = (
     (r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", _plate),
     (r"same dtype, but got:? (\w+) and (\w+)", _dtypes),
     (r"is not on the expected device|to be on the same device", _device),
     (r"reinterpreted_batch_ndims <= len\(base_distribution.batch_shape\), actual (\d+) vs (\d+)", _events),
+    (r"Expected parameter \w+ .* to satisfy the constraint (?:Real\(\)|IndependentConstraint\(Real)", _real),
+    (r"Expected parameter (\w+) .* to satisfy the constraint GreaterThan(?:Eq)?\(lower_bound=0", _positive),
+    (r"site (\S+) must be sampled in trace", _observed),
+    (r"Continuous inference cannot handle discrete sample site '(\S+)'", _discrete),
+    (r"\(\) (?:takes \d+ positional|missing \d+ required|got an unexpected keyword)", _arguments),
     (r"Multiple sample sites named '(\S+)'", _named_twice),
 )
 """What an error says, and what to type."""
+LAST = ((r"mat1 and mat2 shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x(\d+)\)", _columns),)
+"""The same, where no latent has another shape in the guide than in the model, which explains it better."""
 
 
-def hint_of(error: Exception, batch: Batch) -> str:
+Hints = tuple[tuple[str, Callable[[re.Match[str], Batch], str]], ...]
+
+
+def hint_of(error: Exception, batch: Batch, hints: Hints = HINTS) -> str:
     """What to type, on a line of its own; empty for an error that is not known."""
-    for pattern, hint in HINTS:
+    for pattern, hint in hints:
         if found := re.search(pattern, str(error)):
             return "\n" + hint(found, batch)
     return ""

@@ -26,7 +26,14 @@ from pyrolvm.inference.program.handlers import Fixed, Means, Undone
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.running import every_row
-from pyrolvm.inference.program.structure import Structure, in_plate, is_factor, sample_sites, with_sizes
+from pyrolvm.inference.program.structure import (
+    Structure,
+    in_plate,
+    is_factor,
+    rows_dim,
+    sample_sites,
+    with_sizes,
+)
 from pyrolvm.inference.program.weights import PARTICLES, LogDensities, log_densities
 
 Values = Mapping[str, Tensor]
@@ -101,14 +108,14 @@ class Pair:
     def _run(
         self, function: Callable, num_draws: int | None, handlers: tuple[Any, ...], given: Values | None
     ) -> Trace:
-        if num_draws is not None:
-            dim = -1 - self.structure.max_plate_nesting
-            function = pyro.plate(PARTICLES, num_draws, dim=dim)(function)
-        for handler in (*handlers, *([Fixed(given)] if given else [])):
-            function = handler(function)
         predicting = self.mode == "predict"
         scope = self.program.scope(self.batch, self.mode) if predicting else nullcontext()
         with scope, every_row() if predicting and self.structure.whole else nullcontext():
+            if num_draws is not None:  # a plate is a site of its own: the caller's handlers must not see it
+                dim = -1 - self.structure.max_plate_nesting
+                function = pyro.plate(PARTICLES, num_draws, dim=dim)(function)
+            for handler in (*handlers, *([Fixed(given)] if given else [])):
+                function = handler(function)
             trace = with_sizes(poutine.trace(function).get_trace(*self.batch.args, **self.batch.kwargs))
             if predicting:
                 for site in sample_sites(trace):
@@ -144,9 +151,10 @@ class Pair:
         sizes = [frames.get(d, 1) for d in range(-nesting - 1, 0)]
         tail = tuple(value.shape[value.dim() - event_dims :])
         value = value.expand(torch.broadcast_shapes(value.shape, (*sizes, *tail)))
-        if plate is None or not in_plate(site, plate):  # another plate may have its dimension
+        rows = rows_dim(site, plate)
+        if rows is None:
             return value.reshape(value.shape[0], 1, -1)
-        value = value.movedim(nesting + 1 + plate.dim, 1)
+        value = value.movedim(nesting + 1 + rows, 1)
         return value.reshape(value.shape[0], value.shape[1], -1)
 
     def values(self, trace: Trace, site: str) -> Tensor:
@@ -157,7 +165,7 @@ class Pair:
     def log_prob(self, trace: Trace, keep: Callable[[Any], bool]) -> Tensor:
         """Log-density of the kept sites: [draws, rows] float64, nats, without the plates' scale N/B.
 
-        A scale of the program's own (a power of the likelihood) and masks stay in.
+        A scale of some sites (a power of the likelihood) and masks stay in, one of the whole program does not.
         """
         terms = [self._log_prob(s) for s in sample_sites(trace) if keep(s)]
         nothing = torch.zeros(1, 1, dtype=torch.float64, device=self.device)
@@ -165,7 +173,8 @@ class Pair:
 
     def _log_prob(self, site: Any) -> Tensor:
         plates = math.prod(f.full_size / f.size for f in site["cond_indep_stack"] if f.vectorized)
-        log_prob = scale_and_mask(site["unscaled_log_prob"], site["scale"] / plates, site["mask"])
+        scale = 1.0 if self.structure.weighted else site["scale"] / plates
+        log_prob = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
         return self.spread(site, log_prob).double().sum(-1)
 
     def densities(self, model: Trace, guide: Trace, held: Values | None = None) -> LogDensities:

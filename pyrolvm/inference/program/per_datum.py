@@ -29,10 +29,10 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, ReshapeTransform
 
 from pyrolvm.errors import ProgramError, one_of
+from pyrolvm.inference.program.rows_plate import find_data_plate
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
     Plate,
-    find_data_plate,
     in_plate,
     sample_sites,
 )
@@ -229,7 +229,9 @@ class PerDatum(nn.Module):
             )
         with poutine.block(), torch.no_grad():
             trace = poutine.trace(self._model).get_trace(*args, **kwargs)
-        plate = find_data_plate(trace, len(rows.indices))
+        plate = find_data_plate(
+            trace, len(rows.indices), named=rows.made, arguments=(*args, *kwargs.values())
+        )
         latents = [s for s in sample_sites(trace) if not s["is_observed"] and not _is_left(s)]
         local = [s for s in latents if in_plate(s, plate) and not _is_discrete(s)]
         if plate is None or not local:

@@ -32,6 +32,7 @@ from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
 from pyrolvm.inference.program.routes import (
     explain_unregistered,
+    floating_type,
     leaves,
     modules_of,
     reachable_modules,
@@ -91,8 +92,8 @@ class Program:
     ) -> None:
         self.source = model
         self.device = device or torch.device("cpu")
-        self.dtype = dtype or torch.float32
         self.model, self.guide = resolve(model, guide, start)
+        self.dtype = dtype or floating_type(self.model, self.guide)
         self.owner = getattr(self.model, "__self__", model)
         self.modules = modules_of(model, self.model, self.guide)
         self._functions = (self.model, self.guide)

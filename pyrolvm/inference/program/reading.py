@@ -18,6 +18,7 @@ from pyrolvm.data.arrays import Batch
 from pyrolvm.inference.program.hints import shapes_apart
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.rows_plate import draws_subsample, find_data_plate
 from pyrolvm.inference.program.running import every_row, explained
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
@@ -26,8 +27,6 @@ from pyrolvm.inference.program.structure import (
     Site,
     Structure,
     base,
-    draws_subsample,
-    find_data_plate,
     in_plate,
     is_bound,
     is_deterministic,
@@ -61,7 +60,9 @@ def read_structure(
     made = rows.made if rows else ()
     tables = tuple(n for n, p in program.parameters.items() if rows and id(p) in rows.tables)
     subsamples = draws_subsample(model) and _runs_whole(program, batch)
-    plate = find_data_plate(model, len(batch.indices), drawn=subsamples)
+    plate = find_data_plate(
+        model, len(batch.indices), drawn=subsamples, named=made, arguments=batch.carrying()
+    )
     drawn = {s["name"]: s for s in sample_sites(guide)}
     sources = _sources(program, batch, guide)
     whole = len(batch.indices) == batch.total_rows
@@ -76,6 +77,7 @@ def read_structure(
         tempered=_is_tempered(model),
         row_tables=tables,
         whole=subsamples,
+        weighted=_is_weighted(model, guide),
     )
 
 
@@ -176,6 +178,14 @@ def _is_tempered(model: Trace) -> bool:
     latent = [_own_scale(s) for s in sample_sites(model) if not s["is_observed"]]
     usual = latent[0] if latent else torch.ones((), dtype=torch.float64)
     return any(bool((scale - usual).abs().max() > 1e-6) for scale in data)
+
+
+def _is_weighted(model: Trace, guide: Trace) -> bool:
+    """Whether all sites of both have one scale, other than 1, apart from the plates."""
+    scales = [_own_scale(s) for trace in (model, guide) for s in sample_sites(trace)]
+    usual = scales[0] if scales else torch.ones((), dtype=torch.float64)
+    alike = all(scale.shape == usual.shape and torch.allclose(scale, usual) for scale in scales)
+    return alike and not torch.allclose(usual, torch.ones_like(usual))
 
 
 def _own_scale(site: dict[str, Any]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro
 import pyro.infer.autoguide
+import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
@@ -185,6 +186,9 @@ def reachable_modules(function: Any) -> Iterator[tuple[str, nn.Module]]:
     while isinstance(function, functools.partial):
         given = {f"argument {i}": value for i, value in enumerate(function.args)} | function.keywords
         yield from _among(given)
+        for value in given.values():  # what a handler of Pyro's is put around: poutine.scale(model, ...), say
+            if inspect.isroutine(value) or isinstance(value, functools.partial):
+                yield from reachable_modules(value)
         function = function.func
     owner = getattr(function, "__self__", function)
     if not isinstance(owner, nn.Module) and not inspect.isfunction(owner):
@@ -194,6 +198,13 @@ def reachable_modules(function: Any) -> Iterator[tuple[str, nn.Module]]:
     if inspect.isfunction(function):
         closure = inspect.getclosurevars(function)
         yield from _among({**closure.globals, **closure.nonlocals})
+
+
+def floating_type(*functions: Any) -> torch.dtype:
+    """float64 if the networks that plain functions see are of float64, else float32."""
+    modules = (module for function in functions for _, module in reachable_modules(function))
+    kinds = {p.dtype for module in modules for p in module.parameters() if p.is_floating_point()}
+    return torch.float64 if kinds == {torch.float64} else torch.float32
 
 
 def _among(values: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:

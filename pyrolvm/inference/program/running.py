@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError
-from pyrolvm.inference.program.hints import hint_of, reason_of
+from pyrolvm.inference.program.hints import LAST, hint_of, reason_of
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -110,7 +110,9 @@ def explained(batch: Batch, role: str, instead: Callable[[], str] | None = None)
     except (ProgramError, KeyboardInterrupt):
         raise
     except Exception as error:
-        hint = hint_of(error, batch) or (instead() if instead is not None else "")
+        hint = (
+            hint_of(error, batch) or (instead() if instead is not None else "") or hint_of(error, batch, LAST)
+        )
         raise ProgramError(
             f"the {role} failed on data of {_describe(batch)}: {reason_of(error)}{hint}"
         ) from error

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, count, positive
 from pyrolvm.inference.program.per_datum import kind_of_gaussian
+from pyrolvm.inference.program.rows_plate import find_data_plate
 from pyrolvm.inference.program.running import without_handlers
-from pyrolvm.inference.program.structure import Plate, find_data_plate, in_plate, sample_sites
+from pyrolvm.inference.program.structure import Plate, in_plate, sample_sites
 from pyrolvm.plates import current_rows
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -247,7 +248,9 @@ class SemiAmortised(nn.Module):
         if rows is None:
             raise ProgramError(MADE_BY_FIT)
         model = poutine.trace(poutine.condition(self._functions[0], data=held)).get_trace(*args, **kwargs)
-        plate = find_data_plate(model, len(rows.indices))
+        plate = find_data_plate(
+            model, len(rows.indices), named=rows.made, arguments=(*args, *kwargs.values())
+        )
         local = [s for s in sample_sites(guide) if in_plate(s, plate) and s["name"] in model.nodes]
         found = {s["name"]: s["fn"] for s in local if kind_of_gaussian(s["fn"])}
         alone = [s["name"] for s in sample_sites(model) if not s["is_observed"]]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro.distributions import Delta, Unit
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
@@ -102,6 +103,9 @@ class Structure:
         loss.
     whole : bool
         Whether plates draw a subsample of their rows in training: questions are asked of all rows.
+    weighted : bool
+        Whether one scale stands around all of model and guide (`poutine.scale`, weights of rows): it belongs outside of
+        every logarithm.
     """
 
     sites: tuple[Site, ...]
@@ -114,6 +118,7 @@ class Structure:
     tempered: bool = False
     row_tables: tuple[str, ...] = ()
     whole: bool = False
+    weighted: bool = False
 
     @property
     def num_data(self) -> int:
@@ -199,17 +204,29 @@ def with_sizes(trace: Trace) -> Trace:
     nodes: dict[str, Any] = trace.nodes
     sites = [s for s in nodes.values() if any(f.size == -1 for f in s.get("cond_indep_stack", ()))]
     found: dict[str, int] = {}
-    for site in (s for s in sites if s["type"] == "sample"):
-        shape = site["fn"].batch_shape
-        for frame in site["cond_indep_stack"]:
-            size = shape[frame.dim] if frame.vectorized and len(shape) >= -frame.dim else 1
-            found[frame.name] = max(found.get(frame.name, 1), size)
+    # a plate made inside such a plate is a site, too, and has no shape
+    for site in (s for s in sites if s["type"] == "sample" and not isinstance(s["fn"], _Subsample)):
+        values = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)]
+        for shape in (site["fn"].batch_shape, values):  # one distribution may stand for many observed values
+            for frame in site["cond_indep_stack"]:
+                size = shape[frame.dim] if frame.vectorized and len(shape) >= -frame.dim else 1
+                found[frame.name] = max(found.get(frame.name, 1), size)
     for site in sites:
         site["cond_indep_stack"] = tuple(
             f._replace(size=found.get(f.name, 1), full_size=found.get(f.name, 1)) if f.size == -1 else f
             for f in site["cond_indep_stack"]
         )
+        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample):
+            site["fn"] = _expanded(site)
     return trace
+
+
+def _expanded(site: Any) -> Any:
+    """The distribution for every row of its plates, as Pyro makes it where it knows their sizes."""
+    fn, frames = site["fn"], {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
+    sizes = [frames.get(d, 1) for d in range(min(frames, default=0), 0)]
+    shape = torch.broadcast_shapes(fn.batch_shape, sizes)
+    return fn if shape == fn.batch_shape else fn.expand(shape)
 
 
 def given_first(model: Trace, guide: Trace, name: str) -> bool:
@@ -228,22 +245,23 @@ def in_plate(site: Any, plate: Plate | None) -> bool:
     return plate is not None and any(f.name == plate.name for f in site["cond_indep_stack"])
 
 
+def rows_dim(site: Any, plate: Plate | None) -> int | None:
+    """Where the rows of `plate` stand among a site's batch dimensions, negative; None outside it.
+
+    It is the site's own: a program may make a plate of one name at several dimensions, and another plate may have that
+    of the data around a site that all data share.
+    """
+    frames = (
+        f for f in site["cond_indep_stack"] if f.vectorized and plate is not None and f.name == plate.name
+    )
+    return next((f.dim for f in frames), None)
+
+
 def base(fn: Any) -> Any:
     """A distribution without what is wrapped around it (`Independent`, masks, expansion)."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
-
-
-def find_data_plate(model_trace: Trace, batch_rows: int, *, drawn: bool = False) -> Plate | None:
-    """The outermost plate of an observed site over the rows of the data, or over some that it draws if `drawn`."""
-    sites = [s for s in sample_sites(model_trace) if s["is_observed"] and not is_deterministic(s)]
-    frames = {f for s in sites for f in s["cond_indep_stack"]}
-    over_rows = [f for f in frames if f.vectorized and batch_rows == (f.full_size if drawn else f.size)]
-    if not over_rows:
-        return None
-    frame = min(over_rows, key=lambda f: f.dim)
-    return Plate(frame.name, frame.dim, frame.size, frame.full_size)
 
 
 def is_factor(site: Any) -> bool:
@@ -254,13 +272,6 @@ def is_factor(site: Any) -> bool:
 def is_deterministic(site: Any) -> bool:
     """Whether an observed site is only a name for a value: `pyro.deterministic`, or a Delta of a reparameterisation."""
     return bool(site["infer"].get("_deterministic")) or isinstance(base(site["fn"]), Delta)
-
-
-def draws_subsample(trace: Trace) -> bool:
-    """Whether a plate holds fewer rows than it is of, which it draws by itself."""
-    nodes: dict[str, Any] = trace.nodes
-    drawn = [s["fn"] for s in nodes.values() if isinstance(s.get("fn"), _Subsample)]
-    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn)
 
 
 def is_bound(fn: Any) -> bool:

@@ -88,7 +88,7 @@ def log_densities(
     device = sites[0]["unscaled_log_prob"].device if sites else None
 
     def gather(part: list[dict[str, Any]]) -> Tensor:
-        terms = [_cells(site, inner(site["scale"]), dims) for site in part]
+        terms = [_cells(site, inner(site["scale"]), dims, _moves(site, kept)) for site in part]
         return sum(terms[1:], terms[0]) if terms else torch.zeros((1,) * len(dims), device=device)
 
     unreached = [s for s in in_guide if not getattr(s["fn"], "has_rsample", False)]
@@ -105,8 +105,19 @@ def log_densities(
 
 
 def _shared_frames(sites: list[dict[str, Any]]) -> list[Any]:
-    stacks = [{f for f in s["cond_indep_stack"] if f.vectorized and f.name != PARTICLES} for s in sites]
-    return sorted(set.intersection(*stacks), key=lambda f: f.dim) if stacks else []
+    """The plates that all sites stand in, by name; of one that stands at several dimensions, the leftmost."""
+    stacks = [
+        {f.name: f for f in s["cond_indep_stack"] if f.vectorized and f.name != PARTICLES} for s in sites
+    ]
+    names = set.intersection(*(set(stack) for stack in stacks)) if stacks else set()
+    frames = [min((stack[name] for stack in stacks), key=lambda f: f.dim) for name in names]
+    return sorted(frames, key=lambda f: f.dim)
+
+
+def _moves(site: dict[str, Any], kept: list[Any]) -> list[tuple[int, int]]:
+    """(dimension of a site's plate, where the weights have that plate), where these differ."""
+    own = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
+    return [(own[f.name], f.dim) for f in kept if own[f.name] != f.dim]
 
 
 def _divided_scale(
@@ -171,11 +182,13 @@ def _kept_dims(sites: list[dict[str, Any]], shared: list[Any]) -> tuple[list[int
     return dims, (min(particle) if particle else None)
 
 
-def _cells(site: dict[str, Any], scale: Any, dims: list[int]) -> Tensor:
+def _cells(site: dict[str, Any], scale: Any, dims: list[int], moves: list[tuple[int, int]]) -> Tensor:
     """A site's scaled log-density with all dimensions but `dims` summed out."""
     log_prob = scale_and_mask(site["unscaled_log_prob"], scale=scale, mask=site["mask"])
     depth = max([log_prob.dim(), *(-d for d in dims)])
     log_prob = log_prob.reshape((1,) * (depth - log_prob.dim()) + tuple(log_prob.shape))
+    for here, there in moves:
+        log_prob = log_prob.movedim(here, there)
     others = [d for d in range(-depth, 0) if d not in dims]
     return log_prob.sum(others) if others else log_prob
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pyrolvm.data.plan import BatchPlan
@@ -67,9 +66,8 @@ class Bounds:
         # with the controls as they will be in the end
         start = replace(state, parameters=self.whole(state.parameters), step=self.first_step)
         end, terms = self.engine.run(start, self.plan.kept(RACE_STEPS))
-        finite = all(bool(torch.isfinite(v).all()) for v in end.parameters.values() if v.is_floating_point())
         score = float(terms[-RACE_STEPS // 4 :, 0].mean())
-        return score if finite and math.isfinite(score) else -math.inf
+        return score if end.not_finite(start) is None and math.isfinite(score) else -math.inf
 
     def whole(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """A copy, with what a branch of the program has made since."""

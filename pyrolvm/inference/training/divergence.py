@@ -33,9 +33,8 @@ def explain(problem: Problem, good: TrainingState, rows: Tensor) -> str:
             return (
                 f"the bound is {terms[0, 0].item()} at step {state.step}: {_bad_site(problem, before, row)}"
             )
-        for name, value in state.parameters.items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                return f"the parameter '{name}' is not finite after step {state.step} (its gradient was not)"
+        if name := state.not_finite(good):
+            return f"the parameter '{name}' is not finite after step {state.step} (its gradient was not)"
     return f"the bound or a parameter is not finite between steps {good.step + 1} and {state.step}"
 
 
@@ -55,10 +54,7 @@ def skip_bad_steps(problem: Problem, good: TrainingState, rows: Tensor) -> tuple
         before = state.clone()
         state, terms = engine.run(state, row.unsqueeze(0))
         kept.append(terms)
-        finite = all(
-            bool(torch.isfinite(v).all()) for v in state.parameters.values() if v.is_floating_point()
-        )
-        if not finite or not torch.isfinite(terms[0, 0]):
+        if state.not_finite(good) or not torch.isfinite(terms[0, 0]):
             # the noise advances, so that the next step differs
             state = TrainingState(before.parameters, before.optimizer, before.step + 1, state.random)
             problem.program.load(state.parameters)

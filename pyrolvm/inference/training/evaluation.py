@@ -18,7 +18,7 @@ from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.structure import find_data_plate
+from pyrolvm.inference.program.rows_plate import find_data_plate
 from pyrolvm.processes import ALONE
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -80,7 +80,8 @@ class HeldOutBound:
         batch = problem.batch(rows)
         with seeded(self.seed, problem.program.device):
             trace = Pair(problem.program, problem.structure, batch).model()
-        plate = find_data_plate(trace, len(rows))
+        own = problem.structure.data_plate
+        plate = find_data_plate(trace, len(rows), named=(own.name,) if own else ())
         return replace(problem, structure=replace(problem.structure, data_plate=plate))
 
 

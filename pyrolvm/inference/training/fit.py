@@ -24,7 +24,7 @@ from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.posterior.convergence import Convergence, judge
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.history import History
-from pyrolvm.inference.program.devices import resolve_device
+from pyrolvm.inference.program.devices import placed, resolve_device
 from pyrolvm.inference.program.noise import noise_state
 from pyrolvm.inference.training import exact
 from pyrolvm.inference.training.bounds import Bounds
@@ -46,6 +46,7 @@ EXPECTED_STEPS = 10_000
 """Of a run until converged, to choose an engine by."""
 
 
+@placed
 @torch.inference_mode(False)
 @torch.enable_grad()
 @in_step
@@ -149,7 +150,7 @@ def fit(
     device : str
         "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" or "mps".
     dtype : torch.dtype or str, optional
-        "float32" (the default) or "float64".
+        "float32" or "float64": by default that of the networks that functions use, else float32.
     seed : int
         Of initial values, batches and noise, apart; the same seed gives the same numbers on a CPU.
     checkpoint : str or Path, optional
@@ -223,7 +224,7 @@ def fit(
         batch_size=batch_size,
         validation=validation,
         device=target,
-        dtype=as_dtype(dtype or torch.float32),
+        dtype=None if dtype is None else as_dtype(dtype),
         seed=seed,
         init=init if begun in (None, exact.NAME) else "own",
         processes=processes if alternate is None else ALONE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.carriers import Rows as Carriers
 from pyrolvm.inference.program.carriers import carried, check_call
 from pyrolvm.inference.program.checks import inspect_program
+from pyrolvm.inference.program.hints import reason_of
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
@@ -81,7 +83,7 @@ def set_up(
     batch_size: int | None,
     validation: Any,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     seed: int,
     init: Any,
     processes: Processes = ALONE,
@@ -268,7 +270,7 @@ def _first_step(problem: Problem, rows: torch.Tensor, seed: int) -> None:
         warnings.filterwarnings("ignore", "Found .* in .* but not", UserWarning)
         try:
             loss = problem.loss(rows, values)
-        except (ValueError, NotImplementedError, KeyError) as error:
+        except (ValueError, NotImplementedError, LookupError, RuntimeError, TypeError) as error:
             if isinstance(error, (ProgramError, SettingError, DataError)):
                 raise
             raise _refusal(problem, error) from error
@@ -277,7 +279,10 @@ def _first_step(problem: Problem, rows: torch.Tensor, seed: int) -> None:
         _check_weighted(problem, terms, loss.remainder.item())
     program.check_registered(loss.surrogate)
     if not loss.surrogate.requires_grad:
-        raise ProgramError("the bound depends on no parameter, so there is nothing to fit")
+        raise ProgramError(
+            "the bound depends on no parameter, so there is nothing to fit: make numbers of model or guide a "
+            "pyro.param, and take .detach(), .item() and float() off those that are"
+        )
     if not torch.isfinite(loss.terms[0]):
         raise InfiniteBoundError(
             f"the bound is {loss.terms[0].item()} before the first step: the data lie outside the model's support, or "
@@ -291,7 +296,20 @@ def _refusal(problem: Problem, error: Exception) -> Exception:
         return SettingError(
             unweighable(f"a latent that is summed out ('{problem.structure.enumerated[0].name}')")
         )
-    return ProgramError(f"{name} cannot take this program: {error}")
+    summed = problem.structure.enumerated
+    hint = ""
+    given = getattr(getattr(problem.objective, "elbo", None), "max_plate_nesting", math.inf)
+    depth = problem.structure.max_plate_nesting
+    if given < depth:
+        hint = f"\nplates are nested {depth} deep: pass max_plate_nesting={depth}"
+    elif summed and not isinstance(error, (NotImplementedError, TypeError)):
+        site = summed[0]
+        hint = (
+            f"\n'{site.name}' is summed out: its {site.num_states} values come along one more dimension, left of the "
+            f"plates; let shapes broadcast (`means[{site.name}]`, pyro.ops.indexing.Vindex) where the program expands, "
+            "reshapes or stacks to sizes"
+        )
+    return ProgramError(f"{name} cannot take this program: {reason_of(error)}{hint}")
 
 
 def _check_weighted(problem: Problem, terms: Mapping[str, float], remainder: float) -> None:
