@@ -352,7 +352,10 @@ def _of_interrupt(folder):
 
 
 def killed():
-    """A run whose last process kills itself after some seconds, and is begun again by the launcher, and a whole one."""
+    """A run whose last process is killed and begun again by the launcher, a whole one, and how often it was begun.
+
+    Only the attempt after the last delay can end.
+    """
     delays = os.environ["DELAYS"].split()
     begun = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if begun < len(delays) and here().rank == here().count - 1:
@@ -363,7 +366,7 @@ def killed():
     fit = fitted(NOISY["VAE"], checkpoint=FOLDER / "state", checkpoint_seconds=0.2, **options)
     while begun < len(delays):  # it ended before it was killed
         here().barrier()
-    return [digest(fit), digest(fitted(NOISY["VAE"], **options))]
+    return [digest(fit), digest(fitted(NOISY["VAE"], **options)), begun]
 
 
 def by_messages():

@@ -103,6 +103,9 @@ class Structure:
         loss.
     whole : bool
         Whether plates draw a subsample of their rows in training: questions are asked of all rows.
+    weighted : bool
+        Whether one scale stands around all of model and guide (`poutine.scale`, weights of rows): it belongs outside of
+        every logarithm.
     """
 
     sites: tuple[Site, ...]
@@ -115,6 +118,7 @@ class Structure:
     tempered: bool = False
     row_tables: tuple[str, ...] = ()
     whole: bool = False
+    weighted: bool = False
 
     @property
     def num_data(self) -> int:
