@@ -1,5 +1,7 @@
 """Faults that programs of strangers brought up, each with an exact answer."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -193,5 +195,25 @@ def test_a_program_that_fails_to_draw_anew_says_what_to_type():
             pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
 
     fitted = pyrolvm.fit(model, X.double(), guide=guide, num_steps=1, **QUIET)
-    with pytest.raises(pyrolvm.ProgramError, match="make all of them alike"):
-        fitted.sample(2)
+    for ask in (lambda: fitted.sample(2), lambda: fitted.draws(X.double(), 2, prior=True)):
+        with pytest.raises(pyrolvm.ProgramError, match="make all of them alike"):
+            ask()
+
+
+def test_what_a_loss_alone_takes_is_bound_to_it():
+    """As the boosting tutorial of Pyro has it, whose loss takes an argument out of those of the step."""
+
+    def loss(model, guide, *args, **kwargs):
+        power = kwargs.pop("power")
+        return power * pyro.infer.Trace_ELBO().differentiable_loss(model, guide, *args, **kwargs)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + pyro.param("shift", torch.tensor(0.0)), 0.5**0.5))
+
+    options = {"guide": guide, "num_steps": 1, "learning_rate": 1e-9, **QUIET}
+    with pytest.raises(pyrolvm.ProgramError, match=r"functools.partial\(loss, power="):
+        pyrolvm.fit(of_rows, X, model_kwargs={"power": 2.0}, objective=loss, **options)
+    fitted = pyrolvm.fit(of_rows, X, objective=partial(loss, power=2.0), **options)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(X).mean().item()
+    assert fitted.history.elbo[0] == pytest.approx(2 * exact, abs=1e-4)
