@@ -17,6 +17,7 @@ import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from pyro.poutine.messenger import Messenger
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
@@ -180,8 +181,20 @@ def _chain(
         return {n: v.detach() for n, v in mcmc.get_samples().items()}, divergent
 
 
+class _EachOnce(Messenger):
+    """No site is scaled."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["scale"] = 1.0
+
+
 def _unscaled(pair: Pair) -> Any:
-    """The model of these rows alone: scaled to N rows, the likelihood of each would count several times."""
+    """The model of these rows alone: scaled to N rows, the likelihood of each would count several times.
+
+    Nor does a scale around the whole program change its posterior.
+    """
+    if pair.structure.weighted:
+        return _EachOnce()(pair.program.model)
     plate = pair.structure.data_plate
     frames = (
         f for s in sample_sites(pair.model()) for f in s["cond_indep_stack"] if plate and f.name == plate.name

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 import pyrolvm
 from pyrolvm import PowerVAE, data_plate, diagnose, to_inference_data
-from pyrolvm.diagnostics import evidence_gaps, predictive_check
+from pyrolvm.diagnostics import collapse_report, compare_with_nuts, evidence_gaps, predictive_check
 
 FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 X = torch.randn(12, generator=torch.Generator().manual_seed(0))
@@ -187,6 +187,34 @@ def test_weights_of_rows_do_not_end_a_diagnosis():
     assert "the program raised" not in found.paragraph
     # the same weight inside the logarithm would square every importance weight
     assert found.k_hat["k_hat"].to_numpy() == pytest.approx(plain.k_hat["k_hat"].to_numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("weight", [lambda x: 2.0, lambda x: 1 / 12, lambda x: 1 + (x > 0).float()])
+def test_a_scale_around_the_program_leaves_its_measures_as_they_are(weight):
+    def scaled(function):
+        def run(x):
+            with pyro.poutine.scale(scale=weight(x)):
+                function(x)
+
+        return run
+
+    plain = pyrolvm.fit(local, X, guide=local_guide, **FREEZE)
+    fitted = pyrolvm.fit(scaled(local), X, guide=scaled(local_guide), **FREEZE)
+    options = {"num_samples": 20, "progress": False}
+    found, wanted = (collapse_report(f, X, **options) for f in (fitted, plain))
+    for name in ("average_kl", "mutual_information", "shuffle_loss"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-5, abs=1e-6), name
+    found, wanted = (evidence_gaps(f, X, num_steps=3, **options).means for f in (fitted, plain))
+    assert found.to_numpy() == pytest.approx(wanted.to_numpy(), rel=1e-5, abs=1e-5)
+    chains = {
+        "num_samples": 30,
+        "warmup_steps": 20,
+        "num_chains": 1,
+        "num_guide_samples": 50,
+        "progress": False,
+    }
+    found, wanted = (compare_with_nuts(f, X[:2], **chains).table["reference_sd"] for f in (fitted, plain))
+    assert found.to_numpy() == pytest.approx(wanted.to_numpy(), rel=1e-5)
 
 
 MASK = torch.arange(12) < 8

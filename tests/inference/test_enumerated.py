@@ -146,3 +146,31 @@ def test_a_mixture_that_is_indexed_plainly_is_drawn_one_by_one():
     error = (draws.values["z"].float().mean(0) - exact).abs()
     assert (error < 4.5 * (exact * (1 - exact) / 2000).sqrt()).all()
     torch.testing.assert_close(draws.log_likelihood[7], joint.logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [2.0, 1 / 30])
+def test_a_scale_around_the_program_stands_outside_of_the_sum(scale):
+    """As in Pyro's own bound, scale x log sum_k p(x, k): evidence, probabilities and draws are those without it."""
+    x = X[:, 0]
+
+    def model(x):
+        far = pyro.param("far", torch.tensor(2.0))
+        with data_plate(x), pyro.poutine.scale(scale=scale):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(far * k, 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, x, guide=lambda x: None, objective="enum", **STILL)
+    joint = torch.stack(
+        [math.log(p) + dist.Normal(m, 1.0).log_prob(x) for p, m in ((0.7, 0.0), (0.3, 2.0))], -1
+    )
+    exact = joint.logsumexp(-1)
+    assert fitted.elbo == pytest.approx(scale * exact.mean().item(), rel=1e-5)
+    for method in ("exact", "importance"):
+        found = fitted.log_evidence(x, method, 2 if method == "importance" else None, progress=False)
+        torch.testing.assert_close(found.float(), exact, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fitted.encode(x), joint.softmax(-1), atol=1e-5, rtol=1e-4)
+    draws = fitted.draws(x, 2000)
+    torch.testing.assert_close(draws.log_weight, exact.expand(2000, -1), atol=1e-5, rtol=1e-5)
+    share = joint.softmax(-1)[:, 1]
+    error = (draws.values["k"].float().mean(0) - share).abs()
+    assert (error < 4.5 * (share * (1 - share) / 2000).sqrt()).all()

@@ -1,5 +1,6 @@
 """Gradient estimators of discrete latents against sums over all states of a few bits."""
 
+import copy
 import itertools
 import math
 
@@ -30,6 +31,8 @@ from pyrolvm.inference.objectives import (
     MuProp,
 )
 from pyrolvm.inference.objectives.concrete import BITS, CATEGORIES, concrete_density
+from pyrolvm.inference.objectives.vimco import left_out
+from pyrolvm.inference.program.plain import PlainPair
 from pyrolvm.plates import data_rows
 
 UNBIASED = {
@@ -115,6 +118,10 @@ def test_normalised_costs_divide_the_gradient():
     assert average(costs) == (0, 0)
     mean, deviation = average(costs)
     assert (mean.item(), deviation.item()) == pytest.approx((5.0, math.sqrt(32 / 3)))
+    decaying = NVIL(hidden=0, decay=0.8).average.double()
+    for cost in (1.0, 2.0):
+        decaying(torch.full((1, 3), cost, dtype=torch.float64))
+    assert decaying(costs)[0].item() == pytest.approx((0.8 * 1 + 2) / 1.8)
 
 
 # ---------------------------------------------------------------------- a belief network, all parameters
@@ -256,6 +263,47 @@ def test_masked_bits_have_no_gradient_and_minibatches_count_n_over_b(name):
     four, four_loss = in_plates(make(), mask=mask, total=4 * REPLICATES)
     torch.testing.assert_close(four, 4 * draws)
     assert four_loss == pytest.approx(4 * loss)
+
+
+def one_bit(objective, total):
+    """The estimate of 50 rows that stand for `total`, with one bit each: q = 0.9, p = 0.5."""
+    torch.manual_seed(0)
+    x, logits = torch.zeros(50, 1, dtype=torch.float64), torch.tensor(0.9).double().logit().requires_grad_()
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("b", dist.Bernoulli(logits=logits.expand(50)))
+
+    def model(x):
+        with data_plate(x):
+            b = pyro.sample("b", dist.Bernoulli(logits=torch.zeros(50, dtype=torch.float64)))
+            pyro.factor("cost", -(b - 0.2).square())
+
+    with data_rows(total, torch.arange(50)):
+        return objective.estimate(PlainPair(model, guide, (x,), {}), {"temperature": 0.5})
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: VIMCO(3), lambda: Concrete(0.5, num_particles=3), REBAR, lambda: NVIL(hidden=3)]
+)
+def test_bounds_of_several_draws_and_own_losses_count_n_over_b(make):
+    objective = make()
+    one_bit(objective, 50)  # its modules are made
+    one, four = (one_bit(copy.deepcopy(objective), total) for total in (50, 200))
+    torch.testing.assert_close(four.bound, 4 * one.bound)
+    torch.testing.assert_close(four.surrogate, 4 * one.surrogate)
+    torch.testing.assert_close(four.terms["kl"], 4 * one.terms["kl"])
+    assert one.terms["kl"] == pytest.approx(50 * (0.9 * math.log(1.8) + 0.1 * math.log(0.2)), rel=0.4)
+    if one.own_loss is not None:
+        torch.testing.assert_close(four.own_loss, 4 * one.own_loss)
+
+
+def test_the_baseline_of_a_draw_has_the_mean_log_weight_of_the_others_in_its_place():
+    log_weight = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for k, found in enumerate(left_out(log_weight)):
+        others = torch.cat([log_weight[:k], log_weight[k + 1 :]])
+        each = torch.cat([others, others.mean(0, keepdim=True)])
+        torch.testing.assert_close(found, each.exp().mean(0).log())
 
 
 VALUES = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)

@@ -165,7 +165,7 @@ class Pair:
     def log_prob(self, trace: Trace, keep: Callable[[Any], bool]) -> Tensor:
         """Log-density of the kept sites: [draws, rows] float64, nats, without the plates' scale N/B.
 
-        A scale of the program's own (a power of the likelihood) and masks stay in.
+        A scale of some sites (a power of the likelihood) and masks stay in, one of the whole program does not.
         """
         terms = [self._log_prob(s) for s in sample_sites(trace) if keep(s)]
         nothing = torch.zeros(1, 1, dtype=torch.float64, device=self.device)
@@ -173,7 +173,8 @@ class Pair:
 
     def _log_prob(self, site: Any) -> Tensor:
         plates = math.prod(f.full_size / f.size for f in site["cond_indep_stack"] if f.vectorized)
-        log_prob = scale_and_mask(site["unscaled_log_prob"], site["scale"] / plates, site["mask"])
+        scale = 1.0 if self.structure.weighted else site["scale"] / plates
+        log_prob = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
         return self.spread(site, log_prob).double().sum(-1)
 
     def densities(self, model: Trace, guide: Trace, held: Values | None = None) -> LogDensities:

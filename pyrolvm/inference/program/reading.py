@@ -77,6 +77,7 @@ def read_structure(
         tempered=_is_tempered(model),
         row_tables=tables,
         whole=subsamples,
+        weighted=_is_weighted(model, guide),
     )
 
 
@@ -177,6 +178,14 @@ def _is_tempered(model: Trace) -> bool:
     latent = [_own_scale(s) for s in sample_sites(model) if not s["is_observed"]]
     usual = latent[0] if latent else torch.ones((), dtype=torch.float64)
     return any(bool((scale - usual).abs().max() > 1e-6) for scale in data)
+
+
+def _is_weighted(model: Trace, guide: Trace) -> bool:
+    """Whether all sites of both have one scale, other than 1, apart from the plates."""
+    scales = [_own_scale(s) for trace in (model, guide) for s in sample_sites(trace)]
+    usual = scales[0] if scales else torch.ones((), dtype=torch.float64)
+    alike = all(scale.shape == usual.shape and torch.allclose(scale, usual) for scale in scales)
+    return alike and not torch.allclose(usual, torch.ones_like(usual))
 
 
 def _own_scale(site: dict[str, Any]) -> Tensor:

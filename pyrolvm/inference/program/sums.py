@@ -13,6 +13,7 @@ Markov models").
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -87,19 +88,22 @@ def contracted(
 ) -> dict[frozenset, list[Tensor]]:
     """Plates -> log-factors with all enumerated latents summed out, or what another ring does in place of a sum.
 
-    `potentials` are added to the log-density of the sites of these names; `held` sites do not count.
+    `potentials` are added to the log-density of the sites of these names; `held` sites do not count. A scale that all
+    factors with states have (weights of data, `poutine.scale` around the program) stands outside of the sum, as in
+    Pyro's own, and is left out.
     """
     plate, sizes = pair.structure.data_plate, dict[str, int]()
     factors: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
-    for site in sample_sites(trace):
-        if site["name"] in held:
-            continue
-        frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+    sites = [s for s in sample_sites(trace) if s["name"] not in held]
+    common = _common_scale(trace, sites)
+    for site in sites:
+        frames = _plates(site)
         outside = next((f.full_size / f.size for f in frames if plate and f.name == plate.name), 1.0)
         # the states of a latent that a mask leaves out still sum to one, as in Pyro's own sum; a maximum skips it
         every_state = "_enumerate_dim" in site["infer"] and ring is not MapRing
         mask = None if every_state else site["mask"]
-        factor = scale_and_mask(site["unscaled_log_prob"], site["scale"] / outside, mask)
+        scale = _of_plates(site) if _alike(_own_scale(site), common) else site["scale"]
+        factor = scale_and_mask(site["unscaled_log_prob"], scale / outside, mask)
         factor = factor + (potentials or {}).get(site["name"], 0.0)
         factor = pack(factor, site["infer"]["_dim_to_symbol"])
         ordinal = frozenset(trace.plate_to_symbol[f.name] for f in frames)
@@ -107,6 +111,36 @@ def contracted(
         sizes.update(zip(factor._pyro_dims, factor.shape, strict=True))
     summed = set(sizes) - set(trace.plate_to_symbol.values())
     return contract_tensor_tree(factors, summed, ring=ring(dim_to_size=sizes))
+
+
+def _plates(site: Any) -> list[Any]:
+    return [f for f in site["cond_indep_stack"] if f.vectorized]
+
+
+def _of_plates(site: Any) -> float:
+    """N/B of the plates of a site."""
+    return math.prod(f.full_size / f.size for f in _plates(site))
+
+
+def _own_scale(site: Any) -> Any:
+    """The scale of a site without that of its plates: a number, or a tensor of weights."""
+    return site["scale"] / _of_plates(site)
+
+
+def _common_scale(trace: Trace, sites: list[Any]) -> Any:
+    """The scale that all factors with states have, without those of plates; 1 if they differ."""
+    plates = set(trace.plate_to_symbol.values())
+    scales = [
+        _own_scale(s)
+        for s in sites
+        if set(pack(s["unscaled_log_prob"], s["infer"]["_dim_to_symbol"])._pyro_dims) - plates
+    ]
+    return scales[0] if scales and all(_alike(scale, scales[0]) for scale in scales) else 1.0
+
+
+def _alike(a: Any, b: Any) -> bool:
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    return a.shape == b.shape and torch.allclose(a, b)
 
 
 def _aligned(term: Any, sizes: dict[str, int]) -> Tensor:
