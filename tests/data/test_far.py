@@ -363,7 +363,11 @@ def test_missing_values_that_no_footer_counts_are_refused_when_they_are_read(tmp
     data = scan(tmp_path)
     with pytest.raises(DataError, match="1 values of column 'a' are missing in its row group 1"):
         data.load()
-    found = scan(tmp_path, allow_missing=True).load().values
+    numbers = pa.table({"a": pa.array([*range(7), float("nan")], pa.float64(), from_pandas=False)})
+    pq.write_table(numbers, tmp_path / "y.parquet", row_group_size=2)
+    with pytest.raises(DataError, match=r"y.parquet: a value is missing at row 7, column 'a'"):
+        scan(tmp_path / "y.parquet").load()
+    found = scan(tmp_path / "x.parquet", allow_missing=True).load().values
     assert np.array_equal(found, [[1, 1], [2, 2], [3, 3], [np.nan, 4]], equal_nan=True)
 
 

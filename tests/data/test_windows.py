@@ -44,6 +44,13 @@ def test_a_plan_begins_at_any_step():
     assert not np.array_equal(rows_of(WindowPlan(200, 7, 4, SIZES, 40), 0, 9), whole[:9])
 
 
+def test_every_window_is_permuted_anew():
+    plan = WindowPlan(200, 10, 3, SIZES, 40)
+    first, third = plan.rows(0, 4), plan.rows(8, 4)  # in the same half of the buffer
+    assert torch.equal(first.ravel().sort().values, third.ravel().sort().values)
+    assert not torch.equal(first, third)
+
+
 def test_steps_at_a_time_stay_in_a_window_or_cross_one_edge():
     plan, step = WindowPlan(200, 7, 0, SIZES, 40), 0
     while step < 200:
