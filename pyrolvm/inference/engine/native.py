@@ -187,7 +187,7 @@ def _precompiling(header: Path) -> Iterator[None]:
     if path in _PRECOMPILED or cache.is_stored(path):
         yield
         return
-    running = _Precompilation(header, path)
+    running = Precompilation(header, path)
     _PRECOMPILED.add(path)
     try:
         yield
@@ -201,7 +201,7 @@ _PRECOMPILED: set[Path] = set()
 """What this process precompiles, has precompiled or could not."""
 
 
-class _Precompilation(threading.Thread):
+class Precompilation(threading.Thread):
     """A compiler that nobody waits for; it ends with this process at the latest."""
 
     def __init__(self, header: Path, path: Path) -> None:
