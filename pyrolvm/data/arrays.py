@@ -260,6 +260,8 @@ def _tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device | st
         value = value.values
     if not isinstance(value, Tensor):
         value = _from_numpy(as_array(value, name), name)
+        if value.dim() and value.numel() == 0:  # a tensor without columns may be meant: no covariates
+            raise DataError(f"{name} is empty: its shape is {list(value.shape)}")
     return _cast(value, name, dtype, device)
 
 
@@ -274,7 +276,7 @@ def _cast(value: Tensor, name: str, dtype: torch.dtype, device: torch.device | s
         raise DataError(f"{name} is a sparse tensor: pass {name}.to_dense()")
     if value.is_complex():
         raise DataError(f"{name} holds complex numbers: pass its real and imaginary parts as columns")
-    if value.dim() and value.numel() == 0:
+    if value.dim() and len(value) == 0:
         raise DataError(f"{name} is empty: its shape is {list(value.shape)}")
     value = value.detach()
     if not value.is_floating_point():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,7 +56,7 @@ def check_precision(
 
     Constant columns are in no warning.
     """
-    if not (x.ndim and len(x)):
+    if not (x.ndim and math.prod(x.shape)):
         return
     values = _sample(x)  # [rows, columns]
     values = np.where(np.isfinite(values), values, np.nan)

@@ -24,6 +24,7 @@ from pyrolvm.inference.program.devices import placed
 from pyrolvm.inference.program.draws import tidy
 from pyrolvm.inference.program.enumerated import TOGETHER, enumerated_sites
 from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.running import explained
 from pyrolvm.inference.program.structure import Structure, sample_sites
 from pyrolvm.progress import watched
 
@@ -164,7 +165,8 @@ def _observe(pair: Pair, parts: _Parts) -> dict[str, Layout]:
     layouts: dict[str, Layout] = {}
     data = {s.name for s in pair.structure.observed}
     for chunk in pair.chunks():
-        sites = list(sample_sites(chunk.model(given=chunk.means())))
+        with explained(chunk.batch, "program"):
+            sites = list(sample_sites(chunk.model(given=chunk.means())))
         layouts = layouts or {s["name"]: _layout(s, pair.structure, s["name"] in data) for s in sites}
         values = {s["name"]: _with_gaps(chunk, s) for s in sites if s["name"] in data}
         parts.add("observed_data", values)

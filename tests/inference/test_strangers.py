@@ -217,3 +217,23 @@ def test_what_a_loss_alone_takes_is_bound_to_it():
     fitted = pyrolvm.fit(of_rows, X, objective=partial(loss, power=2.0), **options)
     exact = dist.Normal(0.0, 2**0.5).log_prob(X).mean().item()
     assert fitted.history.elbo[0] == pytest.approx(2 * exact, abs=1e-4)
+
+
+def test_covariates_without_columns_are_no_covariates():
+    """As pyro.contrib.forecast has them: a tensor of as many rows as the data, [rows, 0]."""
+
+    def model(x, covariates):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(covariates.sum(-1), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, covariates):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + pyro.param("shift", torch.tensor(0.0)), 0.5**0.5))
+
+    none = torch.zeros(len(X), 0)
+    fitted = pyrolvm.fit(model, X, none, guide=guide, num_steps=1, learning_rate=1e-9, **QUIET)
+    found = fitted.log_evidence((X, none), num_samples=4, progress=False)
+    torch.testing.assert_close(found.float(), dist.Normal(0.0, 2**0.5).log_prob(X), atol=1e-4, rtol=0)
+    with pytest.raises(pyrolvm.DataError, match="is empty"):
+        pyrolvm.fit(model, X[:0], none[:0], guide=guide, **QUIET)
