@@ -1,8 +1,9 @@
 """Seconds of compiling: `python -m benchmarks.compiling [NAME ...]`; the machine should be left alone meanwhile.
 
 Each program is compiled twice in a process of its own, the step not being stored: on a machine that has compiled
-nothing, and once more, with torch's compiler imported and its headers parsed. Seconds are those of `fit` for three
-steps, imports of pyrolvm not counted; those of processors, the C++ compiler's among them, say more of a busy machine.
+nothing, and once more, with torch's compiler imported and its headers precompiled, for which it waits in between.
+Seconds are those of `fit` for three steps, imports of pyrolvm not counted; those of processors, the C++ compiler's
+among them but not those of precompiling the headers in the background, say more of a busy machine.
 Results go to `results/compiling.md` and `.json`, in which rows that are not measured again stay.
 `python -m benchmarks.compiling --child NAME` prints one row as JSON.
 """
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -81,10 +83,13 @@ def _measured(name: str) -> dict[str, Any]:
 
 def _child(name: str) -> dict[str, Any]:
     """The first compilation is on a new machine; then the same again, its step not stored."""
-    from pyrolvm.inference.engine import cache
+    from pyrolvm.inference.engine import cache, native
 
     found: dict[str, Any] = {}
     _timed(name, "new machine", found)
+    for thread in threading.enumerate():
+        if isinstance(thread, native.Precompilation):
+            thread.join()
     for path in cache.folder().glob("*.so"):
         path.unlink()
     found |= _steps(name, _timed(name, "warm", found))
@@ -103,6 +108,8 @@ def _run(name: str, how: str, num_steps: int) -> tuple[Any, Any]:
     """(fitted, the compiled engine or None)."""
     from unittest import mock
 
+    import torch
+
     import pyrolvm
     from benchmarks.sequences import PROGRAMS
     from pyrolvm.inference.engine import choose
@@ -114,6 +121,7 @@ def _run(name: str, how: str, num_steps: int) -> tuple[Any, Any]:
             super().__init__(*args, **kwargs)
             made.append(self)
 
+    torch.manual_seed(0)  # a model's parameters begin where they did
     given = PROGRAMS[name]()
     with mock.patch.object(choose, "CompiledEngine", Seen):
         fitted = pyrolvm.fit(

@@ -8,7 +8,8 @@ started as torch's launcher starts them:
     ddp          a loop by hand around `DistributedDataParallel`: closed-form KL, fused Adam, `index_select`
     lightning    the same loss in a `LightningModule`; only where `lightning` is importable (--python names such one)
 
-Steps are counted over `--seconds`, after the first ones, which compile. Messages of several sizes are timed, too.
+Steps are counted over `--seconds`, after the first ones, which compile. Sums of several sizes are timed, too, by gloo's
+"messages" and through "memory" of the machine.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import pyrolvm
+from pyrolvm.inference.engine.memory import shared_memory
 from pyrolvm.inference.training import fit as fitting
 from pyrolvm.models import PPCA, VAE, BayesianFactorAnalysis, GaussianMixture
 from pyrolvm.processes import here
 
 ROWS_OF_DATA, BATCH = 20_000, 512
 CONTENDERS = ("pyrolvm", "ddp", "lightning", "eager")
+SUMS = ("messages", "memory")
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 """Floats of a message."""
 ASSUMED = ((2e-5, 2.5e10), (1e-5, 2e11))
@@ -170,9 +174,11 @@ def lightning(model: nn.Module, x: Tensor, clock: Clock) -> dict[str, Any]:
     return {}
 
 
-def messages() -> dict[str, Any]:
-    """Median seconds of one reduction by its size in floats."""
+def messages(*, by_memory: bool) -> dict[str, Any]:
+    """Median seconds of one reduction by its size in floats, by gloo or through memory of the machine."""
     processes = here()
+    if by_memory:
+        processes = replace(processes, memory=shared_memory(processes))
     found = {}
     for size in SIZES:
         value, times = torch.ones(size), []
@@ -187,8 +193,8 @@ def messages() -> dict[str, Any]:
 def work(contender: str, name: str, seconds: float) -> None:
     """One contender in this process; the first one prints what it found."""
     torch.set_num_threads(1)
-    if contender == "messages":
-        found = messages()
+    if contender in SUMS:
+        found = messages(by_memory=contender == "memory")
     else:
         torch.manual_seed(0)
         build, data = MODELS[name]
@@ -230,9 +236,9 @@ def launch(python: str, count: int, *arguments: str) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def constants(record: dict[str, Any]) -> tuple[float, float]:
+def constants(record: dict[str, Any], by: str) -> tuple[float, float]:
     """Latency in seconds and bandwidth in bytes per second of a message, by least squares over relative errors."""
-    times = {4 * int(size): seconds for size, seconds in record["messages, 2 processes"].items()}
+    times = {4 * int(size): seconds for size, seconds in record[f"{by}, 2 processes"].items()}
     weights = torch.tensor(list(times.values()), dtype=torch.float64).reciprocal()
     sizes = torch.tensor(list(times), dtype=torch.float64)
     columns = torch.stack([weights, sizes * weights], 1)
@@ -247,11 +253,12 @@ def message(count: int, size: float, latency: float, bandwidth: float) -> float:
 
 def predict(record: dict[str, Any]) -> None:
     """Print the share of a step that is computation, by the cost model: a calculation, no measurement."""
-    measured = constants(record)
-    print(f"measured: latency {1e3 * measured[0]:.2f} ms, bandwidth {measured[1] / 1e9:.2f} GB/s")
+    measured = [constants(record, by) for by in SUMS if f"{by}, 2 processes" in record]
+    for latency, bandwidth in measured:
+        print(f"measured: latency {1e3 * latency:.3f} ms, bandwidth {bandwidth / 1e9:.2f} GB/s")
     counts = (2, 8, 32, 128, 512)
     print("| computing | bytes | latency, bandwidth |" + "".join(f" {count} |" for count in counts))
-    for links in (measured, *ASSUMED):
+    for links in (*measured, *ASSUMED):
         for compute, size in ((1e-3, 2.6e6), (1e-2, 2.6e6), (1e-1, 4e8)):
             shares = [compute / (compute + message(count, size, *links)) for count in counts]
             cells = "".join(f" {share:.2f} |" for share in shares)
@@ -265,10 +272,8 @@ def main() -> None:
     )
     parser.add_argument("--work", nargs="+", help="what one process does: CONTENDER MODEL SECONDS")
     parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--models", nargs="+", default=list(TWO), choices=list(MODELS))
-    parser.add_argument(
-        "--contenders", nargs="+", default=list(CONTENDERS), choices=[*CONTENDERS, "messages"]
-    )
+    parser.add_argument("--models", nargs="*", default=list(TWO), choices=list(MODELS))
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=[*CONTENDERS, *SUMS])
     parser.add_argument(
         "--predict", action="store_true", help="what the cost model says of what was measured"
     )
@@ -285,12 +290,12 @@ def main() -> None:
     if options.predict:
         predict(record)
         return
-    if "messages" in options.contenders:
-        record["messages, 2 processes"] = launch(sys.executable, 2, "messages", "none", "0")
+    for contender in (c for c in SUMS if c in options.contenders):
+        record[f"{contender}, 2 processes"] = launch(sys.executable, 2, contender, "none", "0")
         options.out.write_text(json.dumps(record, indent=2) + "\n")
     for name in options.models:
         ours = {"pyrolvm", "eager"}  # the other loops are written for a VAE
-        for contender in (c for c in options.contenders if c in ours or (c != "messages" and "VAE" in name)):
+        for contender in (c for c in options.contenders if c in ours or (c not in SUMS and "VAE" in name)):
             python = options.python if contender == "lightning" else sys.executable
             found = {n: launch(python, n, contender, name, str(options.seconds)) for n in (1, 2)}
             rates = {n: found[n]["steps_per_second"] for n in found}

@@ -137,6 +137,49 @@ def test_a_large_file_is_standardised_without_a_copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "prepared",
+    [
+        {"standardise": True},
+        {"standardise": True, "per_column": False, "validation": 0.25, "split_seed": 7},
+        {"binarise": True},
+        {"binarise": True, "threshold": 5.0, "validation": 0.1},
+        {"validation": 0.3},
+    ],
+)
+@pytest.mark.parametrize("chosen", [{}, {"columns": ["c", "a"]}, {"labels": "d", "columns": ["b", "d"]}])
+def test_what_is_prepared_as_it_is_read_is_what_is_prepared_in_memory(folder, monkeypatch, prepared, chosen):
+    found = []
+    for most in (1, 2**40):
+        monkeypatch.setattr(recipe, "MAPPED_BYTES", most)
+        found.append(Preparation(**prepared).apply(Source(str(folder), **chosen), streamed=True))
+    streamed, whole = found
+    assert isinstance(streamed.train, pyrolvm.data.StreamedDataset)
+    assert isinstance(whole.train, pyrolvm.data.Dataset)
+    for own, other in zip(streamed.transforms, whole.transforms, strict=True):
+        assert np.allclose(own.scale, other.scale, rtol=1e-12)
+        assert np.allclose(own.offset, other.offset, rtol=1e-12)
+    for own, other in ((streamed.train, whole.train), (streamed.held_out, whole.held_out)):
+        if other is not None:
+            assert np.allclose(own.load().values, other.values, rtol=1e-6, atol=1e-6)
+            assert own.columns == other.columns
+            assert chosen.get("labels") is None or np.array_equal(own.load().labels, other.labels)
+    differ = {k for k in whole.record if streamed.record[k] != whole.record[k]}
+    assert differ <= {"sha256", "transforms"}
+
+
+def test_labels_are_numbered_as_they_are_read(tmp_path):
+    words = np.array(["u", "w", "v"] * 200)
+    pd.DataFrame(X, columns=list("abcd")).assign(kind=words).to_parquet(
+        tmp_path / "x.parquet", row_group_size=70
+    )
+    found = Preparation(validation=0.1).apply(Source(str(tmp_path), labels="kind"), takes_labels=True)
+    assert found.record["classes"] == ["u", "v", "w"]
+    rows = pyrolvm.data.Dataset(X, labels=np.array([0, 2, 1] * 200)).split(0.1)
+    assert np.array_equal(found.train.load().labels, rows[0].labels)
+    assert np.array_equal(found.held_out.load().labels, rows[1].labels)
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["encode", "RUN", "FOLDER"], "give --out FILE.parquet, FILE.npy or FILE.zarr"),

@@ -55,6 +55,13 @@ def own_plate(x, y):
         pyro.sample("y", dist.Normal((x * weight).sum(-1), noise), obs=y)
 
 
+def plain_plate(x, y):
+    """No latents, and a plate that only knows its own length: a step is of its rows as if there were no others."""
+    weight = pyro.param("weight", torch.zeros(5, dtype=x.dtype))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal((x * weight).sum(-1), 1.0), obs=y)
+
+
 def gammas(x, y):
     """A guide whose draws have gradients that follow from the draw itself."""
     w = pyro.param("w", torch.zeros(5, dtype=x.dtype))
@@ -125,6 +132,7 @@ EXACT = {  # no noise, or the same noise in one process and in several
     "regression": lambda: {"model": regression, "guide": "AutoNormal", "batch_size": 25} | XY,
     "regression, whole": lambda: {"model": regression, "guide": "AutoMultivariateNormal"} | XY,
     "own plate, whole": lambda: {"model": own_plate, "guide": "AutoNormal"} | XY,
+    "own plate": lambda: {"model": plain_plate, "guide": lambda x, y: None, "batch_size": 25} | XY,
     "gamma guide": lambda: {"model": regression, "guide": gammas, "batch_size": 25} | XY,
     "several draws": lambda: {
         "model": regression, "guide": "AutoNormal", "objective": Trace_ELBO(3, vectorize_particles=True),
@@ -270,10 +278,10 @@ def refusals():
         "steps": {"num_steps": 10 + rank},
         "bad here": {"data": X if rank else X[:, :3]},
         "few rows": {"batch_size": 1},
-        "V statistic": {
+        "one row each": {
             "model": VAE(6, 2, "gaussian"),
             "objective": InfoELBO(statistic="v"),
-            "batch_size": 50,
+            "batch_size": 2,
         },
         "Trace_MMD": {"model": VAE(6, 2, "gaussian"), "objective": Trace_MMD(RBF(1)), "batch_size": 50},
     }
@@ -352,7 +360,10 @@ def _of_interrupt(folder):
 
 
 def killed():
-    """A run whose last process kills itself after some seconds, and is begun again by the launcher, and a whole one."""
+    """A run whose last process is killed and begun again by the launcher, a whole one, and how often it was begun.
+
+    Only the attempt after the last delay can end.
+    """
     delays = os.environ["DELAYS"].split()
     begun = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if begun < len(delays) and here().rank == here().count - 1:
@@ -363,7 +374,7 @@ def killed():
     fit = fitted(NOISY["VAE"], checkpoint=FOLDER / "state", checkpoint_seconds=0.2, **options)
     while begun < len(delays):  # it ended before it was killed
         here().barrier()
-    return [digest(fit), digest(fitted(NOISY["VAE"], **options))]
+    return [digest(fit), digest(fitted(NOISY["VAE"], **options)), begun]
 
 
 def by_messages():

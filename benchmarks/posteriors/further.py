@@ -1,4 +1,7 @@
-"""More posteriors with known answers, on which no threshold was chosen: counts, tails, bounds, ridges, modes."""
+"""More posteriors with known answers: counts, tails, bounds, ridges, several modes.
+
+Most thresholds of the verdict were chosen before these were fitted; that of k-hat above 1 came of them.
+"""
 
 from __future__ import annotations
 

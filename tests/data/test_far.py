@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -15,6 +16,7 @@ from pyrolvm.data import Dataset, Transform, read, scan
 from pyrolvm.data import survey as surveying
 from pyrolvm.data.far import blocks
 from pyrolvm.data.far.holdout import Holdout
+from pyrolvm.data.far.locations import find_files
 from pyrolvm.data.plan import RUN, split_rows
 from pyrolvm.data.survey import survey
 
@@ -56,6 +58,18 @@ def test_a_folder_a_pattern_and_a_list_are_the_same_rows(folder):
         assert np.array_equal(data.load().values, X)
         assert data.columns == NAMES
         assert (data.num_rows, data.row_shape, data.num_bytes) == (1000, (4,), X.nbytes)
+
+
+def test_hidden_files_and_answers_that_come_together_are_no_data(folder):
+    for name in (
+        "_metadata.parquet",
+        ".part.parquet",
+        "_temporary/x.parquet",
+        "z.parquet.progress/values/x.parquet",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no data")
+    assert np.array_equal(scan(folder).load().values, X)
 
 
 def test_files_elsewhere_are_read_as_those_here(memory, folder):
@@ -170,6 +184,7 @@ def test_any_stretch_of_a_long_split_is_the_same_and_has_its_share():
     assert np.array_equal(
         Holdout(held.num_rows, 0.1, seed=5).mask(RUN - 3, 2 * RUN + 9), whole[RUN - 3 : 2 * RUN + 9]
     )
+    assert np.array_equal(held.mask(2 * RUN + 5, 3 * RUN + 9), whole[2 * RUN + 5 : 3 * RUN + 9])
     assert abs(whole[:RUN].mean() - 0.1) < 1e-4
     assert (whole != Holdout(held.num_rows, 0.1, seed=6).mask(0, held.num_rows)).any()
 
@@ -460,6 +475,15 @@ def test_damaged_files_are_named(folder, memory):
     memory.pipe("/far/1.npy", b"no numpy at all")
     with pytest.raises(DataError, match=r"/far/1.npy is damaged or not a numpy file"):
         scan("memory://far")
+
+
+def test_a_file_of_unknown_size_that_ends_early_is_named_when_it_is_read(memory):
+    """As of a web server that does not say how long a file is."""
+    memory.pipe("/far/1.npy", memory.cat("/far/1.npy")[:1000])
+    files = replace(find_files("memory://far/0.npy"), paths=["/far/1.npy"], sizes=[0])
+    data = blocks.ArrayBlocks(files)
+    with pytest.raises(DataError, match=r"/far/1.npy is truncated: its header announces 200 rows"):
+        data.read(data.blocks[0])
 
 
 def test_missing_values_are_refused_with_file_and_row_or_kept(tmp_path):

@@ -40,6 +40,13 @@ def without_size(x):
         pyro.sample("x", dist.Normal(mu, torch.ones(len(x))), obs=x)
 
 
+def without_any_size(x):
+    """As in Pyro's tutorial on variance: the plate has its size from the data alone."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows"):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
 def with_constraint(x):
     """A factor that is the same for every mu: it changes no posterior."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -49,12 +56,13 @@ def with_constraint(x):
         pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
 
 
-@pytest.mark.parametrize("model", [subsampled, without_size, with_constraint])
+@pytest.mark.parametrize("model", [subsampled, without_size, without_any_size, with_constraint])
 def test_under_the_exact_posterior_all_weights_are_the_same(model):
     fitted = pyrolvm.fit(model, X, guide=exact_guide, **FREEZE)
     assert fitted.num_data == len(X)
     assert global_khat(fitted, X, 100, progress=False).k_hat == -math.inf
     assert fitted.predict(X, 3)["x"].shape == (3, 40)
+    assert len(fitted.predict(X, 3)["x"].unique()) == 120  # each row is drawn by itself
     assert fitted.log_evidence(X, num_samples=20, progress=False).shape == (40,)
 
 

@@ -100,8 +100,10 @@ def test_what_is_killed_goes_on_to_the_same_bits(fitted, data, tmp_path, monkeyp
     monkeypatch.setattr(
         writing.AnswerFile, "write", lambda self, part, *a: written.append(part) or own(self, part, *a)
     )
+    (tmp_path / "killed.parquet.progress/values/.part-000004.parquet.x").write_bytes(b"half")
     again = ask(fitted, data, killed, "posterior", num_samples=20)
     assert written == list(range(8))
+    assert [p.name for p in sorted(killed.iterdir())] == [f"part-{i:06d}.parquet" for i in range(8)]
     pd.testing.assert_frame_equal(pd.read_parquet(killed), pd.read_parquet(whole), check_exact=True)
     assert again.num_rows == 500
 
@@ -224,7 +226,7 @@ def test_what_three_processes_began_another_number_of_them_ends_with_the_same_bi
 
 
 def test_data_in_memory_are_written_too(fitted, tmp_path):
-    ask(fitted, Dataset(X), tmp_path / "z.npy")
+    assert ask(fitted, Dataset(X), f"{tmp_path}/z.npy/").path == tmp_path / "z.npy"
     assert np.allclose(np.load(tmp_path / "z.npy"), fitted.encode(X), atol=1e-6)
 
 

@@ -173,3 +173,23 @@ def test_repeats_are_the_periods_of_loops_and_what_they_share():
     assert repeats(range(100)) == [(0, 100)]
     apart = [*range(1000, 1090), *body, *range(2000, 2080), *body]
     assert [tuple(apart[a:b]) for a, b in repeats(apart)].count(tuple(body)) == 2
+
+
+def test_repeats_begin_and_end_where_they_do():
+    body = list(range(10, 34))  # the fewest elements that one repetition must save
+    assert repeats(body * 2) == [(0, 24), (24, 48)]
+    assert repeats(body[1:] * 2) == [(0, 46)]
+    amid = [*range(200, 240), *body * 3, *range(300, 330)]
+    assert repeats(amid) == [(0, 40), (40, 64), (64, 88), (88, 112), (112, 142)]
+    assert repeats([7, *body[:2] * 13, 8]) == [(0, 1), *((k, k + 2) for k in range(1, 27, 2)), (27, 28)]
+    assert repeats([5] * 30) == [(k, k + 1) for k in range(30)]
+    assert repeats([*range(5), *body, *range(60, 67), *body]) == [(0, 5), (5, 29), (29, 36), (36, 60)]
+
+
+def test_what_several_loops_contain_is_one_part():
+    body = list(range(10, 40))
+    assert repeats([*body, 1, *body, 2, *body]) == [(0, 30), (30, 31), (31, 61), (61, 62), (62, 92)]
+    loops = [*(list(range(100, 140)) + body) * 2, *(list(range(200, 250)) + body) * 3]
+    parts = [tuple(loops[a:b]) for a, b in repeats(loops)]
+    assert parts.count(tuple(body)) == 5
+    assert [n for part in parts for n in part] == loops

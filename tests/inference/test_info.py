@@ -1,5 +1,6 @@
 """The InfoVAE's objective: its divergence against closed forms, its special cases, its refusals."""
 
+import itertools
 import math
 
 import numpy as np
@@ -399,3 +400,14 @@ def test_a_decoder_that_can_do_without_latents_collapses_the_vae_and_not_the_inf
     assert kept.active_units == 2
     assert kept.decoder_uses_latents
     assert kept.average_kl == kept.mutual_information + kept.marginal_kl
+
+
+def test_parts_of_the_rows_have_the_v_statistic_of_all_on_average():
+    """Over all pairs of parts, exactly: which rows a process has is chance."""
+    generator = torch.Generator().manual_seed(0)
+    z, u = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    for size in (2, 3):
+        parts = [list(part) for part in itertools.combinations(range(5), size)]
+        found = [mmd(z[a], u[b], "imq", 1.3, "v", 5) for a in parts for b in parts]
+        assert torch.stack(found).mean().item() == pytest.approx(mmd(z, u, "imq", 1.3, "v").item(), rel=1e-12)
+    assert mmd(z, u, "imq", 1.3, "unbiased", 9) == mmd(z, u, "imq", 1.3, "unbiased")

@@ -355,22 +355,6 @@ def test_the_monte_carlo_error_covers_the_difference_to_a_hundred_times_the_draw
     assert torch.stack(inside).mean() >= 0.85
 
 
-@pytest.mark.slow
-def test_the_monte_carlo_error_of_a_low_rank_covers_the_difference_to_many_more_draws():
-    """Its largest one, of any location or log-sd, after doubling: in nine repetitions of ten and more."""
-    log_joint = LogJoint(pair_of(schools, (EFFECTS, ERRORS)))
-    place = find_modes(log_joint, 0)[0]
-    far = maximise(log_joint, place, "low_rank", 3, 10_000, num_draws=8192).q
-    inside = []
-    for seed in range(10):
-        found = maximise(log_joint, place, "low_rank", 3, seed)
-        apart = torch.maximum(
-            (found.q.location - far.location).abs() / far.scale, (found.q.scale / far.scale).log().abs()
-        )
-        inside.append(float(apart.max()) <= 1.645 * found.monte_carlo_error)
-    assert sum(inside) >= 9
-
-
 def test_the_monte_carlo_error_counts_the_log_sds():
     """64 draws leave an sd of eight schools off by more than a tenth, and the means by less."""
     log_joint = LogJoint(pair_of(schools, (EFFECTS, ERRORS)))

@@ -159,10 +159,19 @@ def test_categories_are_drawn_in_their_proportions_and_never_where_there_is_none
     assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / 1e5).sqrt()).all()
 
 
-def test_the_largest_uniform_number_draws_no_category_of_weight_zero(monkeypatch):
+@pytest.mark.parametrize("more", [0, 20])
+def test_evenly_spaced_numbers_draw_each_category_as_often_as_it_weighs(monkeypatch, more):
+    weights = torch.tensor([0.0, 3, 0, 1, 4, 0] + more * [0.0])
+    monkeypatch.setattr(torch, "rand", lambda size, dtype, device: torch.arange(8).to(dtype) / 8)
+    assert draws.inverted(weights.expand(8, -1)).tolist() == [1, 1, 1, 3, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("more", [0, 20])
+def test_the_largest_uniform_number_draws_no_category_of_weight_zero(monkeypatch, more):
     monkeypatch.setattr(torch, "rand", lambda *size, dtype, device: torch.full(*size, 1 - 2**-24))
     for total in torch.logspace(-3, 3, 1000):
         weights = torch.tensor([[0.3, 0.7, 0.0], [0.0, 1.0, 0.0]]) * total
+        weights = torch.cat([weights, torch.zeros(2, more)], 1)
         assert draws.inverted(weights).tolist() == [1, 1]
 
 

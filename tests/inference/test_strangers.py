@@ -1,5 +1,7 @@
 """Faults that programs of strangers brought up, each with an exact answer."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -43,6 +45,43 @@ def test_networks_in_the_attributes_of_an_instance_answer_in_eval_mode(of):
         exact = guide.encoder.eval()(X.unsqueeze(-1)).squeeze(-1)
     guide.encoder.train()
     torch.testing.assert_close(fitted.encode(X), exact)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda guide: pyro.infer.config_enumerate(guide),
+        lambda guide: pyro.poutine.scale(guide, scale=1.0),
+        lambda guide: pyro.poutine.mask(pyro.poutine.block(guide, hide=["nothing"]), mask=True),
+    ],
+)
+def test_networks_of_functions_inside_handlers_answer_in_eval_mode(inside):
+    encoder = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)).double()
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x.unsqueeze(-1)).squeeze(-1), 0.5))
+
+    fitted = pyrolvm.fit(of_rows, X.double(), guide=inside(guide), num_steps=2, **QUIET)
+    with torch.no_grad():
+        exact = encoder.eval()(X.double().unsqueeze(-1)).squeeze(-1)
+    encoder.train()
+    torch.testing.assert_close(fitted.encode(X), exact)
+
+
+def test_a_parameter_of_another_stage_is_read_from_pyros_store():
+    """As under SVI, where a second guide uses what the first program made: pyro.param(name) without a start."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("shift", torch.tensor(0.0)), pyro.param("spread")))
+
+    with pyro.get_param_store().scope():
+        pyro.param("spread", torch.tensor(0.3), constraint=dist.constraints.positive)
+        fitted = pyrolvm.fit(of_rows, X, guide=guide, num_steps=1, learning_rate=1e-9, **QUIET)
+    assert fitted.posterior(X, 400)["z"].std().item() == pytest.approx(0.3, rel=0.05)
+    assert set(fitted.program.parameters) == {"shift", "spread"}
 
 
 def test_a_loss_in_the_guide_is_no_part_of_its_density():
@@ -116,3 +155,65 @@ def test_data_outside_the_plate_of_rows_are_named():
     fitted = pyrolvm.fit(model, X, X[:7], guide="AutoNormal", num_steps=2, **QUIET)
     with pytest.raises(pyrolvm.ProgramError, match="'y' belong to no row of the plate 'rows'"):
         fitted.log_evidence((X, X[:7]), num_samples=5, progress=False)
+
+
+def test_one_row_may_be_given_without_its_dimension():
+    """A plate of a single row that poutine.condition gives a value of the event's shape: nothing counts twice."""
+
+    def model():
+        with pyro.plate("rows", 1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1))
+
+    def guide():
+        with pyro.plate("rows", 1):
+            loc = pyro.param("loc", torch.tensor([[0.5, 1.0]]))
+            pyro.sample("z", dist.Normal(loc, 0.5**0.5).to_event(1))
+
+    x = torch.tensor([1.0, 2.0])
+    given = pyro.poutine.condition(model, data={"x": x})
+    fitted = pyrolvm.fit(given, (), guide=guide, num_steps=1, learning_rate=1e-9, **QUIET)
+    assert fitted.history.elbo[0] == pytest.approx(
+        dist.Normal(0.0, 2**0.5).log_prob(x).sum().item(), abs=1e-4
+    )
+
+
+def test_a_program_that_fails_to_draw_anew_says_what_to_type():
+    network = nn.Linear(2, 1).double()
+
+    def model(x):
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Normal(0.0, 1.0))  # float64, where the location below is float32
+            covariance = k.unsqueeze(-1).unsqueeze(-1) * 0 + torch.eye(2)
+            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(2, dtype=torch.float32), covariance))
+            pyro.sample("x", dist.Normal(network(z.double()).squeeze(-1), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Normal(pyro.param("k_loc", torch.tensor(0.0)), 1.0))
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+
+    fitted = pyrolvm.fit(model, X.double(), guide=guide, num_steps=1, **QUIET)
+    for ask in (lambda: fitted.sample(2), lambda: fitted.draws(X.double(), 2, prior=True)):
+        with pytest.raises(pyrolvm.ProgramError, match="make all of them alike"):
+            ask()
+
+
+def test_what_a_loss_alone_takes_is_bound_to_it():
+    """As the boosting tutorial of Pyro has it, whose loss takes an argument out of those of the step."""
+
+    def loss(model, guide, *args, **kwargs):
+        power = kwargs.pop("power")
+        return power * pyro.infer.Trace_ELBO().differentiable_loss(model, guide, *args, **kwargs)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + pyro.param("shift", torch.tensor(0.0)), 0.5**0.5))
+
+    options = {"guide": guide, "num_steps": 1, "learning_rate": 1e-9, **QUIET}
+    with pytest.raises(pyrolvm.ProgramError, match=r"functools.partial\(loss, power="):
+        pyrolvm.fit(of_rows, X, model_kwargs={"power": 2.0}, objective=loss, **options)
+    fitted = pyrolvm.fit(of_rows, X, objective=partial(loss, power=2.0), **options)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(X).mean().item()
+    assert fitted.history.elbo[0] == pytest.approx(2 * exact, abs=1e-4)

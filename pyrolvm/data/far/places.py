@@ -39,11 +39,11 @@ class Place:
         """The place of a path or URL. Raises `DataError` where nothing opens such a URL."""
         text = os.fspath(out)
         if "://" not in text:
-            path = os.path.expanduser(text)
+            path = str(Path(text).expanduser())
             return cls(path, None, path)
         with reached(text):
             fs, path = file_system(text)
-        return cls(text, None if "file" in fs.protocol else fs, path.rstrip("/"))
+        return cls(text.rstrip("/"), None if "file" in fs.protocol else fs, path.rstrip("/"))
 
     @property
     def name(self) -> Path | str:

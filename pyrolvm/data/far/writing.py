@@ -82,6 +82,9 @@ class AnswerFile:
             self.place.remove()
         if self._record.exists():
             self._check_same(json.loads(self._record.read()), record)
+            for name in self._values.names():
+                if name.startswith("."):  # what a process was killed at
+                    self._values.within(name).remove()
             return False
         if self.place.exists():
             raise SettingError(

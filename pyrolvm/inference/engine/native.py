@@ -6,6 +6,7 @@ inductor nor needs a compiler.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from pyrolvm.inference.engine.loops import StaticLoop
 from pyrolvm.inference.engine.tracing import TracedStep
 
 CPP = Path(__file__).with_name("cpp")
-SECONDS, SECONDS_PER_OPERATION, IMPORT_SECONDS, HEADER_SECONDS = 2.5, 0.004, 1.5, 6.0
+SECONDS, SECONDS_PER_OPERATION, IMPORT_SECONDS, HEADER_SECONDS = 2.5, 0.004, 1.5, 2.0
 """Of a compilation: at least, and for each operation; for importing torch's compiler, once in a process; for torch's
 headers, once on a machine. On a busy machine all take longer, as the steps themselves do."""
 LEAST_SECONDS = 5.0
@@ -176,22 +178,54 @@ def _header() -> Path:
 
 @contextlib.contextmanager
 def _precompiling(header: Path) -> Iterator[None]:
-    """Parse torch's headers, once per machine, on another core while the block runs.
+    """Precompile torch's headers, once per machine, on another core while the block runs and after it.
 
-    If they cannot be parsed, compiling only takes longer.
+    That takes longer than the block, and longer than to read them as text, as the first step of a machine does. An
+    error ends it.
     """
     path = header.with_suffix(".h.gch")
-    if cache.is_stored(path):
+    if path in _PRECOMPILED or cache.is_stored(path):
         yield
         return
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        with _compiler(inductor.compiler_command(header, made)) as process:
-            yield
-            process.communicate()
-        if process.returncode == 0:
-            with cache.storing(path) as target:
-                made.replace(target)
+    running = Precompilation(header, path)
+    _PRECOMPILED.add(path)
+    try:
+        yield
+    except BaseException:
+        running.stop()
+        _PRECOMPILED.discard(path)
+        raise
+
+
+_PRECOMPILED: set[Path] = set()
+"""What this process precompiles, has precompiled or could not."""
+
+
+class Precompilation(threading.Thread):
+    """A compiler that nobody waits for; it ends with this process at the latest."""
+
+    def __init__(self, header: Path, path: Path) -> None:
+        super().__init__(daemon=True)
+        self.path, self.folder = path, Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent))
+        self.made = self.folder / path.name
+        self.process = _started(inductor.compiler_command(header, self.made))
+        atexit.register(self.stop)
+        self.start()
+
+    def run(self) -> None:
+        """Keep what the compiler makes."""
+        self.process.communicate()
+        with contextlib.suppress(OSError):
+            if self.process.returncode == 0:
+                with cache.storing(self.path) as target:
+                    self.made.replace(target)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        atexit.unregister(self.stop)
+
+    def stop(self) -> None:
+        """End the compiler and remove what it has written."""
+        _end(self.process)
+        self.join()
 
 
 def _call(command: list[str]) -> None:
@@ -205,15 +239,24 @@ def _call(command: list[str]) -> None:
 @contextlib.contextmanager
 def _compiler(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     """The command as a process that ends with the block, and the processes that it starts with it."""
+    with _started(command) as process:
+        try:
+            yield process
+        finally:
+            _end(process)
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
         )
     except OSError as error:
         raise CompilerError(f"the C++ compiler {command[0]} did not start: {error}") from error
-    with process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the process, and those that it started."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -126,21 +126,22 @@ class InfoELBO(Objective):
 
     def _distance(self, pair: Pair, sites: list[str], model: Trace, guide: Trace) -> Tensor:
         """D of one draw of each datum, averaged over draws: []."""
-        if sharing().count > 1 and self.statistic == "v":
-            raise SettingError(
-                "the expectation of the V statistic depends on how many rows are compared, and each process compares "
-                "its own: give statistic='unbiased', or pass parallel=False"
-            )
         drawn = torch.cat([pair.values(guide, name) for name in sites], -1)  # [draws, rows, dim]
-        if drawn.shape[1] == 1 and self.statistic == "unbiased":
+        whole = round(drawn.shape[1] / sharing().part)  # rows of the batch, of all processes
+        if drawn.shape[1] == 1 and (self.statistic == "unbiased" or whole > 1):
             if torch.is_grad_enabled():
                 raise SettingError(
-                    "the unbiased MMD compares rows of a batch, and this one has a single row: give a batch_size of "
-                    "at least 2, or statistic='v'"
+                    "the MMD compares rows of a batch, and a process has a single row here: give a batch_size of at "
+                    "least 2 for each process"
+                    if whole > 1
+                    else "the unbiased MMD compares rows of a batch, and this one has a single row: give a batch_size "
+                    "of at least 2, or statistic='v'"
                 )
             return drawn.new_tensor(math.nan)
         prior = torch.cat(_prior_draws(pair, sites, model, guide), -1)
-        return mmd(_in_parts(drawn), _in_parts(prior), self.kernel, self.bandwidth, self.statistic).mean()
+        compared = whole // math.ceil(whole / LARGEST)
+        parts = _in_parts(drawn), _in_parts(prior)
+        return mmd(*parts, self.kernel, self.bandwidth, self.statistic, compared).mean()
 
 
 def compared_sites(structure: Structure) -> list[str]:

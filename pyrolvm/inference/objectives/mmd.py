@@ -63,6 +63,7 @@ def mmd(
     kernel: str = "rbf",
     bandwidth: Bandwidth = "dimension",
     statistic: str = "unbiased",
+    rows: int | None = None,
 ) -> Tensor:
     """MMD^2 of the draws z [..., n, dim] of q and u [..., m, dim] of p: [...], differentiable.
 
@@ -74,13 +75,15 @@ def mmd(
         s^2 = dim^2 / 2, "median" 2 s^2 = the median of the squared distances between z and u.
     statistic : {"unbiased", "v"}
         Needs two draws of each, or one.
+    rows : int, optional
+        "v" of these draws has the expectation of "v" of so many rows; needs two draws of each.
     """
     within_q, within_p, between = squares(z, z), squares(u, u), squares(z, u)
     n, m = between.shape[-2:]
     terms = []
     for scale in _scales(bandwidth, between, z.shape[-1]):
         of_q, of_p, of_both = (KERNELS[kernel](r / scale) for r in (within_q, within_p, between))
-        pairs = _mean(of_q, n, statistic) + _mean(of_p, m, statistic)
+        pairs = _mean(of_q, n, statistic, rows) + _mean(of_p, m, statistic, rows)
         terms.append(pairs - 2 * of_both.mean((-2, -1)))
     return sum(terms[1:], terms[0]) / len(terms)
 
@@ -102,8 +105,12 @@ def _several(bandwidth: Any) -> list[Any]:
     return [bandwidth] if isinstance(bandwidth, numbers.Real) else list(bandwidth)
 
 
-def _mean(values: Tensor, n: int, statistic: str) -> Tensor:
+def _mean(values: Tensor, n: int, statistic: str, rows: int | None) -> Tensor:
     """The mean of k over the pairs of one sample, values [..., n, n]."""
-    if statistic == "v":
+    if statistic == "v" and rows in (None, n):
         return values.mean((-2, -1))
-    return (values.sum((-2, -1)) - values.diagonal(dim1=-2, dim2=-1).sum(-1)) / (n * (n - 1))
+    diagonal = values.diagonal(dim1=-2, dim2=-1).sum(-1)
+    apart = (values.sum((-2, -1)) - diagonal) / (n * (n - 1))
+    if statistic == "unbiased" or rows is None:
+        return apart
+    return apart + (diagonal / n - apart) / rows  # one pair in `rows` is of a row with itself

@@ -26,6 +26,7 @@ from pyrolvm.inference.program.devices import with_methods_placed
 from pyrolvm.inference.program.draws import Draws, concatenate, draws_of
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
+from pyrolvm.inference.program.running import explained
 from pyrolvm.seeds import Purpose, derived_seed
 
 
@@ -255,7 +256,7 @@ class FittedModel(Record):
         num_samples, shared = count("num_samples", num_samples), None
         purpose = Purpose.PRIOR if prior else Purpose.GUIDE
         for index, pair in enumerate(locating.independent(self.pair(x), num_samples)):
-            with self._noise(seed, purpose, index):
+            with self._noise(seed, purpose, index), explained(pair.batch, "model" if prior else "program"):
                 part = draws_of(pair, num_samples, prior=prior, shared=shared)
             shared = shared or part.shared
             yield part

@@ -18,6 +18,7 @@ from pyrolvm.inference.posterior.suiting import carries
 from pyrolvm.inference.program.handlers import location
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
+from pyrolvm.inference.program.running import explained
 from pyrolvm.inference.program.structure import Structure, sample_sites
 
 
@@ -47,6 +48,10 @@ class Generator:
     def __call__(self, num_samples: int, given: Any, mean: bool) -> dict[str, Tensor]:
         """Observed site -> [num_samples, ...], each row at a draw of the global latents of its own."""
         pair = self._pair(num_samples, given)
+        with explained(pair.batch, "model"):
+            return self._made(pair, num_samples, mean)
+
+    def _made(self, pair: Pair, num_samples: int, mean: bool) -> dict[str, Tensor]:
         rows = self.structure.chunkable
         if rows and not self.structure.global_latents:
             return _generated(pair, {}, mean)

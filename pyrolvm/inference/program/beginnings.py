@@ -30,9 +30,16 @@ def begun(values: Mapping[str, Tensor], known: Mapping[str, Any] | None) -> Iter
     """A `pyro.param` that is made inside begins at the unconstrained value of its name.
 
     With `known` constraints, only if it has the same constraint and the shape of its own start: else the value is that
-    of another program.
+    of another program. One that is only read there, `pyro.param(name)`, is made.
     """
-    usual = ParamStoreDict.setdefault
+    usual, read = ParamStoreDict.setdefault, ParamStoreDict.__getitem__
+
+    def getitem(store: ParamStoreDict, name: str) -> Tensor:
+        if (
+            name not in store and known is not None and name in values
+        ):  # pyro.param(name), made by another program
+            setdefault(store, name, transform_to(known[name])(values[name]), known[name])
+        return read(store, name)
 
     def setdefault(
         store: ParamStoreDict,
@@ -51,7 +58,8 @@ def begun(values: Mapping[str, Tensor], known: Mapping[str, Any] | None) -> Iter
             store._params[name].copy_(value)
         return store[name]
 
-    with mock.patch.object(ParamStoreDict, "setdefault", setdefault):
+    patched = mock.patch.multiple(ParamStoreDict, setdefault=setdefault, __getitem__=getitem)
+    with patched:
         yield
 
 

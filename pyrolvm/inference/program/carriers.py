@@ -64,10 +64,17 @@ def check_call(program: Program, batch: Batch) -> None:
     try:
         signature.bind(*batch.args, **batch.kwargs)
     except TypeError as error:
+        unknown = [name for name in batch.kwargs if name not in signature.parameters]
+        alone = (
+            f"; give what the loss alone takes by functools.partial(loss, {unknown[0]}=...)"
+            if unknown
+            else ""
+        )
         raise ProgramError(
             f"the model takes {signature} and is called with {len(batch.args)} arguments by position"
             + (f" and {', '.join(batch.kwargs)} by name" if batch.kwargs else "")
             + f" ({error}): pass its arguments after it and all else by name, as in fit(model, x, y, guide=guide)"
+            + alone
         ) from None
 
 

@@ -238,7 +238,7 @@ def _check_values(model: Trace, structure: Structure) -> None:
     names, plate = {s.name for s in structure.observed}, structure.data_plate
     for site in (s for s in sample_sites(model) if s["name"] in names):
         event, found = tuple(site["fn"].event_shape), tuple(site["value"].shape)
-        if plate is None or not in_plate(site, plate):
+        if plate is None or plate.size == 1 or not in_plate(site, plate):
             continue
         rows = plate.dim - len(event)
         if len(found) < -rows or found[rows] != plate.size:

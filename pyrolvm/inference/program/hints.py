@@ -33,6 +33,13 @@ def _dtypes(found: re.Match[str], _: Batch) -> str:
     )
 
 
+def _types(found: re.Match[str], _: Batch) -> str:
+    return (
+        f"numbers of {found.group(1)} meet others of {found.group(2)}: make all of them alike, such as by .double() at "
+        "the program's float32 constants"
+    )
+
+
 def _device(_: re.Match[str], batch: Batch) -> str:
     where = next((t.device for _, t in batch.tensors()), "cpu")
     return (
@@ -92,6 +99,7 @@ def _arguments(_: re.Match[str], batch: Batch) -> str:
 HINTS: tuple[tuple[str, Callable[[re.Match[str], Batch], str]], ...] = (
     (r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", _plate),
     (r"same dtype, but got:? (\w+) and (\w+)", _dtypes),
+    (r"expected scalar type (\w+) but found (\w+)", _types),
     (r"is not on the expected device|to be on the same device", _device),
     (r"reinterpreted_batch_ndims <= len\(base_distribution.batch_shape\), actual (\d+) vs (\d+)", _events),
     (r"Expected parameter \w+ .* to satisfy the constraint (?:Real\(\)|IndependentConstraint\(Real)", _real),

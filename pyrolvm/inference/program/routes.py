@@ -186,6 +186,9 @@ def reachable_modules(function: Any) -> Iterator[tuple[str, nn.Module]]:
     while isinstance(function, functools.partial):
         given = {f"argument {i}": value for i, value in enumerate(function.args)} | function.keywords
         yield from _among(given)
+        for value in given.values():  # what a handler of Pyro's is put around: poutine.scale(model, ...), say
+            if inspect.isroutine(value) or isinstance(value, functools.partial):
+                yield from reachable_modules(value)
         function = function.func
     owner = getattr(function, "__self__", function)
     if not isinstance(owner, nn.Module) and not inspect.isfunction(owner):

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from pyrolvm.data.arrays import Batch
-from pyrolvm.errors import ProgramError
+from pyrolvm.errors import ProgramError, PyrolvmError
 from pyrolvm.inference.program.hints import LAST, hint_of, reason_of
 
 HALF = (torch.bfloat16, torch.float16)
@@ -107,7 +107,7 @@ def explained(batch: Batch, role: str, instead: Callable[[], str] | None = None)
     """
     try:
         yield
-    except (ProgramError, KeyboardInterrupt):
+    except PyrolvmError:
         raise
     except Exception as error:
         hint = (

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro.distributions import Delta, Unit
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
@@ -205,16 +206,27 @@ def with_sizes(trace: Trace) -> Trace:
     found: dict[str, int] = {}
     # a plate made inside such a plate is a site, too, and has no shape
     for site in (s for s in sites if s["type"] == "sample" and not isinstance(s["fn"], _Subsample)):
-        shape = site["fn"].batch_shape
-        for frame in site["cond_indep_stack"]:
-            size = shape[frame.dim] if frame.vectorized and len(shape) >= -frame.dim else 1
-            found[frame.name] = max(found.get(frame.name, 1), size)
+        values = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)]
+        for shape in (site["fn"].batch_shape, values):  # one distribution may stand for many observed values
+            for frame in site["cond_indep_stack"]:
+                size = shape[frame.dim] if frame.vectorized and len(shape) >= -frame.dim else 1
+                found[frame.name] = max(found.get(frame.name, 1), size)
     for site in sites:
         site["cond_indep_stack"] = tuple(
             f._replace(size=found.get(f.name, 1), full_size=found.get(f.name, 1)) if f.size == -1 else f
             for f in site["cond_indep_stack"]
         )
+        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample):
+            site["fn"] = _expanded(site)
     return trace
+
+
+def _expanded(site: Any) -> Any:
+    """The distribution for every row of its plates, as Pyro makes it where it knows their sizes."""
+    fn, frames = site["fn"], {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized}
+    sizes = [frames.get(d, 1) for d in range(min(frames, default=0), 0)]
+    shape = torch.broadcast_shapes(fn.batch_shape, sizes)
+    return fn if shape == fn.batch_shape else fn.expand(shape)
 
 
 def given_first(model: Trace, guide: Trace, name: str) -> bool:

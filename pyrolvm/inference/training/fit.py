@@ -121,7 +121,7 @@ def fit(
         Largest global norm of the gradient; None for no clipping.
     num_steps : int, optional
         Steps of the run. If neither this nor num_epochs is given it runs until it has converged, for 100,000 steps
-        (of networks, 10,000 passes) at the most; functions of the share of the run then go
+        (of small networks on minibatches, 1,000,000) at the most; functions of the share of the run then go
         their way over 2,000 steps or 20 passes.
     num_epochs : int, optional
         Passes over the data, instead of num_steps.
@@ -272,8 +272,10 @@ class _Run:
 
     @property
     def most_steps(self) -> int:
-        problem = self.setup.problem
-        return most_steps(problem.structure, self.setup.plan) if self.until else problem.num_steps
+        setup, problem = self.setup, self.setup.problem
+        if not self.until:
+            return problem.num_steps
+        return most_steps(problem.program, problem.structure, setup.plan, setup.batch_size)
 
     def on_fixed_draws(
         self, start: exact.Start | exact.Averaged, why: str, callbacks: Sequence[Callback]

@@ -20,17 +20,24 @@ LAYERS = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttent
 
 LOOK_EVERY = 100
 """Steps between two iterates that are kept."""
-MOST_STEPS, MOST_PASSES = 100_000, 10_000
-"""A run that has not converged by then ends all the same; passes over the data end runs of networks."""
+MOST_STEPS, MOST_SMALL_STEPS, MOST_PASSES = 100_000, 1_000_000, 50_000
+"""A run that has not converged by then ends all the same. Networks on minibatches need more steps, and may take as many
+as the second and third say, where they cost little."""
+MOST_PRODUCTS = 1e13
+"""Of a trained number and a row, over the run: what costs little."""
 SCHEDULED_STEPS, SCHEDULED_EPOCHS = 2000, 20
 """The length, the larger of the two, over which schedules that are functions of the share of the run go their way."""
 SHARE_OF_MATTER = 0.05
 """Of what matters: what is predicted to gain less is not done."""
 
 
-def most_steps(structure: Structure, plan: BatchPlan) -> int:
-    """The upper limit of a run that is to run until it has converged."""
-    return MOST_STEPS if is_shared(structure) else min(MOST_STEPS, plan.num_steps(MOST_PASSES))
+def most_steps(program: Program, structure: Structure, plan: BatchPlan, batch_size: int | None) -> int:
+    """The upper limit of a run, in steps of `batch_size` rows, that is to run until it has converged."""
+    if is_shared(structure) or batch_size is None:
+        return MOST_STEPS
+    products = batch_size * sum(p.numel() for p in program.parameters.values())
+    cheap = min(MOST_SMALL_STEPS, plan.num_steps(MOST_PASSES), int(MOST_PRODUCTS / max(products, 1)))
+    return max(MOST_STEPS, cheap)
 
 
 def is_shared(structure: Structure) -> bool:

@@ -58,6 +58,11 @@ class Setup:
     streamed: Streamed | None = None
 
     @property
+    def batch_size(self) -> int | None:
+        """Rows of a step, of all processes together; None where it takes the data whole."""
+        return self.plan.batch_size if self.streamed is None else self.streamed.plan.whole_batch
+
+    @property
     def held_out_bound(self) -> HeldOutBound | None:
         """The bound of the held-out data."""
         return None if self.held_out is None else HeldOutBound(self.problem, self.held_out, self.seed)
@@ -361,7 +366,7 @@ def settings_of(
         "clip_norm": optimizer.clip_norm,
         "alternate": alternate,
         "controls": problem.constants | dict.fromkeys(problem.scheduled[1:], "a function"),
-        "batch_size": setup.plan.batch_size if setup.streamed is None else setup.streamed.plan.whole_batch,
+        "batch_size": setup.batch_size,
         "num_rows": setup.batch.num_rows if setup.streamed is None else setup.streamed.num_rows,
         "seed": setup.seed,
         "dtype": str(problem.program.dtype).removeprefix("torch."),

@@ -35,7 +35,7 @@ from pyrolvm.inference.training.bounds import Bounds
 from pyrolvm.inference.training.rules import LOOK_EVERY, SHARE_OF_MATTER, has_networks, is_shared
 from pyrolvm.inference.training.stationarity import split_r_hat
 
-RATES, OF_NETWORKS = (0.1, 0.03, 0.01, 0.003, 0.001), (0.003, 0.001, 0.0003)
+RATES, OF_NETWORKS = (0.1, 0.03, 0.01, 0.003, 0.001), (0.001, 0.0003)
 """Those of the race. At higher ones networks learn faster at first and lose units, and whole latents, for good."""
 FIRST_LOOKS, GROWTH = 10, 2
 """Looks of a stage until the bound is first estimated, and by how much the stage grows to the next estimate."""
@@ -51,6 +51,8 @@ MOST_KEPT = 2000
 """Numbers of an iterate whose stationarity is judged."""
 TENFOLD = 10.0
 """Networks have converged when a run of ten times the length would gain less than so many times what matters."""
+LEAST_RATIO = 0.75
+"""Of the gain of a doubling of the steps to the gain of the one before, as a run of networks is predicted to go on."""
 STAGE = 0.25
 """The least length of a stage of networks, as a share of the run so far."""
 
@@ -208,11 +210,17 @@ class Until:
 
     @property
     def tenfold(self) -> float:
-        """What a run of ten times the length would gain, if every doubling went on to gain as much as the last."""
-        if not self.record or self.record[-1][0] < 2 * self.record[0][0]:
+        """What a run of ten times the length would gain: doubling after doubling less, as the last two did."""
+        if not self.record or self.record[-1][0] < 4 * self.record[0][0]:
             return math.inf
-        steps, values = (np.log2([s for s, _ in self.record]), np.array([v for _, v in self.record]))
-        return float(math.log2(10) * (values[-1] - np.interp(steps[-1] - 1, steps, values)))
+        steps, values = np.log2([s for s, _ in self.record]), [v for _, v in self.record]
+        before, half, now = (float(np.interp(steps[-1] - k, steps, values)) for k in (2, 1, 0))
+        ratio = (now - half) / (half - before) if half > before else 1.0
+        r = min(max(ratio, LEAST_RATIO), 1.0)
+        whole = int(math.log2(10))
+        return (now - half) * (
+            sum(r**k for k in range(1, whole + 1)) + (math.log2(10) - whole) * r ** (whole + 1)
+        )
 
     def _predicted(self, gain: float) -> float:
         """What the next stage gains, if gains go on shrinking as they did."""

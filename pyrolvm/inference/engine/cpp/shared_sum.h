@@ -9,8 +9,11 @@
 // its slot for the others. Slots are used in turn: who writes to one has seen that all have read what was in it.
 
 #include <fcntl.h>
-#include <sched.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -38,11 +41,11 @@ class SharedSum {
     }
 
    private:
-    static constexpr int64_t LINE = 128, FEW = 3, SMALL = 4096, SPINS = 4000, YIELDS = 20000;
+    static constexpr int64_t LINE = 128, FEW = 3, SMALL = 4096, SPINS = 1000;  // of spinning, some 50 microseconds
 
     template <typename T>
     void part(const T* value, T* sum, int64_t length) const {
-        const uint64_t before = arrived(at_.rank).load(std::memory_order_relaxed);
+        const uint32_t before = line(at_.rank).step.load(std::memory_order_relaxed);
         const bool second = before >> 1 & 1;
         T* own = slot<T>(second, at_.rank);
         std::memcpy(own, value, length * sizeof(T));
@@ -78,8 +81,14 @@ class SharedSum {
 
     int64_t share(int64_t rank, int64_t length) const { return length * rank / at_.count; }
 
-    std::atomic<uint64_t>& arrived(int64_t rank) const {
-        return *reinterpret_cast<std::atomic<uint64_t>*>(memory_ + LINE * rank);
+    struct Line {
+        std::atomic<uint32_t> step, sleepers;  // how far it has come, and how many sleep until it comes further
+    };
+
+    Line& line(int64_t rank) const { return *reinterpret_cast<Line*>(memory_ + LINE * rank); }
+
+    bool has_come(int64_t rank, uint32_t step) const {
+        return static_cast<int32_t>(line(rank).step.load(std::memory_order_acquire) - step) >= 0;
     }
 
     template <typename T>
@@ -88,40 +97,41 @@ class SharedSum {
     }
 
     // Say that this process has come so far, and wait until all have.
-    void meet(uint64_t step) const {
-        arrived(at_.rank).store(step, std::memory_order_release);
-        for (int64_t rank = 0; rank < at_.count; ++rank) {
-            if (arrived(rank).load(std::memory_order_acquire) < step) wait(rank, step);
-        }
+    void meet(uint32_t step) const {
+        Line& own = line(at_.rank);
+        own.step.store(step);
+        if (own.sleepers.load() > 0) futex(own, FUTEX_WAKE, INT_MAX, nullptr);
+        for (int64_t rank = 0; rank < at_.count; ++rank) wait(rank, step);
     }
 
-    void wait(int64_t rank, uint64_t step) const {
-        int64_t since = 0, looked = 0;
-        for (int64_t tries = 0; arrived(rank).load(std::memory_order_acquire) < step; ++tries) {
-            if (tries < SPINS) {
+    // Spinning is quick where every process has a core; where they have not, one that sleeps leaves it to the others.
+    void wait(int64_t rank, uint32_t step) const {
+        for (int64_t tries = 0; tries < SPINS; ++tries) {
+            if (has_come(rank, step)) return;
 #if defined(__x86_64__)
-                __builtin_ia32_pause();
+            __builtin_ia32_pause();
 #endif
-                continue;
-            }
-            if (tries < YIELDS) {
-                sched_yield();
-                continue;
-            }
-            const timespec nap{0, 50000};
-            nanosleep(&nap, nullptr);
-            const int64_t now = milliseconds();
-            since = since ? since : now;
-            if (now - looked < 200) continue;
-            looked = now;
-            // once more: it may have come here and ended since the last look
-            if (is_gone(rank) && arrived(rank).load(std::memory_order_acquire) < step) {
+        }
+        Line& other = line(rank);
+        const int64_t since = milliseconds();
+        const timespec nap{0, 200000000};
+        while (!has_come(rank, step)) {
+            ++other.sleepers;
+            const uint32_t seen = other.step.load();
+            if (!has_come(rank, step)) futex(other, FUTEX_WAIT, seen, &nap);
+            --other.sleepers;
+            // looked at once more: it may have come here and ended since
+            if (is_gone(rank) && !has_come(rank, step)) {
                 throw std::runtime_error("a process of the shared memory has ended: connection lost");
             }
-            if (now - since > at_.patience_ms) {
+            if (milliseconds() - since > at_.patience_ms && !has_come(rank, step)) {
                 throw std::runtime_error("a process of the shared memory does not come: timed out");
             }
         }
+    }
+
+    static void futex(Line& line, int what, uint32_t value, const timespec* nap) {
+        syscall(SYS_futex, reinterpret_cast<uint32_t*>(&line.step), what, value, nap, nullptr, 0);
     }
 
     // Every process locks a byte of the file, which the system frees when it ends.
