@@ -217,6 +217,19 @@ def test_a_scale_around_the_program_leaves_its_measures_as_they_are(weight):
     assert found.to_numpy() == pytest.approx(wanted.to_numpy(), rel=1e-5)
 
 
+def test_a_scale_around_the_model_alone_is_a_power_of_it():
+    """The integral of (N(z; 0, 1) N(x; z, 1))^(1/2) is exp(-x^2 / 8)."""
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x / 2 + offset(), 1.0))
+
+    fitted = pyrolvm.fit(pyro.poutine.scale(local, scale=0.5), X, guide=guide, **FREEZE)
+    evidence = fitted.log_evidence(X, num_samples=3, progress=False)
+    torch.testing.assert_close(evidence.float(), -X.square() / 8, atol=1e-5, rtol=1e-5)
+    assert "tempered" in diagnose(fitted, X, 30).sentences[0]
+
+
 MASK = torch.arange(12) < 8
 
 

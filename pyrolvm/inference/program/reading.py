@@ -74,7 +74,7 @@ def read_structure(
         joint_guide=_joint(guide, plate),
         takes_any_rows=plate is not None and (plate.name in made or not whole),
         mixed=_mixed(guide, sources),
-        tempered=_is_tempered(model),
+        tempered=_is_tempered(model, guide),
         row_tables=tables,
         whole=subsamples,
         weighted=_is_weighted(model, guide),
@@ -167,17 +167,19 @@ def _nesting(*traces: Trace) -> int:
     return -min(dims, default=0)
 
 
-def _is_tempered(model: Trace) -> bool:
+def _is_tempered(model: Trace, guide: Trace) -> bool:
     """Whether data are weighted otherwise than latents, apart from the plates: a power of the likelihood, or a loss.
 
-    A weight of rows around the whole program is none.
+    A weight of rows around the whole program is none; around the model alone it is a power of its joint density.
     """
     if any(s["infer"].get(LOSS) for s in sample_sites(model)):
         return True
     data = [_own_scale(s) for s in sample_sites(model) if s["is_observed"]]
     latent = [_own_scale(s) for s in sample_sites(model) if not s["is_observed"]]
     usual = latent[0] if latent else torch.ones((), dtype=torch.float64)
-    return any(bool((scale - usual).abs().max() > 1e-6) for scale in data)
+    if any(bool((scale - usual).abs().max() > 1e-6) for scale in data):
+        return True
+    return bool((usual - 1).abs().max() > 1e-6) and not _is_weighted(model, guide)
 
 
 def _is_weighted(model: Trace, guide: Trace) -> bool:
