@@ -106,3 +106,29 @@ def test_the_table_finds_the_guide_that_is_too_narrow():
         )
         table = evidence_table(fitted.pair(x), num_samples=5000)
         assert low < table.k_hat.mean() < high
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_weights_of_discrete_latents_have_no_heavy_tail(dtype):
+    """Three states whose weights are 1, 1.2 and 1.5: bounded, and the guide almost the posterior."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.rand(2000, 6, generator=generator) * torch.tensor([1.0, 2.0, 5.0, 20.0, 60.0, 400.0])
+    log_weight = torch.tensor([1.5, 1.2, 1.0], dtype=dtype).log()[states.long().clamp(max=2)] - 50.0
+    assert (pareto_khat(log_weight) < 0).all()
+
+
+def test_above_equal_weights_the_shape_is_of_those_above():
+    """Most of the tail at one value, and forty draws of a Pareto distribution of index 1.5 above it."""
+    u = (torch.arange(40, dtype=torch.float64) + 0.5) / 40
+    above = (1 - u).pow(-1.5)
+    log_weight = torch.cat([torch.zeros(1960, dtype=torch.float64), (1 + above).log()]).unsqueeze(1)
+    expected = generalized_pareto_shape(above.unsqueeze(0))[0].item()
+    assert pareto_khat(log_weight)[0].item() == pytest.approx(expected, abs=1e-9)
+    assert expected > khat_threshold(2000)
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(1e6, math.inf), (1.5, -math.inf)])
+def test_of_few_weights_above_equal_ones_their_share_decides(weight, expected):
+    log_weight = torch.zeros(1000, 1)
+    log_weight[[3, 500]] = math.log(weight)
+    assert pareto_khat(log_weight)[0] == expected

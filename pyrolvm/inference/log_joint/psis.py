@@ -53,7 +53,9 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
     -------
     tensor [rows], float64
         NaN with fewer than 21 draws, whose tail has fewer than five; -inf if the weights are equal up to rounding,
-        as those of an exact guide are.
+        as those of an exact guide are. Of discrete latents many weights may be equal: where they fill a quarter of
+        the tail the shape is of those above them, and of fewer than five it is inf if they outweigh the others, else
+        -inf.
     """
     M = tail_length(len(log_weight))
     return khat_of_largest(log_weight.topk(min(M + 1, len(log_weight)), dim=0).values, M)
@@ -68,13 +70,24 @@ def khat_of_largest(largest: Tensor, length: int) -> Tensor:
     excess = weights[:, 1:] - weights[:, :1]  # [rows, M], rising
     parts = excess.split(max(1, MEMORY // (length * _grid_size(length))))
     k = torch.cat([generalized_pareto_shape(part) for part in parts])
-    return torch.where(_differ(largest), k, -math.inf)
+    rounding = 16 * torch.finfo(largest.dtype).eps * largest.amax(0).abs().double()
+    rise = ordered - ordered[:, :1]
+    above = rise[:, 1:] > rounding.unsqueeze(1)
+    for row in (~above[:, _quartile(length)]).nonzero().flatten().tolist():
+        k[row] = _shape_above_ties(excess[row, above[row]], weights[row])
+    return torch.where(rise[:, -1] > SAME + rounding, k, -math.inf)
 
 
-def _differ(largest: Tensor) -> Tensor:
-    """Whether the log-weights [M + 1, rows] differ by more than rounding error: bool [rows]."""
-    top = largest.amax(0)
-    return top - largest.amin(0) > SAME + 16 * torch.finfo(largest.dtype).eps * top.abs()
+def _shape_above_ties(excess: Tensor, weights: Tensor) -> float:
+    """The shape of what exceeds the equal weights at the cutoff, `excess` ascending; `weights`: the tail and they."""
+    if len(excess) >= SHORTEST_TAIL:
+        return float(generalized_pareto_shape(excess.unsqueeze(0)))
+    return math.inf if excess.sum() > weights.sum() / 2 else -math.inf
+
+
+def _quartile(length: int) -> int:
+    """The place of the lower quartile of a tail."""
+    return int(length / 4 + 0.5) - 1
 
 
 def generalized_pareto_shape(x: Tensor) -> Tensor:
@@ -90,7 +103,7 @@ def generalized_pareto_shape(x: Tensor) -> Tensor:
     M = x.shape[1]
     m = _grid_size(M)
     j = torch.arange(1, m + 1, dtype=x.dtype, device=x.device)
-    quartile, largest = x[:, int(M / 4 + 0.5) - 1], x[:, -1]  # [rows]
+    quartile, largest = x[:, _quartile(M)], x[:, -1]  # [rows]
     tiny = torch.finfo(x.dtype).tiny
     spread = (1 - (m / (j - 0.5)).sqrt()) / (3 * quartile.clamp_min(tiny).unsqueeze(1))
     b = spread + 1 / largest.clamp_min(tiny).unsqueeze(1)  # [rows, m]
