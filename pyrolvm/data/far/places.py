@@ -100,10 +100,9 @@ class Place:
         with _written(self):  # a store of objects has an object when all of it has come
             folder = self.fs._parent(self.path)
             if not self.fs.exists(folder):
-                with suppress(
-                    Exception
-                ):  # a store without folders; what is wrong with others the next line says
-                    self.fs.mkdir(folder, create_parents=False)  # nor a bucket that was mistyped
+                # a store may have no folders; what is wrong with others the next line says. No bucket is made
+                with suppress(Exception):
+                    self.fs.mkdir(folder, create_parents=False)
             self.fs.pipe_file(self.path, data)
 
     def write(self, write: Callable[[Path], Any]) -> None:

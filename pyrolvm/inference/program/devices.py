@@ -50,10 +50,7 @@ def placed(function: F) -> F:
 def with_methods_placed(cls: C) -> C:
     """A class whose methods are `placed`."""
     for name, method in list(vars(cls).items()):
-        if (
-            not name.startswith("_")
-            and inspect.isfunction(method)
-            and not inspect.isgeneratorfunction(method)
-        ):
+        asked = inspect.isfunction(method) and not inspect.isgeneratorfunction(method)
+        if asked and not name.startswith("_"):
             setattr(cls, name, placed(method))
     return cls
