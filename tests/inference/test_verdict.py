@@ -29,7 +29,8 @@ GOOD_OPTIMUM = {"gradient_norm": 1e-5, "moved": 0.0, "monte_carlo_error": 0.0}
         ({"effective_share": 0.099, "khat": 0.69}, ()),
         ({"effective_share": 0.099, "khat": 0.71}, ("tail",)),
         ({"effective_share": 0.101, "khat": 0.99}, ()),
-        ({"effective_share": 0.99, "khat": 1.01}, ("tail",)),
+        ({"effective_share": 0.949, "khat": 1.01}, ("tail",)),
+        ({"effective_share": 0.951, "khat": 5.0}, ()),  # all but equal
         ({"khat": -math.inf}, ()),
     ],
 )

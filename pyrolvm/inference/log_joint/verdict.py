@@ -1,10 +1,11 @@
 """The verdict: whether what a fitted guide answers would stay if its draws were weighed by p(x, z) / q(z).
 
 4,000 draws of the guide get Pareto-smoothed weights. The guide is flagged if the weights move the mean of any entry
-of any latent by a tenth of its sd, or its log-sd by a tenth; if they are worth fewer than 5% of the draws; if
-k-hat exceeds 0.7 at fewer than 10%, or 1, from where on weights have no mean and what they would move is not known; if
-the optimum's gradient is not flat, or other fixed draws would move it; and if the log joint has no mode, or more than
-one. Weights cannot see what no draw has visited: of that, only the number of modes speaks.
+of any latent by a tenth of its sd, or its log-sd by a tenth; if they are worth fewer than 5% of the draws; if k-hat
+exceeds 0.7 at fewer than 10%, or 1 at fewer than 95%: such weights have no mean, and what they would move is not known
+(worth more they are all but equal, and the shape of the little that is left says nothing); if the optimum's gradient is
+not flat, or other fixed draws would move it; and if the log joint has no mode, or more than one. Weights cannot see
+what no draw has visited: of that, only the number of modes speaks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from pyrolvm.seeds import Purpose, derived_seed
 DRAWS = 4000
 SHIFT = 0.1
 """Of an sd, or of a log-sd: what importance weights may move without a word."""
-FEWEST, FEW, KHAT, NO_MEAN = 0.05, 0.1, 0.7, 1.0
+FEWEST, FEW, ALIKE = 0.05, 0.1, 0.95
+KHAT, NO_MEAN = 0.7, 1.0
 MOVES, ERROR, FLAT = 0.2, 0.1, 1e-2
 NAMES = {POINT: "point", DIAGONAL: "mean-field normal", FULL: "full-rank normal", LOW_RANK: "low-rank normal"}
 
@@ -184,7 +186,7 @@ def _flags_of_weights(numbers: dict[str, float]) -> tuple[str, ...]:
     broken = {
         "shift": not max(numbers["mean_shift"], numbers["sd_shift"]) < SHIFT,
         "few": not share >= FEWEST,
-        "tail": numbers["khat"] > (KHAT if share < FEW else NO_MEAN),
+        "tail": share < ALIKE and numbers["khat"] > (KHAT if share < FEW else NO_MEAN),
     }
     return tuple(name for name, wrong in broken.items() if wrong)
 
