@@ -169,6 +169,7 @@ def _compile(graph: fx.GraphModule, settings: dict[str, Any], least_vectorised: 
         stack.enter_context(_without_reports(mode))
         stack.enter_context(_one_table_of_types())
         stack.enter_context(_vectors_from(least_vectorised))
+        stack.enter_context(_writes_before_reads())
         return compile_fx_inner(
             graph, inputs, cudagraphs=BoxedBool(False), cpp_wrapper=settings["cpp_wrapper"]
         )
@@ -191,6 +192,25 @@ def _reads_or_none() -> Iterator[None]:
         return None
 
     with mock.patch.object(LoopBody, "get_read_expr", read):
+        yield
+
+
+@contextmanager
+def _writes_before_reads() -> Iterator[None]:
+    """Keep what reads a buffer after it was written in place, a dropout's mask, say, behind the writing.
+
+    Where inductor fits loops to each other it finds anew what they read, by names from before the writing: a product of
+    the mask would join a kernel that runs before the mask is drawn.
+    """
+    from torch._inductor.scheduler import SchedulerNode
+
+    original = SchedulerNode.recompute_size_and_body
+
+    def recompute(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    with mock.patch.object(SchedulerNode, "recompute_size_and_body", recompute):
         yield
 
 

@@ -23,7 +23,7 @@ from pyrolvm.inference.engine import graphs
 from pyrolvm.inference.engine.draws import by_inversion
 from pyrolvm.inference.engine.entries import collected, is_per_row, places_of
 from pyrolvm.inference.engine.problem import Problem
-from pyrolvm.inference.engine.reads import ROWS, Reads
+from pyrolvm.inference.engine.reads import ROWS, Buffer, Reads
 from pyrolvm.inference.engine.static import TensorScalars, static_pyro
 from pyrolvm.inference.engine.untraceable import check_writes, explained, kept
 from pyrolvm.inference.program.noise import kept_generators
@@ -177,10 +177,13 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
     controls = [rate.clone(), *(value.to(program.dtype, copy=True) for value in others)]
     inputs = [*state.values(), *data, rows.to(device, copy=True), *controls]
     written: list[str] = []
+    read: set[str] = set()
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        with Reads(_changing(problem, state, flat, len(controls)), lambda: site.name):
-            return step(*flat)
+        with Reads(_changing(problem, state, flat, len(controls)), lambda: site.name) as reads:
+            found = step(*flat)
+        read.update(reads.buffers)
+        return found
 
     def step(*flat: Tensor) -> tuple[Tensor, ...]:
         at = dict(zip(state, flat, strict=False))
@@ -199,7 +202,7 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         by_inversion(),
     ):
         graph, constants = graphs.record(run, inputs)
-    check_writes(graph, list(state), len(inputs))
+    check_writes(graph, list(state), len(inputs), read)
     names = tuple(state)
     return TracedStep(
         graph,
@@ -220,7 +223,11 @@ def _changing(
     problem: Problem, state: dict[str, Tensor], flat: Sequence[Tensor], num_controls: int
 ) -> dict[str, list[Tensor]]:
     """What is another value in the next step, in words."""
-    found = {f"'{key.partition('/')[2]}'": [value] for key, value in zip(state, flat, strict=False)}
+    buffers = {f"parameters/{name}" for name in problem.program.buffers}
+    found = {
+        (Buffer if key in buffers else str)(f"'{key.partition('/')[2]}'"): [value]
+        for key, value in zip(state, flat, strict=False)
+    }
     found["a control"] = list(flat[len(flat) - num_controls :])
     if problem.minibatch:
         found[ROWS] = [flat[len(flat) - num_controls - 1]]
