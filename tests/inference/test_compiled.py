@@ -634,7 +634,7 @@ def test_a_mask_of_dropout_is_drawn_before_it_is_used():
     def model(x):
         with data_plate(x):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).expand([8]).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z.repeat(1, 4), 1.0).to_event(1), obs=x)
 
     def guide(x):
         pyro.module("encoder", encoder)
