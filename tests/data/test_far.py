@@ -98,9 +98,7 @@ def test_only_the_chosen_columns_are_asked_for(folder, monkeypatch):
     asked = []
     fragment = type(data.blocks._fragments[0])
     table = fragment.to_table
-    monkeypatch.setattr(
-        data.blocks, "_fragments", [Watched(f, asked) for f in data.blocks._fragments]
-    )
+    monkeypatch.setattr(data.blocks, "_fragments", [Watched(f, asked) for f in data.blocks._fragments])
     assert np.array_equal(data.load().values, X[:, [1]])
     assert set(asked) == {("b",)}
     assert table is fragment.to_table
