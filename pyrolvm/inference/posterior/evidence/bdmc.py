@@ -85,7 +85,8 @@ def bidirectional(
     """
     annealing = Annealing(num_steps, start, schedule, num_leapfrog)
     check_annealable(pair, annealing)
-    count("num_chains", num_chains), count("num_rows", num_rows)
+    count("num_chains", num_chains)
+    count("num_rows", num_rows)
     if exact_draws is None and start == "guide" and pair.structure.per_datum:
         raise SettingError(
             f"the guide has parameters for each training row ('{pair.structure.per_datum[0]}') and none for "
