@@ -169,7 +169,16 @@ def _generated(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, T
 
 def locations(pair: Pair, model: Trace) -> dict[str, Tensor]:
     """Observed site -> the mean of its distribution in a trace of the model."""
-    return {s["name"]: location(s["fn"]) for s in _data_sites(pair, model)}
+    found = {}
+    for site in _data_sites(pair, model):
+        try:
+            found[site["name"]] = location(site["fn"])
+        except NotImplementedError:
+            raise ProgramError(
+                f"the distribution of '{site['name']}' ({type(site['fn']).__name__}) has neither a mean nor sample(): "
+                "write one of them in its class"
+            ) from None
+    return found
 
 
 def _data_sites(pair: Pair, model: Trace) -> list[Any]:
