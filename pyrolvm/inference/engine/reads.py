@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,9 +65,10 @@ class Reads(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.site, self.buffers = site, set[str]()
-        self.causes: dict[int, str | None] = {
-            _memory(t): cause for cause, tensors in changing.items() for t in tensors if t.numel()
-        }
+        self.causes: dict[int, tuple[StorageWeakRef, str | None]] = {}
+        for cause, tensors in changing.items():
+            for tensor in tensors:
+                self._caused(tensor, cause)
 
     def __enter__(self) -> Any:
         self.host = _HostReads(self)
@@ -80,7 +82,7 @@ class Reads(TorchDispatchMode):
     def cause(self, values: Any) -> str | None:
         """What the first of these tensors that changes between steps depends on; None if none does."""
         tensors = (t for t in tree_leaves(values) if isinstance(t, Tensor) and t.numel())
-        known = [cause for t in tensors if (cause := self.causes.get(_memory(t))) is not None]
+        known = [cause for t in tensors if (cause := self._cause(t)) is not None]
         known.sort(key=lambda cause: isinstance(cause, Buffer))  # first what may not be read
         return known[0] if known else None
 
@@ -90,6 +92,15 @@ class Reads(TorchDispatchMode):
             self.buffers.add(cause)
         elif cause is not None:
             raise ChangingReadError(cause, size)
+
+    def _cause(self, tensor: Tensor) -> str | None:
+        memory, cause = self.causes.get(_memory(tensor), (None, None))
+        return None if memory is None or memory.expired() else cause
+
+    def _caused(self, tensor: Tensor, cause: str | None) -> None:
+        # memory that was freed may be another tensor's by now, one that no operation made (`torch.tensor(0)`)
+        if tensor.numel():
+            self.causes[_memory(tensor)] = StorageWeakRef(tensor.untyped_storage()), cause
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -113,13 +124,15 @@ class Reads(TorchDispatchMode):
     def _note(self, func: Any, result: Any, args: tuple, cause: str | None) -> None:
         fresh = not any(a.alias_info for a in func._schema.arguments)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.numel() and (fresh or cause is not None):
-                self.causes[_memory(tensor)] = cause
+            if isinstance(tensor, Tensor) and (fresh or cause is not None):
+                self._caused(tensor, cause)
         if cause is None:
             return
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self.causes.update({_memory(t): cause for t in tree_leaves(value) if isinstance(t, Tensor)})
+                for tensor in tree_leaves(value):
+                    if isinstance(tensor, Tensor):
+                        self._caused(tensor, cause)
 
     def _read(self, func: Any, args: tuple, kwargs: dict, cause: str | None) -> Any:
         self.check(cause, size=torch.Tag.dynamic_output_shape in func.tags)

@@ -141,7 +141,16 @@ def _made(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, Tensor
 
 def locations(pair: Pair, model: Trace) -> dict[str, Tensor]:
     """Observed site -> the mean of its distribution in a trace of the model: [rows, ...]."""
-    return {s["name"]: tidy(pair.structure, s, location(s["fn"]))[0] for s in _data_sites(pair, model)}
+    found = {}
+    for site in _data_sites(pair, model):
+        try:
+            found[site["name"]] = tidy(pair.structure, site, location(site["fn"]))[0]
+        except NotImplementedError:
+            raise ProgramError(
+                f"the distribution of '{site['name']}' ({type(site['fn']).__name__}) has neither a mean nor sample(): "
+                "write one of them in its class"
+            ) from None
+    return found
 
 
 def _data_sites(pair: Pair, model: Trace) -> list[Any]:
