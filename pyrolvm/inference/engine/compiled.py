@@ -19,6 +19,7 @@ from pyrolvm.inference.engine.native import LEAST_SECONDS, NativeLoop, is_compil
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.engine.tracing import Slots, TracedStep, trace_step
+from pyrolvm.inference.engine.watch import Watch
 from pyrolvm.inference.program.noise import generator_state, kept_generators, noise_state, set_generator_state
 
 CHECKED_STEPS = 2
@@ -89,24 +90,29 @@ class CompiledEngine:
         """The state before the first step: the program's parameters as they are now."""
         return self.eager.initial_state(random)
 
-    def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    def run(
+        self, state: TrainingState, rows: Tensor, watch: Watch | None = None
+    ) -> tuple[TrainingState, Tensor]:
         """As `Engine.run`."""
         usual = len(rows) and rows.shape[1] == len(self._traced.rows)
         if self._given_up or not usual or not (state is self._live or _have_one_count(state)):
-            return self.eager.run(state, rows)
+            return self.eager.run(state, rows, watch)
         done: list[Tensor] = []
         if not self._is_complete(state):
-            state, terms = self.eager.run(state, rows[:1])
+            state, terms = self.eager.run(state, rows[:1], watch)
             rows, done = rows[1:], [terms]
         if len(rows):
-            state, terms = self._run(state, rows) if self._loop else self._first_run(state, rows)
+            run = self._run if self._loop else self._first_run
+            state, terms = run(state, rows, watch)
             done.append(terms)
         return state, torch.cat(done)
 
     def _is_complete(self, state: TrainingState) -> bool:
         return all(own.keys() <= state.optimizer.get(name, {}).keys() for name, own in self._slots.items())
 
-    def _first_run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    def _first_run(
+        self, state: TrainingState, rows: Tensor, watch: Watch | None
+    ) -> tuple[TrainingState, Tensor]:
         """Compile, and check the first steps against eager ones."""
         before, start = state.clone(), time.perf_counter()
         _, expected = self.eager.run(state.clone(), rows[:CHECKED_STEPS])
@@ -115,18 +121,22 @@ class CompiledEngine:
             self._loop = self._compiled_together()
             self.num_compilations += 1
             self.setup_seconds = time.perf_counter() - start
-            after, terms = self.problem.processes.each(lambda: self._checked(before.clone(), rows, expected))
+            after, terms = self.problem.processes.each(
+                lambda: self._checked(before.clone(), rows, watch, expected)
+            )
         except Exception as error:
             if not self.fall_back:
                 raise ProgramError(f"the compiled engine cannot run this program: {error}") from error
             self._given_up = True
             self.setup_seconds = time.perf_counter() - start
             self.note = f"eager engine: compiling failed ({error})"
-            return self.eager.run(before, rows)
+            return self.eager.run(before, rows, watch)
         return after, terms
 
-    def _checked(self, state: TrainingState, rows: Tensor, expected: Tensor) -> tuple[TrainingState, Tensor]:
-        after, terms = self._run(state, rows)
+    def _checked(
+        self, state: TrainingState, rows: Tensor, watch: Watch | None, expected: Tensor
+    ) -> tuple[TrainingState, Tensor]:
+        after, terms = self._run(state, rows, watch)
         _check_equal(terms[:CHECKED_STEPS], expected)
         return after, terms
 
@@ -152,7 +162,7 @@ class CompiledEngine:
             return LEAST_SECONDS
         return seconds_to_compile(self._traced, self.problem.minibatch)
 
-    def _run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    def _run(self, state: TrainingState, rows: Tensor, watch: Watch | None) -> tuple[TrainingState, Tensor]:
         assert self._loop is not None
         self._adopt(state)
         self._live = None  # until the chunk is done
@@ -160,8 +170,11 @@ class CompiledEngine:
         controls = self.problem.controls(state.step, len(rows))
         with kept_generators(device):
             set_generator_state(state.random, device)
-            parts = zip(rows.split(self._loop.capacity), controls.split(self._loop.capacity), strict=True)
-            terms = [self._part(self._loop, *part) for part in parts]
+            size = self._loop.capacity
+            terms = [
+                self._part(self._loop, rows[i : i + size], controls[i : i + size], state.step + i, watch)
+                for i in range(0, len(rows), size)
+            ]
             random = generator_state(device)
         self._live = TrainingState(
             self.problem.program.tensors(),
@@ -171,12 +184,12 @@ class CompiledEngine:
         )
         return self._live, torch.cat(terms)
 
-    def _part(self, loop: Loop, rows: Tensor, controls: Tensor) -> Tensor:
+    def _part(self, loop: Loop, rows: Tensor, controls: Tensor, step: int, watch: Watch | None) -> Tensor:
         if self.problem.minibatch:
             loop.rows[: len(rows)].copy_(rows)
         loop.controls[: len(rows)].copy_(controls)
         loop.index.zero_()
-        loop.run(len(rows))
+        loop.run(len(rows) if watch is None else watch.parts(step, len(rows)))
         return loop.terms[: len(rows)].to("cpu", copy=True)
 
     def _adopt(self, state: TrainingState) -> None:

@@ -94,8 +94,8 @@ class Problem:
     def controls(self, first_step: int, num_steps: int) -> Tensor:
         """The scheduled controls of each step: [num_steps, len(scheduled)], float64, on the host."""
         columns = [self.optimizer.learning_rates(first_step, num_steps, self.num_steps)]
-        shares = [min(1.0, (first_step + k + 1) / self.num_steps) for k in range(num_steps)]
         for name in self.scheduled[1:]:
+            shares = (min(1.0, (first_step + k + 1) / self.num_steps) for k in range(num_steps))
             columns.append([value_of(name, self.schedules[name], share) for share in shares])
         return torch.tensor(columns, dtype=torch.float64).T.contiguous()
 
