@@ -15,6 +15,7 @@ from pyrolvm.data.arguments import leaves
 from pyrolvm.data.arrays import Batch, as_batch, as_tensor
 from pyrolvm.errors import DataError, ProgramError, SettingError
 from pyrolvm.inference.posterior.suiting import carries
+from pyrolvm.inference.program.draws import tidy
 from pyrolvm.inference.program.handlers import location
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
@@ -164,12 +165,14 @@ def _settings(call: Batch | None, names: list[str]) -> dict[str, Any]:
 def _generated(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, Tensor]:
     """Observed site -> a draw, or the mean of its distribution, at one draw of the global latents."""
     model = pair.simulate(given=shared)
-    return locations(pair, model) if mean else {s["name"]: s["value"] for s in _data_sites(pair, model)}
+    if mean:
+        return locations(pair, model)
+    return {s["name"]: tidy(pair.structure, s, s["value"])[0] for s in _data_sites(pair, model)}
 
 
 def locations(pair: Pair, model: Trace) -> dict[str, Tensor]:
-    """Observed site -> the mean of its distribution in a trace of the model."""
-    return {s["name"]: location(s["fn"]) for s in _data_sites(pair, model)}
+    """Observed site -> the mean of its distribution in a trace of the model: [rows, ...]."""
+    return {s["name"]: tidy(pair.structure, s, location(s["fn"]))[0] for s in _data_sites(pair, model)}
 
 
 def _data_sites(pair: Pair, model: Trace) -> list[Any]:
