@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrolvm.data.arguments import leaves
 from pyrolvm.data.arrays import as_batch, as_tensor
 from pyrolvm.data.batch import Batch
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.errors import DataError, ProgramError, SettingError
 from pyrolvm.inference.posterior.record import Record
 from pyrolvm.inference.posterior.rows import num_carrying
 from pyrolvm.inference.posterior.suiting import carries
