@@ -629,7 +629,9 @@ def test_a_buffer_that_each_step_writes_to_may_not_be_read():
 
 def test_a_mask_of_dropout_is_drawn_before_it_is_used():
     """Behind batch normalisation, whose loops inductor fits to those of the product with the mask."""
-    encoder = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 4))
+    encoder = nn.Sequential(
+        nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 4)
+    )
 
     def model(x):
         with data_plate(x):
