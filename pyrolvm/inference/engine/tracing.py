@@ -24,7 +24,7 @@ from pyrolvm.inference.engine.draws import by_inversion
 from pyrolvm.inference.engine.entries import collected, is_per_row, places_of
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.reads import ROWS, Reads
-from pyrolvm.inference.engine.static import TensorScalars, static_pyro
+from pyrolvm.inference.engine.static import TensorScalars, plain_lstms, static_pyro
 from pyrolvm.inference.engine.untraceable import check_writes, explained, kept
 from pyrolvm.inference.program.noise import kept_generators
 
@@ -196,6 +196,7 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         kept(program),
         explained() as site,
         static_pyro(),
+        plain_lstms(),
         by_inversion(),
     ):
         graph, constants = graphs.record(run, inputs)
