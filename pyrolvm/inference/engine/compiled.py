@@ -7,16 +7,18 @@ tensors are the buffers that the compiled step writes to; either engine can cont
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.engine.division import SHARE
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.loops import CudaLoop, Loop
 from pyrolvm.inference.engine.native import LEAST_SECONDS, NativeLoop, is_compiled, seconds_to_compile
 from pyrolvm.inference.engine.problem import Problem
+from pyrolvm.inference.engine.split import SplitLoop, tells
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.engine.tracing import Slots, TracedStep, trace_step
 from pyrolvm.inference.engine.watch import Watch
@@ -76,6 +78,7 @@ class CompiledEngine:
         self.setup_seconds = 0.0
         self._traced = traced or trace_step(problem, *probe(problem)[:2])
         self._slots = _slots(self._traced)
+        self._given: dict[str, dict[str, Tensor]] = {}
         self._loop: Loop | None = None
         self._make_loop = loop or (CudaLoop if problem.program.device.type == "cuda" else NativeLoop)
         self._given_up = False
@@ -108,7 +111,16 @@ class CompiledEngine:
         return state, torch.cat(done)
 
     def _is_complete(self, state: TrainingState) -> bool:
-        return all(own.keys() <= state.optimizer.get(name, {}).keys() for name, own in self._slots.items())
+        return all(
+            own.keys() <= state.optimizer.get(name, {}).keys()
+            for owner, own in self._slots.items()
+            for name in self._owners(owner)
+        )
+
+    def _owners(self, name: str) -> Iterable[str]:
+        """The parameters of the program whose slots are those of `name`."""
+        division = self._traced.division
+        return division.shapes if division is not None and name == SHARE else (name,)
 
     def _first_run(
         self, state: TrainingState, rows: Tensor, watch: Watch | None
@@ -118,12 +130,7 @@ class CompiledEngine:
         _, expected = self.eager.run(state.clone(), rows[:CHECKED_STEPS])
         self.problem.program.load(before.parameters)  # so that `state` is intact if compiling is interrupted
         try:
-            self._loop = self._compiled_together()
-            self.num_compilations += 1
-            self.setup_seconds = time.perf_counter() - start
-            after, terms = self.problem.processes.each(
-                lambda: self._checked(before.clone(), rows, watch, expected)
-            )
+            return self._begun(before, rows, watch, expected, start)
         except Exception as error:
             if not self.fall_back:
                 raise ProgramError(f"the compiled engine cannot run this program: {error}") from error
@@ -131,7 +138,22 @@ class CompiledEngine:
             self.setup_seconds = time.perf_counter() - start
             self.note = f"eager engine: compiling failed ({error})"
             return self.eager.run(before, rows, watch)
-        return after, terms
+
+    def _begun(
+        self, before: TrainingState, rows: Tensor, watch: Watch | None, expected: Tensor, start: float
+    ) -> tuple[TrainingState, Tensor]:
+        """The first steps of the loop, or of the step in parts where the loop cannot hold sums over processes."""
+        try:
+            self._loop = self._compiled_together()
+            self.num_compilations += 1
+            self.setup_seconds = time.perf_counter() - start
+            return self.problem.processes.each(lambda: self._checked(before.clone(), rows, watch, expected))
+        except Exception as error:
+            if self._make_loop is SplitLoop or not tells(self._traced.graph):
+                raise
+            self._make_loop = SplitLoop
+            self.note += f", in parts between sums over the processes (whole: {error})"
+            return self._begun(before, rows, watch, expected, start)
 
     def _checked(
         self, state: TrainingState, rows: Tensor, watch: Watch | None, expected: Tensor
@@ -178,7 +200,7 @@ class CompiledEngine:
             random = generator_state(device)
         self._live = TrainingState(
             self.problem.program.tensors(),
-            {name: {k: t.to(where) for k, (t, where) in own.items()} for name, own in self._slots.items()},
+            self._whole_slots(),
             state.step + len(rows),
             random,
         )
@@ -192,12 +214,27 @@ class CompiledEngine:
         loop.run(len(rows) if watch is None else watch.parts(step, len(rows)))
         return loop.terms[: len(rows)].to("cpu", copy=True)
 
+    def _whole_slots(self) -> dict[str, dict[str, Tensor]]:
+        """The optimiser's state, of all that is divided."""
+        found = {name: {k: t.to(where) for k, (t, where) in own.items()} for name, own in self._slots.items()}
+        if (division := self._traced.division) is not None:
+            own = found.pop(SHARE, {})
+            self._given = self._given or division.blank(own)
+            division.give(own, self._given)
+            found |= self._given
+        return found
+
     def _adopt(self, state: TrainingState) -> None:
         if state is self._live:
             return
         self.problem.program.load(state.parameters)
+        if (division := self._traced.division) is not None:
+            share = division.take(self.problem.program.parameters, state.optimizer)
+            for key, tensor in zip(self._traced.names, self._traced.state, strict=True):
+                if key in share:
+                    tensor.copy_(share[key])
         for name, own in self._slots.items():
-            for slot, (tensor, _) in own.items():
+            for slot, (tensor, _) in own.items() if name != SHARE else ():
                 tensor.copy_(state.optimizer[name][slot])
 
 

@@ -145,7 +145,7 @@ def _whole(code: str, num_inputs: int) -> str:
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
     lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {steps}"]
-    sums = ("shared_sum.h", "shared_sum_step.h") if "aoti_torch_cpu_shared_sum" in code else ()
+    sums = ("shared_sum.h", "shared_sum_step.h") if "aoti_torch_cpu_shared_" in code else ()
     return "\n".join([inductor.HEADERS, *lines, *map(header_text, ("runtime.h", *sums)), code])
 
 
