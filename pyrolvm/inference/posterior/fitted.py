@@ -148,7 +148,7 @@ class FittedModel(Record):
     def predict(self, x: Any, num_samples: int = 100, *, seed: int = 0) -> dict[str, Tensor]:
         """Draws of new data at the posterior of `x`: observed site -> [num_samples, rows, ...]."""
         self._check_observes()
-        return self.draws(x, num_samples, seed=seed).predictive
+        return self.draws(x, num_samples, seed=seed).predicted
 
     @torch.no_grad()
     def impute(self, x: Any, num_samples: int = 100, *, interval: float = 0.9, seed: int = 0) -> Imputation:

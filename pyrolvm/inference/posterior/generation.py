@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrolvm.data.arguments import leaves
 from pyrolvm.data.arrays import as_batch, as_tensor
 from pyrolvm.data.batch import Batch
-from pyrolvm.errors import DataError, SettingError
+from pyrolvm.errors import DataError, ProgramError, SettingError
 from pyrolvm.inference.posterior.record import Record
 from pyrolvm.inference.posterior.rows import num_carrying
 from pyrolvm.inference.posterior.suiting import carries
@@ -141,7 +141,16 @@ def _made(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, Tensor
 
 def locations(pair: Pair, model: Trace) -> dict[str, Tensor]:
     """Observed site -> the mean of its distribution in a trace of the model: [rows, ...]."""
-    return {s["name"]: tidy(pair.structure, s, location(s["fn"]))[0] for s in _data_sites(pair, model)}
+    found = {}
+    for site in _data_sites(pair, model):
+        try:
+            found[site["name"]] = tidy(pair.structure, site, location(site["fn"]))[0]
+        except NotImplementedError:
+            raise ProgramError(
+                f"the distribution of '{site['name']}' ({type(site['fn']).__name__}) has neither a mean nor sample(): "
+                "write one of them in its class"
+            ) from None
+    return found
 
 
 def _data_sites(pair: Pair, model: Trace) -> list[Any]:

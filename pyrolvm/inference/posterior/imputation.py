@@ -54,7 +54,7 @@ def impute(batch: Batch, structure: Structure, chunks: Iterable[Draws], interval
     [name], parts, first = names, [], 0
     categorical = structure.observed[0].family in ("Codes", "Categorical")
     for draws in chunks:
-        made = draws.predictive[name]  # [num_samples, rows, data_dim]
+        made = draws.predicted[name]  # [num_samples, rows, data_dim]
         known = data[first : first + made.shape[1]]
         first += made.shape[1]
         if made.shape[1:] != known.shape:

@@ -111,6 +111,11 @@ class Climb:
 
 def climb(fitted: Record, x: Any, family: str, steps: Steps) -> Climb:
     """Refine the rows of `x`, in the family asked for or, if "auto", in the guide's own."""
+    if not any(s.local and not s.discrete for s in fitted.structure.latents):
+        raise ProgramError(
+            "refine() fits what each row has of its own, and this program has no continuous latents in a plate over "
+            "its rows: declare them by `with pyrolvm.data_plate(x):`, or fit for more steps"
+        )
     data = suited(fitted.program, x, fitted.call)
     check_columns(fitted, data)
     own = _starting_guide(fitted, data)

@@ -60,7 +60,7 @@ def at_one_dimension(plate: Plate, sites: Iterable[Any], guide: str) -> Plate:
             f"guide='{guide}' needs the plate '{plate.name}' at one dimension, and the model has it at {places}: give "
             "these plates the same `dim`"
         )
-    return replace(plate, dim=next(iter(dims.values())))
+    return replace(plate, dim=next((dim for dim in dims.values() if dim is not None), plate.dim))
 
 
 def _holds_rows(site: Any, frame: Any, arguments: Sequence[Tensor]) -> bool:
