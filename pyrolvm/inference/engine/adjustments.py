@@ -28,7 +28,7 @@ def without_trials() -> Iterator[None]:
         k for k in vars(cpu_vec_isa).values() if isinstance(k, type) and issubclass(k, cpu_vec_isa.VecISA)
     ]
     functions = [cpu_vec_isa.valid_vec_isa_list, *(vars(kind).get("__bool__") for kind in kinds)]
-    forget = [function.cache_clear for function in functions if hasattr(function, "cache_clear")]
+    forget = [clear for function in functions if (clear := getattr(function, "cache_clear", None))]
     for clear in forget:
         clear()
     try:
