@@ -241,9 +241,8 @@ class Training:
         if self.until is not None:
             step, every = self.state.step, self.until.every
             left = min(left, self.until.ahead(step))
-            wanted = max(
-                wanted - (step + wanted) % every, min(wanted, every - step % every)
-            )  # ends at a look
+            # a chunk that passes a look ends at one
+            wanted = max(wanted - (step + wanted) % every, min(wanted, every - step % every))
         if self.validate_every:
             left = min(left, self.validate_every - self.state.step % self.validate_every)
         return min(wanted, left)
