@@ -207,7 +207,7 @@ def _same(fitted: FittedModel, pair: Pair, num_samples: int, seed: int) -> Itera
         part = min(size, num_samples - first)
         draws = fitted.draws(pair.batch, part, seed=measure_seed(seed, Measure.PREDICTIVE, first))
         for index in range(part):
-            yield {name: value[index] for name, value in draws.predictive.items()}
+            yield {name: value[index] for name, value in draws.predicted.items()}
 
 
 def _new(fitted: FittedModel, pair: Pair, num_samples: int, seed: int) -> Iterator[Values]:

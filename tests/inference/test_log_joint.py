@@ -9,8 +9,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import autoguide
+from pyro.infer import autoguide, config_enumerate
 from pyro.infer.mcmc.util import initialize_model
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
 
 import pyrolvm
 from pyrolvm.errors import ProgramError, SettingError
@@ -156,6 +158,71 @@ def test_derivatives_are_differences(name):
     torch.testing.assert_close(slope, differences, rtol=1e-5, atol=1e-5)
     H = (log_joint.slope(u + steps)[1] - log_joint.slope(u - steps)[1]) / 2e-5
     torch.testing.assert_close(log_joint.hessian(u), H, rtol=1e-4, atol=1e-4)
+
+
+def network():
+    """A layer whose priors were made with Pyro's validation on, as in any script: they look at their values."""
+    layer = PyroModule[nn.Linear](1, 3)
+    layer.weight = PyroSample(dist.Normal(0.0, 1.0, validate_args=True).expand([3, 1]).to_event(2))
+    layer.bias = PyroSample(dist.Normal(0.0, 1.0, validate_args=True).expand([3]).to_event(1))
+
+    def model(x, y):
+        mean = layer(x).sin().sum(-1)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    return model, (X[:, 1:2], Y)
+
+
+def counted():
+    """A program that reads its data: how many of them are positive."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("positive", int((x > 0).sum())):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[x > 0])
+
+    return model, (Y,)
+
+
+def topics():
+    """What torch makes of nothing (Pyro's concentrations of one) is of the type of the program."""
+    words = torch.randint(0, 5, (4, 6), generator=torch.Generator().manual_seed(0))
+
+    @config_enumerate
+    def model(words):
+        with pyro.plate("topics", 2):
+            phi = pyro.sample("phi", dist.Dirichlet(torch.ones(5) / 3))
+        with pyro.plate("documents", 6):
+            theta = pyro.sample("theta", dist.Dirichlet(torch.ones(2) / 3))
+            with pyro.plate("words", 4):
+                z = pyro.sample("z", dist.Categorical(theta))
+                pyro.sample("w", dist.Categorical(phi[z]), obs=words)
+
+    return model, (words,), autoguide.AutoNormal(pyro.poutine.block(model, hide=["z"]))
+
+
+def sticks():
+    """An index that is a number: memory that another tensor had before."""
+
+    @config_enumerate
+    def model(y):
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+        x = torch.tensor(0)
+        for t in pyro.markov(range(len(y))):
+            x = pyro.sample(f"x_{t}", dist.Categorical(p[x]))
+            pyro.sample(f"y_{t}", dist.Normal(x.to(y.dtype), 1.0), obs=y[t])
+
+    return model, (Y[:4],), autoguide.AutoNormal(pyro.poutine.block(model, expose=["p"]))
+
+
+@pytest.mark.parametrize("program", [network, counted, topics, sticks])
+def test_programs_of_all_kinds_are_evaluated_at_many_points_at_once(program):
+    log_joint = LogJoint(pair_of(*program()))
+    u = torch.randn(3, log_joint.dim, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert log_joint.batched
+    wanted = torch.stack([log_joint.at(row) for row in u])
+    torch.testing.assert_close(log_joint(u), wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_a_program_that_cannot_be_recorded_is_run_for_every_point():
@@ -365,6 +432,23 @@ def test_the_monte_carlo_error_counts_the_log_sds():
     assert maximise(log_joint, place, "point", 0, 0).monte_carlo_error == 0.0
 
 
+def test_the_error_of_a_log_sd_is_relative():
+    """The same posterior in units a thousand times smaller: errors of the location scale, those of log-sds do not."""
+
+    def found(unit):
+        def model():
+            z = pyro.sample("z", dist.Normal(0.0, unit))
+            pyro.sample("y", dist.StudentT(3.0, z / unit, 0.3), obs=torch.tensor(1.0))
+
+        log_joint = LogJoint(pair_of(model, ()))
+        return maximise(log_joint, find_modes(log_joint, 0)[0], FULL, 0, 0, num_draws=64)
+
+    one, thousand = found(1.0), found(1000.0)
+    torch.testing.assert_close(thousand.errors, 1000 * one.errors, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(thousand.log_sd_errors, one.log_sd_errors, rtol=1e-3, atol=0.0)
+    assert one.log_sd_errors > 1e-4
+
+
 # ---------------------------------------------------------------------- linear response
 
 
@@ -392,7 +476,7 @@ def test_levels_in_order_have_derivatives():
             pyro.sample("y", dist.OrderedLogistic(x @ b, cut), obs=y)
 
     log_joint = LogJoint(pair_of(ordinal, (x, y)))
-    assert log_joint.recorded
+    assert log_joint.batched
     u = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
     steps = 1e-5 * torch.eye(4, dtype=torch.float64)
     differences = (log_joint(u + steps) - log_joint(u - steps)) / 2e-5

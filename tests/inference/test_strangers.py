@@ -1,6 +1,7 @@
 """Faults that programs of strangers brought up, each with an exact answer."""
 
 from functools import partial
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -212,11 +213,14 @@ def test_what_a_loss_alone_takes_is_bound_to_it():
             pyro.sample("z", dist.Normal(x / 2 + pyro.param("shift", torch.tensor(0.0)), 0.5**0.5))
 
     options = {"guide": guide, "num_steps": 1, "learning_rate": 1e-9, **QUIET}
-    with pytest.raises(pyrolvm.ProgramError, match=r"functools.partial\(loss, power="):
-        pyrolvm.fit(of_rows, X, model_kwargs={"power": 2.0}, objective=loss, **options)
-    fitted = pyrolvm.fit(of_rows, X, objective=partial(loss, power=2.0), **options)
     exact = dist.Normal(0.0, 2**0.5).log_prob(X).mean().item()
-    assert fitted.history.elbo[0] == pytest.approx(2 * exact, abs=1e-4)
+    for given in (
+        {"objective": partial(loss, power=2.0)},
+        {"objective": loss, "model_kwargs": {"power": 2.0}},
+    ):
+        fitted = pyrolvm.fit(of_rows, X, **given, **options)
+        assert fitted.history.elbo[0] == pytest.approx(2 * exact, abs=1e-4)
+        assert set(fitted.posterior(X, 2)) == {"z"}
 
 
 def test_covariates_without_columns_are_no_covariates():
@@ -237,3 +241,45 @@ def test_covariates_without_columns_are_no_covariates():
     torch.testing.assert_close(found.float(), dist.Normal(0.0, 2**0.5).log_prob(X), atol=1e-4, rtol=0)
     with pytest.raises(pyrolvm.DataError, match="is empty"):
         pyrolvm.fit(model, X[:0], none[:0], guide=guide, **QUIET)
+
+
+class OnlyADensity(dist.TorchDistribution):
+    """A likelihood that a user writes as a distribution, without a way to draw from it."""
+
+    arg_constraints: ClassVar[dict] = {}
+    support = dist.constraints.real
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, 1.0).log_prob(value)
+
+
+def test_a_likelihood_without_draws_has_a_posterior_all_the_same():
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", OnlyADensity(m.expand(len(x))), obs=x)
+
+    fitted = pyrolvm.fit(model, X, guide="AutoNormal", num_steps=2, **QUIET)
+    assert fitted.posterior(X, 4)["m"].shape == (4,)
+    exported = pyrolvm.to_inference_data(fitted, X, num_samples=3, progress=False)
+    assert {"posterior", "prior", "log_likelihood"} <= set(exported.groups())
+    assert "predictive check" in pyrolvm.diagnose(fitted, X, 10, progress=False).not_done
+    for ask in (lambda: fitted.predict(X, 2), lambda: fitted.sample(2), lambda: fitted.reconstruct(X)):
+        with pytest.raises(pyrolvm.ProgramError, match=r"sample\(\).*in its class$") as refused:
+            ask()
+        assert "\n" not in str(refused.value)
+
+
+def test_rows_without_latents_of_their_own_cannot_be_refined():
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, X, guide="AutoNormal", num_steps=1, **QUIET)
+    with pytest.raises(pyrolvm.ProgramError, match=r"refine\(\) fits what each row has of its own"):
+        fitted.refine(X, num_steps=2, progress=False)

@@ -24,7 +24,7 @@ def without_trials() -> Iterator[None]:
     kinds = [
         k for k in vars(cpu_vec_isa).values() if isinstance(k, type) and issubclass(k, cpu_vec_isa.VecISA)
     ]
-    functions = [cpu_vec_isa.valid_vec_isa_list, *(vars(kind).get("__bool__") for kind in kinds)]
+    functions: list[Any] = [cpu_vec_isa.valid_vec_isa_list, *(vars(kind).get("__bool__") for kind in kinds)]
     forget = [function.cache_clear for function in functions if hasattr(function, "cache_clear")]
     for clear in forget:
         clear()
@@ -53,6 +53,25 @@ def reads_or_none() -> Iterator[None]:
         return None
 
     with mock.patch.object(LoopBody, "get_read_expr", read):
+        yield
+
+
+@contextmanager
+def writes_before_reads() -> Iterator[None]:
+    """Keep what reads a buffer after it was written in place, a dropout's mask, say, behind the writing.
+
+    Where inductor fits loops to each other it finds anew what they read, by names from before the writing: a product of
+    the mask would join a kernel that runs before the mask is drawn.
+    """
+    from torch._inductor.scheduler import SchedulerNode
+
+    original = SchedulerNode.recompute_size_and_body
+
+    def recompute(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    with mock.patch.object(SchedulerNode, "recompute_size_and_body", recompute):
         yield
 
 

@@ -77,7 +77,18 @@ def record(
         removed = node.op == "get_attr" or any(name in str(node.target) for name in REMOVED_OPS)
         if removed and not node.users:
             graph.graph.erase_node(node)
+    for node in graph.graph.nodes:
+        _of_one_type(node)
     return graph, _lift_constants(graph, inputs)
+
+
+def _of_one_type(node: fx.Node) -> None:
+    """Say which type a tensor is made in (`torch.ones(3)`), which else is the default where the graph is run."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or node.all_input_nodes or LAYOUT not in node.meta or node.kwargs.get("dtype"):
+        return
+    if any(argument.name == "dtype" and argument.kwarg_only for argument in schema.arguments):
+        node.kwargs = {**node.kwargs, "dtype": node.meta[LAYOUT].dtype}
 
 
 def unrecorded() -> AbstractContextManager[Any]:

@@ -83,6 +83,8 @@ def functional(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.Gra
     rewrites.share_equals(flat)
     rewrites.delay_expansions(flat)
     rewrites.hoist_scalars(flat)
+    rewrites.gather_in_place(flat)
+    rewrites.transpose_factors(flat)
     return flat
 
 
@@ -133,7 +135,8 @@ def cpp_source(graph: fx.GraphModule, *, long: bool | None = None) -> str:
 
 def _own_operators() -> dict[str, Any]:
     """Operators of this package's that the step calls as C++, which stands before inductor's."""
-    operators = [torch.ops.pyrolvm.shared_sum.default] if hasattr(torch.ops.pyrolvm, "shared_sum") else []
+    names = ("shared_sum", "shared_scatter", "shared_gather_")
+    operators = [getattr(torch.ops.pyrolvm, n).default for n in names if hasattr(torch.ops.pyrolvm, n)]
     return {"aot_inductor.custom_ops_to_c_shims": {operator: [] for operator in operators}}
 
 
@@ -170,6 +173,7 @@ def _compile(graph: fx.GraphModule, settings: dict[str, Any], least_vectorised: 
         stack.enter_context(adjustments.without_reports(mode))
         stack.enter_context(adjustments.one_table_of_types())
         stack.enter_context(adjustments.vectors_from(least_vectorised))
+        stack.enter_context(adjustments.writes_before_reads())
         return compile_fx_inner(
             graph, inputs, cudagraphs=BoxedBool(False), cpp_wrapper=settings["cpp_wrapper"]
         )

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from pyrolvm.inference.engine import (
     tracing,
 )
 from pyrolvm.inference.engine.garbage import seldom_collected
-from pyrolvm.inference.engine.loops import StaticLoop
+from pyrolvm.inference.engine.loops import StaticLoop, lengths_of
 from pyrolvm.inference.engine.tracing import TracedStep
 
 CPP = Path(__file__).with_name("cpp")
@@ -110,12 +110,13 @@ class NativeLoop(StaticLoop):
             _compile(traced, minibatch, self._advance, self._inputs, path)
         self._library = _load(path)
 
-    def run(self, num_steps: int) -> None:
+    def run(self, num_steps: int | Iterable[int]) -> None:
         """As `Loop.run`."""
         with inductor.borrowed(self._inputs) as handles:
-            error = self._library(num_steps, handles)
-        if error is not None:
-            raise RuntimeError(error.decode(errors="replace"))
+            for size in lengths_of(num_steps):
+                error = self._library(size, handles)
+                if error is not None:
+                    raise RuntimeError(error.decode(errors="replace"))
 
 
 def _load(path: Path) -> Callable[..., bytes | None]:
@@ -169,13 +170,13 @@ def _parts(steps: str, others: Sequence[str], num_inputs: int) -> list[str]:
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
     at_once = 1 if "PyGILState" in steps or "PyObject" in steps else 2**62
     lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {at_once}"]
-    called = [_SUM in code for code in (steps, *others)]
+    called = [_SHARED in code for code in (steps, *others)]
     sums = ("shared_sum.h", "shared_sum_step.h") if any(called) else ()
     first = "\n".join([inductor.WRAPPER_HEADER, *lines, *map(header_text, ("runtime.h", *sums)), steps])
     return source.balanced(first, others, 1 if any(called[1:]) else _cores())
 
 
-_SUM = "aoti_torch_cpu_shared_sum"
+_SHARED = "aoti_torch_cpu_shared_"
 
 
 def library(code: str, options: Sequence[str]) -> Path:

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
+from unittest import mock
 
+import pyro.ops.special
 import torch
 from torch import Tensor, fx
 
 from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.engine.reads import Reads
+from pyrolvm.inference.engine.static import static_pyro
 from pyrolvm.inference.program.noise import kept_generators
 
 PATIENCE = 30
@@ -61,7 +65,7 @@ def _replay(function: Function, inputs: Outputs) -> Function | None:
         with kept_generators(device):
             wanted = function(*inputs)
         with kept_generators(device):
-            graph, constants = graphs.record(function, inputs)
+            graph, constants = record(function, inputs)
         constants = settled(graph, len(inputs), tuple(t.detach() for t in constants))
 
         @torch.no_grad()
@@ -73,6 +77,34 @@ def _replay(function: Function, inputs: Outputs) -> Function | None:
         if not graphs.written_inputs(graph) and _same(found, wanted):
             return replay
     return None
+
+
+def record(
+    function: Callable[..., Any], inputs: Sequence[Tensor], *, pure: bool = False
+) -> tuple[fx.GraphModule, Outputs]:
+    """As `graphs.record`, of a function that may read and branch on whatever does not depend on its inputs.
+
+    With `pure` a graph without writes in place, which a few functions do not allow.
+
+    Raises
+    ------
+    ChangingReadError
+        It reads what depends on its inputs.
+    """
+    whole = torch.func.functionalize(function, remove="mutations") if pure else function
+
+    def reading(*flat: Tensor) -> Any:
+        with Reads({"an input": flat}):
+            return whole(*flat)
+
+    plain = mock.patch.object(pyro.ops.special._SafeLog, "apply", _safe_log) if pure else nullcontext()
+    with static_pyro(), plain:
+        return graphs.record(reading, inputs)
+
+
+def _safe_log(x: Tensor) -> Tensor:
+    """Pyro's `safe_log` without a function of its own: the logarithm, and no gradient where it is infinite."""
+    return torch.where(x > 0, x, torch.ones_like(x)).log() + torch.where(x > 0, 0.0, -torch.inf)
 
 
 @torch.no_grad()

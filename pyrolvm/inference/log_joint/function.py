@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine import graphs
-from pyrolvm.inference.engine.recorded import settled
+from pyrolvm.inference.engine.recorded import record, settled
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
@@ -71,8 +71,8 @@ class LogJoint:
     ----------
     dim : int
     sites : tuple of Coordinates
-    recorded : bool
-        Whether evaluations replay a record.
+    recorded, batched : bool
+        Whether evaluations replay a record, and that of many u at once.
 
     Raises
     ------
@@ -91,6 +91,7 @@ class LogJoint:
             raise ProgramError("the program has no continuous latents to find a posterior of")
         self.dim = self.sites[-1].stop
         self._graph: Callable[..., Tensor] | None = None
+        self.batched = False
         self._check_fixed()
         self._record()
 
@@ -204,15 +205,22 @@ class LogJoint:
         points = torch.randn(CHECKED_AT, self.dim, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             wanted = torch.stack([self.at(u) for u in points])
+        _, slope = self.slope(points[:1])
         # with writes in place removed, which a few functions (the logarithm of Pyro's enumeration) do not allow
         for pure in (True, False):
-            for batched in (torch.func.vmap, _one_by_one):
+            for repeated in (torch.func.vmap, _one_by_one):
                 with suppress(Exception):  # what cannot be recorded is run
-                    self._graph = batched(self._recording(points[0], pure))
-                    if torch.allclose(self._batch(points), wanted, 1e-9, 1e-9, equal_nan=True):
-                        self.products(points[0], points[:1])  # some operations have values and no derivatives
+                    self._graph = repeated(self._recording(points[0], pure))
+                    self.batched = repeated is torch.func.vmap
+                    right = torch.allclose(self._batch(points), wanted, 1e-9, 1e-9, equal_nan=True)
+                    # some operations have values and no derivatives, or others than the program
+                    right = right and torch.allclose(
+                        self.slope(points)[1][:1], slope, 1e-6, 1e-6, equal_nan=True
+                    )
+                    if right:
+                        self.products(points[0], points[:1])
                         return
-        self._graph = None
+        self._graph, self.batched = None, False
 
     @torch.no_grad()
     def _recording(self, u: Tensor, pure: bool) -> Callable[[Tensor], Tensor]:
@@ -223,9 +231,9 @@ class LogJoint:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            function = torch.func.functionalize(run, remove="mutations") if pure else run
-            graph, constants = graphs.record(function, (u,))
+            graph, constants = record(run, (u,), pure=pure)
         _copied_anew(graph)
+        _put_together(graph)
         constants = settled(graph, 1, tuple(t.detach() for t in constants), fresh=pure)
         constants = _numbered(graph, constants)
         if graphs.written_inputs(graph):
@@ -281,6 +289,34 @@ def _copied_anew(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def _put_together(graph: fx.GraphModule) -> None:
+    """Write what is put into a part of a tensor as its parts side by side, of which `vmap` has the derivatives."""
+    aten, call = torch.ops.aten, graph.graph.call_function
+    node: Any
+    for node in list(graph.graph.nodes):
+        if node.target not in (aten.slice_scatter.default, aten.select_scatter.default):
+            continue
+        into, values, dim, *place = node.args if len(node.args) > 2 else (*node.args, 0)
+        size, one = into.meta[graphs.LAYOUT].shape[dim], node.target is aten.select_scatter.default
+        if one:
+            place = [place[0] % size, place[0] % size + 1]
+        start, end, step = slice(*place, *(None,) * (3 - len(place))).indices(size)
+        with graph.graph.inserting_before(node):
+            if step == 1:
+                middle = call(aten.unsqueeze.default, (values, dim)) if one else values
+                before = call(aten.slice.Tensor, (into, dim, 0, start))
+                behind = call(aten.slice.Tensor, (into, dim, max(start, end), size))
+                new = call(aten.cat.default, ([before, middle, behind], dim))
+            else:
+                places = call(aten.arange.start_step, (start, end, step))
+                indices = [None] * (dim % len(into.meta[graphs.LAYOUT].shape)) + [places]
+                new = call(aten.index_put.default, (into, indices, values))
+        new.meta[graphs.LAYOUT] = node.meta[graphs.LAYOUT]
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
 def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Let constant masks index by the numbers of their places: `vmap` takes no mask. Returns the constants."""
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
@@ -310,7 +346,8 @@ def _numbered(graph: fx.GraphModule, constants: tuple[Tensor, ...]) -> tuple[Ten
 def _fill(node: Any, known: dict[fx.Node, Tensor]) -> None:
     """`x[mask] = number` of a mask that depends on u, as torch.where."""
     values, (mask,), number, *accumulate = node.args
-    if known[number].dim() == 0 and mask.meta[graphs.LAYOUT].dtype == torch.bool and not any(accumulate):
+    shape = known[number].shape if number in known else number.meta[graphs.LAYOUT].shape
+    if not shape and mask.meta[graphs.LAYOUT].dtype == torch.bool and not any(accumulate):
         node.target = torch.ops.aten.where.self
         node.args = (mask, number, values)
 

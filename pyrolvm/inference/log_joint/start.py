@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,6 +49,12 @@ class Start:
         family.write(Gaussian.around(best.location, best.scale_tril, family.kind, family.rank))
 
 
+def _kind(guide: Any) -> str:
+    """What a guide is called: its class, or a function of the user's own by its name."""
+    named = getattr(guide, "__self__", guide)
+    return getattr(named, "__name__", type(named).__name__)
+
+
 def declined(pair: Pair) -> str | None:
     """Why the pair cannot be fitted on fixed draws, in one sentence; None if it can.
 
@@ -57,7 +64,7 @@ def declined(pair: Pair) -> str | None:
     guide = guide_of(program)
     if type(guide) not in KINDS:
         kinds = ", ".join(kind.__name__ for kind in KINDS)
-        return f"fixed draws need a Gaussian AutoGuide ({kinds}), not {type(guide).__name__}"
+        return f"fixed draws need a Gaussian AutoGuide ({kinds}), not {_kind(guide)}"
     own = {id(p) for p in guide.parameters()}
     learned = [name for name, p in program.parameters.items() if id(p) not in own]
     if learned:

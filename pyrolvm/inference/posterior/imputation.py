@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import DataError, SettingError
 from pyrolvm.inference.program.draws import Draws
 from pyrolvm.inference.program.structure import Structure
@@ -54,7 +54,7 @@ def impute(batch: Batch, structure: Structure, chunks: Iterable[Draws], interval
     [name], parts, first = names, [], 0
     categorical = structure.observed[0].family in ("Codes", "Categorical")
     for draws in chunks:
-        made = draws.predictive[name]  # [num_samples, rows, data_dim]
+        made = draws.predicted[name]  # [num_samples, rows, data_dim]
         known = data[first : first + made.shape[1]]
         first += made.shape[1]
         if made.shape[1:] != known.shape:

@@ -55,6 +55,17 @@ def _whole(batch: Batch) -> list[int]:
     return [length for each in parts if len(each) == 1 for length in each if length is not None]
 
 
+def not_taken(program: Program, batch: Batch) -> dict[str, Any]:
+    """The arguments by name that the model does not take: those of a loss that takes them out of a step's."""
+    try:
+        parameters = inspect.signature(program.model).parameters
+    except (TypeError, ValueError):  # it does not say what it takes
+        return {}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return {}
+    return {name: value for name, value in batch.kwargs.items() if name not in parameters}
+
+
 def check_call(program: Program, batch: Batch) -> None:
     """Raise `ProgramError` if the model has no place for an argument, or lacks one."""
     try:
@@ -64,17 +75,10 @@ def check_call(program: Program, batch: Batch) -> None:
     try:
         signature.bind(*batch.args, **batch.kwargs)
     except TypeError as error:
-        unknown = [name for name in batch.kwargs if name not in signature.parameters]
-        alone = (
-            f"; give what the loss alone takes by functools.partial(loss, {unknown[0]}=...)"
-            if unknown
-            else ""
-        )
         raise ProgramError(
             f"the model takes {signature} and is called with {len(batch.args)} arguments by position"
             + (f" and {', '.join(batch.kwargs)} by name" if batch.kwargs else "")
             + f" ({error}): pass its arguments after it and all else by name, as in fit(model, x, y, guide=guide)"
-            + alone
         ) from None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.enumerated import TOGETHER, Summed, draw_summed
+from pyrolvm.inference.program.handlers import NoSampleError, drawn
 from pyrolvm.inference.program.pair import Pair, slice_of, total_of
 from pyrolvm.inference.program.structure import Structure, rows_dim, sample_sites
 from pyrolvm.inference.program.sums import where_seen
@@ -27,7 +28,7 @@ class Draws:
     values : dict
         Latent site -> [S, B, ...] (local) or [S, ...] (global).
     predictive : dict
-        Observed site -> [S, B, ...], drawn anew from p(x | z).
+        Observed site -> [S, B, ...], drawn anew from p(x | z); empty where its distribution cannot be drawn from.
     pointwise : dict
         Observed site -> log p(x | z), [S, B, ...], nats; 0 where a mask leaves the datum out.
     log_prior, log_likelihood, log_guide : tensor [S, cells]
@@ -47,6 +48,15 @@ class Draws:
     global_log_prior: Tensor | None = None
     global_log_guide: Tensor | None = None
     shared: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def predicted(self) -> dict[str, Tensor]:
+        """`predictive`; raises `ProgramError` where there is none."""
+        if not self.predictive:
+            raise ProgramError(
+                "the distribution of the data has no sample(), so that no data can be drawn: write one in its class"
+            )
+        return self.predictive
 
     @property
     def log_weight(self) -> Tensor:
@@ -86,7 +96,7 @@ def read_draws(pair: Pair, model: Trace, guide: Trace, num_draws: int | None) ->
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, guide)},
         predictive=_anew(pair, model, num_draws),
-        pointwise={s["name"]: tidy(pair.structure, s, _unscaled(s), event=False) for s in _data(pair, model)},
+        pointwise={s["name"]: tidy(pair.structure, s, _unscaled(s), 0) for s in _data(pair, model)},
         log_prior=densities.log_prior,
         log_likelihood=densities.log_likelihood,
         log_guide=densities.log_guide,
@@ -111,8 +121,15 @@ def _prior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws
 
 def _anew(pair: Pair, model: Trace, num_draws: int | None) -> dict[str, Tensor]:
     """Data drawn anew at the latents of a trace; several sites together, since one may depend on another."""
+    try:
+        return _made(pair, model, num_draws)
+    except NoSampleError:  # a likelihood that is a density alone: its latents have draws
+        return {}
+
+
+def _made(pair: Pair, model: Trace, num_draws: int | None) -> dict[str, Tensor]:
     if len(pair.structure.observed) < 2:
-        return {s["name"]: tidy(pair.structure, s, s["fn"].sample()) for s in _data(pair, model)}
+        return {s["name"]: tidy(pair.structure, s, drawn(s)) for s in _data(pair, model)}
 
     def made(trace: Trace) -> dict[str, Tensor]:
         return {s["name"]: tidy(pair.structure, s, s["value"]) for s in _data(pair, trace)}
@@ -120,6 +137,8 @@ def _anew(pair: Pair, model: Trace, num_draws: int | None) -> dict[str, Tensor]:
     try:
         latents = {s["name"]: s["value"] for s in sample_sites(model) if not s["is_observed"]}
         return made(pair.simulate(num_draws, given=latents))
+    except NoSampleError:
+        raise
     except Exception:  # a program that takes draws at once of its latents alone
         if num_draws is None:
             raise
@@ -169,12 +188,13 @@ def _with_sums(pair: Pair, model: Trace, draws: Draws, summed: Summed) -> Draws:
     return replace(draws, pointwise=pointwise, log_prior=summed.log_prior, log_likelihood=log_likelihood)
 
 
-def tidy(structure: Structure, site: Any, value: Tensor, *, event: bool = True) -> Tensor:
+def tidy(structure: Structure, site: Any, value: Tensor, event_dims: int | None = None) -> Tensor:
     """A site's value as [S, plates..., event...], without singleton dimensions of plates the site is not in.
 
-    The data plate is the first of them; the others stand as in the program. Of log-densities, `event=False`.
+    The data plate is the first of them; the others stand as in the program. S is 1 where a trace has no dimension of
+    draws. `event_dims`: of `value`, if they are not those of the site's own values.
     """
-    event_dims = len(site["fn"].event_shape) if event else 0
+    event_dims = len(site["fn"].event_shape) if event_dims is None else event_dims
     nesting, plate = structure.max_plate_nesting, structure.data_plate
     frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
     sizes = [frames[d].size if d in frames else 1 for d in range(-nesting - 1, 0)]

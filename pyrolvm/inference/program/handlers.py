@@ -10,6 +10,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyrolvm.errors import ProgramError
+
 
 class Fixed(Messenger):
     """Give sites these values, in model or guide."""
@@ -32,6 +34,24 @@ class Means(Messenger):
             msg["value"], msg["done"] = most_probable(fn) if _lists_values(fn) else location(fn), True
 
 
+class NoSampleError(ProgramError):
+    """A distribution is a density alone."""
+
+
+def drawn(site: Any) -> Any:
+    """A value of a site's distribution. Raises `NoSampleError` if that has no way to draw."""
+    try:
+        value = site["fn"](*site["args"], **site["kwargs"])
+    except NotImplementedError:
+        value = None
+    if value is None:
+        raise NoSampleError(
+            f"the distribution of '{site['name']}' ({type(site['fn']).__name__}) has no sample(), so that its values "
+            "cannot be drawn: write one in its class"
+        )
+    return value
+
+
 class Undone(Messenger):
     """Draw these observed sites anew; other observed sites (conditioned constants, factors) keep their values."""
 
@@ -41,7 +61,7 @@ class Undone(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] and msg["name"] in self.names:
-            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+            msg["is_observed"], msg["value"], msg["done"] = False, drawn(msg), True
 
 
 def location(fn: Any) -> Tensor:

@@ -24,9 +24,9 @@ from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
-from pyrolvm.errors import ProgramError
+from pyrolvm.errors import ProgramError, PyrolvmError
 from pyrolvm.inference.program.beginnings import begun, present, put_in
-from pyrolvm.inference.program.hints import shapes_apart
+from pyrolvm.inference.program.hints import reason_of, shapes_apart
 from pyrolvm.inference.program.masked import Masked
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
@@ -186,6 +186,9 @@ class Program:
             self._depth += 1
             try:
                 yield rows
+            except PyrolvmError as error:  # Pyro writes its table of shapes under every error
+                error.args = (reason_of(error),)
+                raise
             finally:
                 self._depth -= 1
                 if not self._depth and isinstance(self._functions[1], EasyGuide):

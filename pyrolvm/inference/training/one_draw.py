@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.engine import graphs
-from pyrolvm.inference.engine.recorded import settled
+from pyrolvm.inference.engine.recorded import record, settled
 from pyrolvm.inference.log_joint.function import widened
 from pyrolvm.inference.program.noise import kept_generators, seeded
 from pyrolvm.inference.program.program import Program
@@ -44,19 +44,19 @@ class OneDraw:
 
         failed: Exception | None = None
         # as it is, or without what it writes in place, whichever can be repeated
-        for function in (whole, torch.func.functionalize(whole, remove="mutations")):
+        for pure in (False, True):
             try:
-                self._record(function, program)
+                self._record(whole, program, pure)
                 return
             except Exception as error:  # of the program, of recording, of vmap
                 failed = failed or error
         assert failed is not None
         raise failed
 
-    def _record(self, function: Callable[..., tuple[Tensor, ...]], program: Program) -> None:
+    def _record(self, function: Callable[..., tuple[Tensor, ...]], program: Program, pure: bool) -> None:
         with torch.no_grad(), warnings.catch_warnings(), kept_generators(program.device):
             warnings.simplefilter("ignore")
-            graph, constants = graphs.record(function, self.leaves)
+            graph, constants = record(function, self.leaves, pure=pure)
             _draw_apart(graph)
             constants = settled(graph, len(self.leaves), tuple(t.detach() for t in constants))
             if graphs.written_inputs(graph):

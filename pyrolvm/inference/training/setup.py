@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,11 @@ from pyrolvm.inference.engine.ascent import LEAST_DRAWS, CoordinateAscent
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem, schedules_of, unweighable
 from pyrolvm.inference.objectives import prepare
+from pyrolvm.inference.objectives.choice import as_objective
+from pyrolvm.inference.objectives.foreign import LossFunction
 from pyrolvm.inference.posterior.suiting import suited
 from pyrolvm.inference.program.carriers import Rows as Carriers
-from pyrolvm.inference.program.carriers import carried, check_call
+from pyrolvm.inference.program.carriers import carried, check_call, not_taken
 from pyrolvm.inference.program.checks import inspect_program
 from pyrolvm.inference.program.hints import reason_of
 from pyrolvm.inference.program.noise import seeded
@@ -131,6 +135,7 @@ def _set_up(
         data, validation = parted(data, validation, seed)
         streamed = stream(program, data, batch_size, seed, processes)
     batch = suited(program, data) if streamed is None else streamed.batch
+    objective, batch = _with_its_own(objective, program, batch)
     check_call(program, batch)
     batch = carried(program, batch, carriers, derived_seed(seed, Purpose.CHECK))
     _warn_of_precision(data, dtype)
@@ -173,6 +178,15 @@ def _set_up(
             "ones: leave validation out (`fitted.refine(x)` judges other rows afterwards), or use an amortised guide"
         )
     return Setup(problem, plan, batch, held_out, seed, streamed)
+
+
+def _with_its_own(objective: Any, program: Program, batch: Batch) -> tuple[Any, Batch]:
+    """A loss that is a function with those arguments of a step that the model does not take, and the rest of them."""
+    own = not_taken(program, batch)
+    if not own or not callable(objective) or not isinstance(as_objective(objective), LossFunction):
+        return objective, batch
+    rest = {name: value for name, value in batch.kwargs.items() if name not in own}
+    return partial(objective, **own), dataclasses.replace(batch, kwargs=rest)
 
 
 def start_from(program: Program, batch: Batch, seed: int) -> None:
