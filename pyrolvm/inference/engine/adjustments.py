@@ -1,4 +1,7 @@
-"""What inductor does otherwise while it compiles a step: less of what only its developers or other devices need."""
+"""What inductor does otherwise while it compiles a step: less of what only its developers or other devices need.
+
+And one thing right that it does wrong (`writes_before_reads`).
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ def without_trials() -> Iterator[None]:
     kinds = [
         k for k in vars(cpu_vec_isa).values() if isinstance(k, type) and issubclass(k, cpu_vec_isa.VecISA)
     ]
-    functions: list[Any] = [cpu_vec_isa.valid_vec_isa_list, *(vars(kind).get("__bool__") for kind in kinds)]
-    forget = [function.cache_clear for function in functions if hasattr(function, "cache_clear")]
+    functions = [cpu_vec_isa.valid_vec_isa_list, *(vars(kind).get("__bool__") for kind in kinds)]
+    forget = [clear for function in functions if (clear := getattr(function, "cache_clear", None))]
     for clear in forget:
         clear()
     try:
