@@ -15,7 +15,7 @@ from pyrolvm.data.arguments import leaves
 from pyrolvm.data.arrays import Batch, as_batch, as_tensor
 from pyrolvm.errors import DataError, ProgramError, SettingError
 from pyrolvm.inference.posterior.suiting import carries
-from pyrolvm.inference.program.handlers import location
+from pyrolvm.inference.program.handlers import kind_of, location
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.running import explained
@@ -175,7 +175,7 @@ def locations(pair: Pair, model: Trace) -> dict[str, Tensor]:
             found[site["name"]] = location(site["fn"])
         except NotImplementedError:
             raise ProgramError(
-                f"the distribution of '{site['name']}' ({type(site['fn']).__name__}) has neither a mean nor sample(): "
+                f"the distribution of '{site['name']}' ({kind_of(site['fn'])}) has neither a mean nor sample(): "
                 "write one of them in its class"
             ) from None
     return found

@@ -26,7 +26,7 @@ from pyrolvm.controls import controlled
 from pyrolvm.data.arrays import Batch
 from pyrolvm.errors import ProgramError, PyrolvmError
 from pyrolvm.inference.program.beginnings import begun, present, put_in
-from pyrolvm.inference.program.hints import reason_of, shapes_apart
+from pyrolvm.inference.program.hints import reason_of, why_fails
 from pyrolvm.inference.program.masked import Masked
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
@@ -243,7 +243,7 @@ class Program:
             with self.untouched(), begun(*outside), pyro.poutine.trace(param_only=True) as seen:
                 with explained(batch, "guide"):
                     trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
-                with explained(batch, "model", lambda: shapes_apart(trace, self.model, batch)):
+                with explained(batch, "model", lambda: why_fails(trace, self.model, batch)):
                     pyro.poutine.replay(self.model, trace=trace)(*batch.args, **batch.kwargs)
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()
