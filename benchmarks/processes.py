@@ -5,11 +5,13 @@ started as torch's launcher starts them:
 
     pyrolvm      `fit(..., engine="compiled")`
     eager        `fit(..., engine="eager")`
+    apart        as pyrolvm, but each process has a fit of its own with its part of the batch: what two processes could
+                 gain if they had nothing to tell each other
     ddp          a loop by hand around `DistributedDataParallel`: closed-form KL, fused Adam, `index_select`
     lightning    the same loss in a `LightningModule`; only where `lightning` is importable (--python names such one)
 
 Steps are counted over `--seconds`, after the first ones, which compile. Sums of several sizes are timed, too, by gloo's
-"messages" and through "memory" of the machine.
+"messages" and through "memory" of the machine, and there in "shares": each process adds up its own, and all get all.
 """
 
 from __future__ import annotations
@@ -39,8 +41,10 @@ from pyrolvm.models import PPCA, VAE, BayesianFactorAnalysis, GaussianMixture
 from pyrolvm.processes import here
 
 ROWS_OF_DATA, BATCH = 20_000, 512
-CONTENDERS = ("pyrolvm", "ddp", "lightning", "eager")
-SUMS = ("messages", "memory")
+CONTENDERS = ("pyrolvm", "apart", "ddp", "lightning", "eager")
+OURS = ("pyrolvm", "apart", "eager")
+"""For any model; the other loops are written for a VAE."""
+SUMS = ("messages", "memory", "shares")
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 """Floats of a message."""
 ASSUMED = ((2e-5, 2.5e10), (1e-5, 2e11))
@@ -89,7 +93,7 @@ class Clock:
         return now - self.start > self.seconds
 
 
-def ours(engine: str, model: nn.Module, x: Tensor, clock: Clock) -> dict[str, Any]:
+def ours(contender: str, model: nn.Module, x: Tensor, clock: Clock) -> dict[str, Any]:
     seen: list[Any] = []
     share = fitting.share
 
@@ -99,9 +103,12 @@ def ours(engine: str, model: nn.Module, x: Tensor, clock: Clock) -> dict[str, An
         return sentence
 
     fitting.share = noted
+    apart = contender == "apart"
+    batch = BATCH // int(os.environ.get("WORLD_SIZE", "1")) if apart else BATCH
+    engine = "eager" if contender == "eager" else "compiled"
     fitted = pyrolvm.fit(
-        model, x, batch_size=BATCH, num_steps=10**6, learning_rate=1e-3, engine=engine, progress=False,
-        callbacks=[lambda report: "seen enough" if clock(report.step) else None],
+        model, x, batch_size=batch, num_steps=10**6, learning_rate=1e-3, engine=engine, progress=False,
+        parallel=not apart, callbacks=[lambda report: "seen enough" if clock(report.step) else None],
     )  # fmt: skip
     return {"elbo": fitted.elbo, "bytes": seen[0].num_bytes if seen and seen[0] is not None else 0}
 
@@ -174,17 +181,23 @@ def lightning(model: nn.Module, x: Tensor, clock: Clock) -> dict[str, Any]:
     return {}
 
 
-def messages(*, by_memory: bool) -> dict[str, Any]:
-    """Median seconds of one reduction by its size in floats, by gloo or through memory of the machine."""
+def sums(way: str) -> dict[str, Any]:
+    """Median seconds of one reduction by its size in floats, in one of the ways of `SUMS`."""
     processes = here()
-    if by_memory:
+    if way != "messages":
         processes = replace(processes, memory=shared_memory(processes))
+
+    def by_shares(value: Tensor) -> None:
+        share = processes.memory.scatter([value], value[:1], 1.0, len(value) // processes.count)
+        processes.memory.gather(share[:-1], [value])
+
+    reduce = by_shares if way == "shares" else processes.sum
     found = {}
     for size in SIZES:
         value, times = torch.ones(size), []
         for _ in range(max(5, 20_000_000 // size // 20) if size > 10_000 else 300):
             start = time.perf_counter()
-            processes.sum(value)
+            reduce(value)
             times.append(time.perf_counter() - start)
         found[size] = statistics.median(times)
     return found
@@ -194,14 +207,13 @@ def work(contender: str, name: str, seconds: float) -> None:
     """One contender in this process; the first one prints what it found."""
     torch.set_num_threads(1)
     if contender in SUMS:
-        found = messages(by_memory=contender == "memory")
+        found = sums(contender)
     else:
         torch.manual_seed(0)
         build, data = MODELS[name]
         model, x, clock = build(), data(), Clock(seconds)
-        engines = {"pyrolvm": "compiled", "eager": "eager"}
-        if contender in engines:
-            found = ours(engines[contender], model, x, clock)
+        if contender in OURS:
+            found = ours(contender, model, x, clock)
         else:
             found = (ddp if contender == "ddp" else lightning)(model, x, clock)
         found |= {"steps_per_second": clock.rate, "parameters": sum(p.numel() for p in model.parameters())}
@@ -294,16 +306,14 @@ def main() -> None:
         record[f"{contender}, 2 processes"] = launch(sys.executable, 2, contender, "none", "0")
         options.out.write_text(json.dumps(record, indent=2) + "\n")
     for name in options.models:
-        ours = {"pyrolvm", "eager"}  # the other loops are written for a VAE
-        for contender in (c for c in options.contenders if c in ours or (c not in SUMS and "VAE" in name)):
+        for contender in (c for c in options.contenders if c in OURS or (c not in SUMS and "VAE" in name)):
             python = options.python if contender == "lightning" else sys.executable
-            found = {n: launch(python, n, contender, name, str(options.seconds)) for n in (1, 2)}
-            rates = {n: found[n]["steps_per_second"] for n in found}
-            print(
-                f"{name:24} {contender:10} {rates[1]:8.1f} {rates[2]:8.1f} steps/s  {rates[2] / rates[1]:.2f}",
-                flush=True,
-            )
+            counts = (2,) if contender == "apart" else (1, 2)
+            found = {n: launch(python, n, contender, name, str(options.seconds)) for n in counts}
             record.setdefault(name, {})[contender] = found
+            rates = [found[n]["steps_per_second"] for n in counts]
+            shown = " ".join(f"{rate:8.1f}" for rate in rates)
+            print(f"{name:24} {contender:10} {shown} steps/s  {rates[-1] / rates[0]:.2f}", flush=True)
             options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -36,7 +36,7 @@ def report(
     pyrolvm report runs/iris
     """
     from pyrolvm.report import write_report
-    from pyrolvm.shell.asking import source_of
+    from pyrolvm.shell.arguments import source_of
     from pyrolvm.shell.printing import console
 
     source = None if data is None else source_of(data, given(shared, READING))

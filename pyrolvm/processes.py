@@ -15,7 +15,7 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -47,6 +47,15 @@ class Memory(Protocol):
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes."""
+
+    def scatter(self, values: Sequence[Tensor], rest: Tensor, scale: float, length: int) -> Tensor:
+        """The own share of the sum of `scale` times the `values` in a row, and after it the sum of the `rest`."""
+
+    def gather(self, share: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """The shares of all processes in a row, as tensors of these shapes."""
+
+    def gather_into(self, into: Sequence[Tensor], share: Tensor) -> None:
+        """Write the shares of all processes to such tensors."""
 
     def close(self) -> None:
         """Take part no more."""

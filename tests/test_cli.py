@@ -433,8 +433,9 @@ def test_a_large_file_is_mapped_and_gives_the_same_run(tmp_path, monkeypatch):
     np.save("x.npy", np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32))
     fit = ("fit", "bfa", "x.npy", "-l", 1, "-n", 3, "-b", 8, "-q", "--engine", "eager", "-o")
     done(*fit, "small")
-    monkeypatch.setattr("pyrolvm.runs.recipe.MAPPED_BYTES", 1)
-    from pyrolvm.runs.recipe import Source, fingerprint
+    monkeypatch.setattr("pyrolvm.runs.source.MAPPED_BYTES", 1)
+    from pyrolvm.runs import Source
+    from pyrolvm.runs.recipe import fingerprint
 
     dataset = Source("x.npy").read()
     assert isinstance(dataset.values, np.memmap)
@@ -595,6 +596,18 @@ def test_diverging_runs_fail_with_one_line_and_keep_the_state(tmp_path):
     assert "clip_norm" in result.stderr
     assert (tmp_path / "run" / "checkpoint" / "state.safetensors").exists()
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_objective_by_name_is_the_one_that_fit_takes(tmp_path):
+    """An ELBO that the program would have by itself leaves `fit` its optimiser: on fixed draws, here."""
+    (tmp_path / "mine.py").write_text(OWN)
+    np.save(tmp_path / "x.npy", load_dataset("iris").values[:, :2])
+    words = f"fit {tmp_path}/mine.py:mean {tmp_path}/x.npy --guide AutoNormal -q".split()
+    engines = []
+    for name, more in (("plain", []), ("named", ["--objective", "trace"])):
+        done(*words, *more, "-o", tmp_path / name)
+        engines.append(json.loads((tmp_path / name / "config.json").read_text())["engine"])
+    assert engines[0] == engines[1]
 
 
 def test_the_advice_of_messages_can_be_typed(tmp_path):

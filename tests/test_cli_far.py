@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import pyrolvm
 from pyrolvm.cli import app
-from pyrolvm.runs import Preparation, Recipe, Source, recipe
+from pyrolvm.runs import Preparation, Recipe, Source, source
 
 X = (np.random.default_rng(0).standard_normal((600, 4)) * [1, 3, 1, 2] + 5).astype(np.float32)
 COMMON = ["--latent-dim", "2", "--num-steps", "30", "--lr", "0.01", "--engine", "eager", "-q"]
@@ -25,7 +25,7 @@ def shell(*words, code=0):
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr(recipe, "MAPPED_BYTES", 1)
+    monkeypatch.setattr(source, "MAPPED_BYTES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 def run(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "MAPPED_BYTES", 1)
+        patch.setattr(source, "MAPPED_BYTES", 1)
         files = sorted(folder.glob("*.parquet"))
         shell("fit", "ppca", *files, *COMMON, "-b", 50, "--standardise", "--validation", 0.1, "--out", out)
     return out
@@ -71,7 +71,7 @@ def test_its_data_are_read_again_and_others_are_known_to_be_others(run, folder, 
 @pytest.mark.parametrize("command", ["encode", "posterior", "evidence"])
 def test_answers_about_many_files_are_those_about_one(run, folder, tmp_path, command, monkeypatch):
     shell(command, run, folder, "--out", tmp_path / "many.parquet")
-    monkeypatch.setattr(recipe, "MAPPED_BYTES", 2**28)
+    monkeypatch.setattr(source, "MAPPED_BYTES", 2**28)
     shell(command, run, str(folder / "*.parquet"), "--out", tmp_path / "one.csv")
     many, one = pd.read_parquet(tmp_path / "many.parquet"), pd.read_csv(tmp_path / "one.csv")
     shared = [c for c in one if c in many and c != "acceptance"]
@@ -150,7 +150,7 @@ def test_a_large_file_is_standardised_without_a_copy(tmp_path, monkeypatch):
 def test_what_is_prepared_as_it_is_read_is_what_is_prepared_in_memory(folder, monkeypatch, prepared, chosen):
     found = []
     for most in (1, 2**40):
-        monkeypatch.setattr(recipe, "MAPPED_BYTES", most)
+        monkeypatch.setattr(source, "MAPPED_BYTES", most)
         found.append(Preparation(**prepared).apply(Source(str(folder), **chosen), streamed=True))
     streamed, whole = found
     assert isinstance(streamed.train, pyrolvm.data.StreamedDataset)
@@ -192,7 +192,7 @@ def test_labels_are_numbered_as_they_are_read(tmp_path):
         (["encode", "RUN", "memory://none/*.parquet", "--out", "z.npy"], "no file matches memory://none"),
         (["encode", "RUN", "s3://none/x.parquet", "--out", "z.npy"], "type pip install s3fs"),
         (["fit", "ppca", "FOLDER", "-l", "2", "--out", "new"], "give batch_size"),
-        (["fit", "ppca", "FOLDER", "-l", "2", "--header", "--out", "new"], "header is for single files"),
+        (["fit", "ppca", "FOLDER", "-l", "2", "--header", "--out", "new"], "header= is for single files"),
     ],
 )
 def test_what_cannot_be_is_one_line(run, folder, tmp_path, monkeypatch, words, said):

@@ -20,7 +20,8 @@ from torch import nn
 import pyrolvm
 import pyrolvm.processes as processes_module
 from pyrolvm import PPCA, VAE, VQVAE, GaussianMixture, PyrolvmError
-from pyrolvm.inference.engine import memory
+from pyrolvm.files import read_tensors
+from pyrolvm.inference.engine import division, memory, native
 from pyrolvm.inference.objectives import FreeBits, InfoELBO
 from pyrolvm.plates import data_plate, row_entries
 from pyrolvm.processes import here
@@ -214,6 +215,9 @@ def cases():
         for engine in ("eager", "compiled") if name in QUICKLY else ("eager",):
             fit = fitted(case, engine=engine)
             found[name, engine] = kept(fit) | {"digests": here().gather(digest(fit))}
+    clipped = {"clip_norm": 0.5, "optimizer": "rmsprop"}  # of which almost every step's gradient is longer
+    for engine in ("eager", "compiled"):
+        found["clipped", engine] = kept(fitted(NOISY["VAE"], engine=engine, **clipped))
     found["again"] = digest(fitted(NOISY["VAE"], engine="eager"))
     found["free bits"] = kept(fitted(idle, engine="eager"))
     found["a step of batch norm"] = kept(fitted(normed, engine="eager", num_steps=1))
@@ -384,6 +388,30 @@ def by_messages():
         return [(digest(fit), fit.engine) for fit in fits]
 
 
+def in_parts():
+    """Fits whose steps no compiled loop can hold; globally drawn latents are a part of their own."""
+    found = {}
+    with patch.object(native, "_compile", side_effect=RuntimeError("no such operator")):
+        for name, case in (("VAE", NOISY["VAE"]), ("regression", EXACT["regression"])):
+            with patch.object(native.cache, "is_stored", lambda path: False):
+                fit = fitted(case, engine="compiled", num_steps=20)
+            eager = kept(fitted(case, engine="eager", num_steps=20))
+            found[name] = kept(fit) | {"digests": here().gather(digest(fit)), "eager": eager}
+    return found
+
+
+def going_on():
+    """Compiled: the digests of 20 steps at once and of 10 and 10, and the slots of all in the checkpoint."""
+    options = {"engine": "compiled", "num_steps": 20}
+    whole = fitted(NOISY["VAE"], checkpoint=FOLDER / "compiled", **options)
+    fitted(NOISY["VAE"], checkpoint=FOLDER / "begun", **options | {"num_steps": 10})
+    parts = fitted(NOISY["VAE"], checkpoint=FOLDER / "begun", resume=True, **options)
+    fitted(NOISY["VAE"], checkpoint=FOLDER / "eager", **options | {"engine": "eager"})
+    saved = [read_tensors(FOLDER / name / "state.safetensors")[0] for name in ("compiled", "eager")]
+    digests = [d for fit in (whole, parts) for d in here().gather(digest(fit))]
+    return {"digests": digests, "saved": saved}
+
+
 def hanging():
     """What the first process says of the second one, which stops in the third step."""
     processes = here()
@@ -411,6 +439,7 @@ def hanging_by_messages():
 
 
 if __name__ == "__main__":
+    division.LEAST = 1  # the optimiser's work is divided in all compiled fits
     if os.environ.get("STEP_PATIENCE"):
         processes_module.STEP_PATIENCE = timedelta(seconds=float(os.environ["STEP_PATIENCE"]))
         processes_module.ROLL_CALL = 1.0

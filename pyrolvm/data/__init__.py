@@ -1,6 +1,7 @@
 """Data: by name, from files, simulated with known truth; and which rows each training step sees."""
 
-from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.arrays import as_batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.embedded import DATASETS, DatasetInfo, load_dataset
 from pyrolvm.data.far import StreamedDataset, scan

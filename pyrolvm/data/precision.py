@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrolvm.data.columns import listed
+from pyrolvm.data.survey import survey
 from pyrolvm.errors import one_of, warn_user
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -60,8 +61,12 @@ def check_precision(
         return
     values = _sample(x)  # [rows, columns]
     values = np.where(np.isfinite(values), values, np.nan)
-    low, high, spread = _range(values)  # [columns]
-    largest, eps = np.fmax(-low, high), torch.finfo(dtype).eps
+    seen = survey([(values, None)])
+    largest, spread = (
+        np.fmax(-seen.low, seen.high),
+        np.sqrt(seen.squares / np.maximum(seen.number, 1)),
+    )  # [columns]
+    eps = torch.finfo(dtype).eps
     rounded = ((values == np.rint(values)) | np.isnan(values)).all(0) & (largest > 2 / eps)
     coarse = (spread < STEPS * eps * largest) & ~rounded
     far = ((spread > WIDEST) | (spread < 1 / WIDEST)) & ~rounded & ~coarse
@@ -72,7 +77,7 @@ def check_precision(
         (coarse, f"values too near to each other for {kind}", f"standardise the data{wider}"),
         (far, "values on a scale that training does not reach", "standardise the data"),
     ):
-        held = np.flatnonzero(found & (high > low))
+        held = np.flatnonzero(found & (seen.high > seen.low))
         if len(held):
             called = listed(columns[i] if columns else int(i) for i in held)
             first = f"values up to {largest[held[0]]:g}, standard deviation {spread[held[0]]:g}"
@@ -85,12 +90,3 @@ def _sample(x: np.ndarray | Tensor) -> np.ndarray:
     if isinstance(part, Tensor):
         part = part.detach().to("cpu", torch.float64).numpy()
     return np.asarray(part, np.float64).reshape(len(part), -1)
-
-
-def _range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lowest and highest value and standard deviation of each column, without its missing values."""
-    low, high = np.fmin.reduce(values), np.fmax.reduce(values)
-    shifted = values - low  # an offset would cost digits
-    number = np.maximum((~np.isnan(shifted)).sum(0), 1)
-    mean = np.nansum(shifted, 0) / number
-    return low, high, np.sqrt(np.nansum((shifted - mean) ** 2, 0) / number)

@@ -75,7 +75,7 @@ def read(
         named twice or not numeric, a value is missing or infinite, or there are fewer than two rows.
     """
     if is_far(source):
-        _check_far(source, key=key, header=header, mmap=mmap or None)
+        check_far(source, key=key, header=header, mmap=mmap or None)
         return scan(source, columns, labels=labels, allow_missing=allow_missing).load()
     path = _existing(source)
     if path is None:
@@ -145,7 +145,8 @@ def _check_options(path: Path, kind: str, **options: object) -> None:
             raise DataError(f"{option}= is for {', '.join(_OPTIONS[option])}, not for {path}: leave it out")
 
 
-def _check_far(source: object, **options: object) -> None:
+def check_far(source: object, **options: object) -> None:
+    """Raise `DataError` for an option that many files, or files elsewhere, do not have."""
     for option, value in options.items():
         if value is not None:
             raise DataError(f"{option}= is for single files, not for {source}: leave it out")

@@ -25,10 +25,11 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise, table_of
+from pyrolvm.diagnostics.measures import Measure, Report, local_sites, noise, table_of
 from pyrolvm.diagnostics.mixture import MixtureDraws, log_mixture
 from pyrolvm.diagnostics.sites import latent_mean, latent_node, site_kl
 from pyrolvm.errors import SettingError
+from pyrolvm.inference.posterior.evidence.chunks import joint_draws
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair, Values
 from pyrolvm.inference.program.structure import rows_dim, sample_sites

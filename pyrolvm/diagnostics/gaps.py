@@ -31,9 +31,10 @@ from pyrolvm.diagnostics.gaussians import (
     num_climbs,
     refine,
 )
-from pyrolvm.diagnostics.measures import Measure, Report, joint_draws, local_sites, noise, table_of
+from pyrolvm.diagnostics.measures import Measure, Report, local_sites, noise, table_of
 from pyrolvm.errors import ProgramError, SettingError, one_of
 from pyrolvm.inference.posterior import evidence as estimators
+from pyrolvm.inference.posterior.evidence.chunks import joint_draws
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.progress import PATIENCE, Bar, progress_bar

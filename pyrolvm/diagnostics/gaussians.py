@@ -21,9 +21,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyrolvm.diagnostics.measures import joint_draws
 from pyrolvm.diagnostics.sites import NORMALS, base_of, latent_node
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.posterior.evidence.chunks import joint_draws
 from pyrolvm.inference.program.pair import Pair
 
 MOMENT_DRAWS = 500

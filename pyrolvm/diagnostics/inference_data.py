@@ -15,10 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pyrolvm.inference.posterior.fitted import FittedModel
+import numpy as np
+import pandas as pd
+from scipy.special import logsumexp
+
+from pyrolvm.diagnostics.collect import collect
+from pyrolvm.errors import RunFolderError, SettingError, one_of
+from pyrolvm.files import write_atomically
+from pyrolvm.inference.posterior.fitted import FittedModel
 
 GROUPS = (
     "posterior",
@@ -96,16 +102,12 @@ def to_inference_data(
     DataError
         The data do not fit.
     """
-    from pyrolvm.diagnostics.collect import collect
-
     return to_arviz(
         *collect(fitted, x, num_samples, prior_samples, rows, _known(groups), dims or {}, seed, progress)
     )
 
 
 def _known(groups: Sequence[str]) -> tuple[str, ...]:
-    from pyrolvm.errors import SettingError, one_of
-
     groups = (groups,) if isinstance(groups, str) else tuple(groups)
     if not groups:
         raise SettingError(f"groups is empty: choose from {', '.join(GROUPS)}")
@@ -186,8 +188,6 @@ def summarise(idata: Any, names: Sequence[str] = ()) -> Any:
     numbers = [name for name in chosen if posterior[name].dtype.kind == "f"]
     if numbers:
         return arviz.summary(idata, kind="stats", var_names=numbers, round_to=4)
-    import pandas as pd
-
     labels = {name: pd.Series(posterior[name].values.ravel()) for name in chosen}
     shares = {name: v.value_counts(normalize=True, sort=False).sort_index() for name, v in labels.items()}
     lines = {f"{name} = {k}": round(share, 4) for name, each in shares.items() for k, share in each.items()}
@@ -210,8 +210,6 @@ def approximate_loo(idata: Any) -> Any:
     """
     with _quietly():
         import arviz
-    from pyrolvm.errors import SettingError
-
     groups = {g: idata[g] for g in ("log_likelihood", "sample_stats") if g in idata}
     if len(groups) < 2 or len(groups["log_likelihood"].data_vars) != 1:
         raise SettingError(
@@ -232,9 +230,7 @@ def approximate_loo(idata: Any) -> Any:
 
 def _weighed_loo(arviz: Any, log_likelihood: Any, ratio: Any) -> Any:
     """`az.loo` of ArviZ 0.23 with weights: log_likelihood [rows..., samples], log-ratio [samples]."""
-    import numpy as np
     from arviz.stats.stats_utils import ELPDData
-    from scipy.special import logsumexp
 
     corrected = (ratio - ratio.max() - log_likelihood).transpose(..., "__sample__")
     log_weights, pareto_k = arviz.psislw(corrected)  # normalised over samples
@@ -252,16 +248,12 @@ def _weighed_loo(arviz: Any, log_likelihood: Any, ratio: Any) -> Any:
 
 def save_inference_data(idata: Any, path: str | Path) -> Path:
     """Write what `to_inference_data` gave as one netCDF file, in one step: the old file stays until then."""
-    from pyrolvm.files import write_atomically
-
     write_atomically(Path(path), lambda p: idata.to_netcdf(str(p), engine="h5netcdf"))
     return Path(path)
 
 
 def load_inference_data(path: str | Path) -> Any:
     """Read `save_inference_data`'s file into memory. Raises `RunFolderError` if it is missing or damaged."""
-    from pyrolvm.errors import RunFolderError
-
     if not Path(path).is_file():
         raise RunFolderError(f"{path} does not exist: write it with save_inference_data(idata, '{path}')")
     try:

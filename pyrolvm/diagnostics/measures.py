@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from pyro.poutine.trace_struct import Trace
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.posterior.evidence import khat_threshold
 from pyrolvm.inference.program.noise import seeded
-from pyrolvm.inference.program.pair import Pair, Values
+from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import Site, Structure, refuse_bound
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -83,16 +82,6 @@ class KhatReport(Report):
     def threshold(self) -> float:
         """min(1 - 1 / log10 num_samples, 0.7): k-hat should be at most this."""
         return khat_threshold(self.num_samples)
-
-
-def joint_draws(
-    pair: Pair, num_draws: int, given: Values | None = None
-) -> Iterator[tuple[Trace, Trace, int]]:
-    """(model trace, guide trace, number of draws) in parts that add up to `num_draws`, within the memory budget."""
-    size = pair.at_once(num_draws)
-    for first in range(0, num_draws, size):
-        count = min(size, num_draws - first)
-        yield *pair.draw(count if pair.vectorized else None, given), count
 
 
 def local_sites(structure: Structure, what: str, *, summed_out: bool = False) -> list[Site]:

@@ -15,7 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.inference.program.pair import BUDGET, Pair, Values, inverse_needed
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import rows_dim, sample_sites
 from pyrolvm.progress import watched
 
 
@@ -57,20 +57,19 @@ def _as_draws(pair: Pair, site: Any, limit: int) -> Tensor:
     """A site's value with the rows moved among the draws: [limit * rows, plates with one row..., event...]."""
     depth = pair.structure.max_plate_nesting + 1 + len(site["fn"].event_shape)
     value = site["value"].reshape((1,) * (depth - site["value"].dim()) + tuple(site["value"].shape))
-    position = _row_dim(pair)
-    return _for_all_rows(pair, value[:limit]).movedim(position, 1).flatten(0, 1).unsqueeze(position)
+    rows = _row_dim(pair, site)
+    return _for_all_rows(pair, value[:limit], rows).movedim(rows, 1).flatten(0, 1).unsqueeze(rows)
 
 
-def _row_dim(pair: Pair) -> int:
-    """The dimension of the rows, counted from that of the draws."""
-    plate = pair.structure.data_plate
-    assert plate is not None  # see `local_sites`
-    return pair.structure.max_plate_nesting + 1 + plate.dim
+def _row_dim(pair: Pair, site: Any) -> int:
+    """The dimension of the rows of a local site, counted from that of the draws."""
+    rows = rows_dim(site, pair.structure.data_plate)
+    assert rows is not None  # see `local_sites`
+    return pair.structure.max_plate_nesting + 1 + rows
 
 
-def _for_all_rows(pair: Pair, value: Tensor) -> Tensor:
-    """A value of one row, or of all already, given to all rows of `pair`."""
-    position = _row_dim(pair)
+def _for_all_rows(pair: Pair, value: Tensor, position: int) -> Tensor:
+    """A value of one row, or of all already, given to all rows of `pair`, which stand at `position`."""
     return value.expand(*value.shape[:position], pair.num_rows, *value.shape[position + 1 :])
 
 
@@ -91,6 +90,7 @@ class _Densities:
     def __init__(self, pair: Pair, given: Values) -> None:
         self.pair, self.given = pair, given
         local = [s for s in sample_sites(pair.guide(given=given)) if pair.is_local(s)]
+        self.rows = {s["name"]: _row_dim(pair, s) for s in local}
         # one site in one plate: its distribution does not depend on other draws, and the guide runs once
         alone = len(local) == 1 and pair.structure.max_plate_nesting == 1
         self.fn: Any = local[0]["fn"] if alone else None
@@ -106,7 +106,7 @@ class _Densities:
             ((name, value),) = values.items()
             with inverse_needed(name):
                 return self.fn.log_prob(value).double()
-        rows = {name: _for_all_rows(self.pair, value) for name, value in values.items()}
+        rows = {name: _for_all_rows(self.pair, value, self.rows[name]) for name, value in values.items()}
         count: int | None = len(next(iter(rows.values())))
         if not self.pair.vectorized:
             rows, count = {name: value.squeeze(0) for name, value in rows.items()}, None

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arguments import Arguments, mapped
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.arguments import Arguments
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
@@ -74,8 +74,8 @@ def _replaced(batch: Batch, observed: dict[str, Tensor], places: dict[str, str])
     def put(name: str, old: Any) -> Any:
         return new[name].reshape(old.shape).to(old.dtype) if name in new else old
 
-    args = tuple(mapped(v, f"args[{i}]", put) for i, v in enumerate(batch.args))
-    kwargs = {k: mapped(v, k, put) for k, v in batch.kwargs.items()}
-    if kwargs:
-        return Arguments(args, kwargs) if args else kwargs
+    made = batch.map(put)
+    args = made.args
+    if made.kwargs:
+        return Arguments(args, made.kwargs) if args else made.kwargs
     return args[0] if len(args) == 1 and not isinstance(args[0], tuple | dict) else args

@@ -18,18 +18,18 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.diagnostics.measures import (
     KhatReport,
     Measure,
     compared,
-    joint_draws,
     local_sites,
     measure_seed,
     noise,
 )
 from pyrolvm.errors import count
 from pyrolvm.inference.posterior.evidence import evidence_table, pareto_khat
+from pyrolvm.inference.posterior.evidence.chunks import joint_draws
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair, Values
 from pyrolvm.inference.program.structure import Structure, sample_sites

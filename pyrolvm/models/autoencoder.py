@@ -95,7 +95,6 @@ class Autoencoder(VAE):
         self.data_dim, self.latent_dim = count("data_dim", data_dim), count("latent_dim", latent_dim)
         self.likelihood = make_likelihood(likelihood, self.data_dim, noise_scale)
         self.latent_prior = make_prior("normal", self.latent_dim, self.data_dim)
-        self.missing = None
         nets = (hidden, activation, image_shape)
         self.missing = as_missing(missing)
         self.encoder = make_coder(encoder, self.data_dim, self.latent_dim, *nets, self.missing)

@@ -155,15 +155,16 @@ class BayesianGaussianMixture(GaussianComponents):
         """q(L) of the roots of all covariances: event [K, D, D], [K, D] or [K, 1]."""
         df = self._df()
         if self.covariance == "full":
-            return InverseWishartCholesky(df, df.sqrt()[:, None, None] * self._scale()).to_event(1)
-        return inverse_chi(df, self._scale()).to_event(2)
+            return InverseWishartCholesky(df, df.sqrt()[:, None, None] * self.scale).to_event(1)
+        return inverse_chi(df, self.scale).to_event(2)
 
     def _df(self) -> Tensor:
         """nu_k [K], or [K, D] or [K, 1] of each variance: above D - 1, or 0."""
         return self.log_df.exp() + (self.data_dim - 1 if self.covariance == "full" else 0)
 
-    def _scale(self) -> Tensor:
-        """C_k in the units of the data: [K, D, D], [K, D] or [K, 1]."""
+    @property
+    def scale(self) -> Tensor:
+        """C_k in the units of the data, of E[Sigma_k^-1]^-1 under q: [K, D, D], [K, D] or [K, 1]."""
         if self.covariance != "full":
             return self.unit[: self.raw_scale.shape[1]] * self.raw_scale.exp()
         diagonal = self.raw_scale.diagonal(dim1=-2, dim2=-1).exp()
@@ -174,13 +175,6 @@ class BayesianGaussianMixture(GaussianComponents):
         """E[pi] under q [num_components]."""
         return self.weights_posterior().mean_weights
 
-    @property
-    def scale_tril(self) -> Tensor:
-        """Cholesky factors C_k [num_components, data_dim, data_dim] of E[Sigma_k^-1]^-1 under q."""
-        if self.covariance == "full":
-            return self._scale()
-        return torch.diag_embed(self._scale().expand(self.num_components, self.data_dim))
-
     def log_predictive_joint(self, x: Tensor) -> Tensor:
         """log E_q[pi_k Normal(x; mu_k, Sigma_k)] [batch, num_components] in nats: weighted Student t densities.
 
@@ -188,7 +182,7 @@ class BayesianGaussianMixture(GaussianComponents):
         """
         x = as_columns(x, self.data_dim).unsqueeze(-2)  # [batch, 1, data_dim]
         wider = (1 + (-self.log_precision).exp()).sqrt()  # [K]
-        df, scale = self._df(), self._scale()
+        df, scale = self._df(), self.scale
         if self.covariance == "diagonal":
             t = dist.StudentT(df, self.means, scale * wider.unsqueeze(-1)).to_event(1)
         elif self.covariance == "spherical":
@@ -219,7 +213,7 @@ class BayesianGaussianMixture(GaussianComponents):
         Bishop (2006), equations 10.46 and 10.64 to 10.66.
         """
         D, x = self.data_dim, as_columns(x, self.data_dim).unsqueeze(-2)
-        df, scale = self._df(), self._scale()
+        df, scale = self._df(), self.scale
         if self.covariance == "full":
             each = df.unsqueeze(-1) - torch.arange(D, dtype=x.dtype, device=x.device)  # [K, D]
             log_scale = scale.diagonal(dim1=-2, dim2=-1).log() + 0.5 * df.log().unsqueeze(-1)

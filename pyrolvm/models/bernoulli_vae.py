@@ -125,9 +125,7 @@ class BernoulliVAE(LatentVariableModel):
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:
         """Centre by the mean of x [rows, data_dim]; without latents the decoder gives the columns' own distribution."""
         self.data_mean.copy_(x.mean(0))
-        start = self.likelihood.start(x)
-        if start is not None:
-            start_decoder(self.decoders[0], start)
+        start_decoder(self.decoders[0], self.likelihood, x)
         self.fresh = False
 
     def log_marginal(self, x: Tensor) -> Tensor | None:

@@ -198,9 +198,7 @@ class CodeModel(LatentVariableModel):
                 "fitted.model.with_prior('pixelcnn')"
             )
         x = self.check_data(x)
-        start = self.likelihood.start(x)
-        if start is not None:
-            start_decoder(self.decoder, start)
+        start_decoder(self.decoder, self.likelihood, x)
         self.codebook.start(self.outputs(x).flatten(0, -2), seed)
         self.fresh = False
 

@@ -27,7 +27,7 @@ from pyrolvm.models.pieces import Piece, make_piece
 
 
 class CodePrior(Piece):
-    """p(z) of the codes of a datum. A new one defines `forward()`.
+    """p(z) of the codes of a datum. A new one defines `logits`, or `forward()`.
 
     Parameters
     ----------
@@ -52,7 +52,9 @@ class CodePrior(Piece):
 
     def forward(self) -> dist.TorchDistribution:
         """p(z) with batch [] and event [places], whole numbers."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(self)")
+        if isinstance(self.logits, Tensor):  # places that are independent of each other
+            return dist.Categorical(logits=self.logits).to_event(1)
+        return Autoregressive(self.logits, self.places, self.codebook_size, next(self.parameters()))
 
 
 class Uniform(CodePrior):
@@ -64,10 +66,6 @@ class Uniform(CodePrior):
         super().__init__(codebook_size, height, width)
         self.register_buffer("logits", torch.zeros(self.places, codebook_size), persistent=False)
 
-    def forward(self) -> dist.TorchDistribution:
-        """Event [places]."""
-        return dist.Categorical(logits=self.logits).to_event(1)
-
 
 class Learned(CodePrior):
     """Learned logits [places, K], the places independent."""
@@ -75,10 +73,6 @@ class Learned(CodePrior):
     def __init__(self, codebook_size: int, height: int, width: int) -> None:
         super().__init__(codebook_size, height, width)
         self.logits = nn.Parameter(torch.zeros(self.places, codebook_size))
-
-    def forward(self) -> dist.TorchDistribution:
-        """Event [places]."""
-        return dist.Categorical(logits=self.logits).to_event(1)
 
 
 class GatedLayer(nn.Module):
@@ -153,10 +147,6 @@ class PixelCNN(CodePrior):
             right = right + self.places_in if not n else right
         return self.leave(right).flatten(2).mT.to(self.enter.dtype)
 
-    def forward(self) -> dist.TorchDistribution:
-        """Event [places]."""
-        return Autoregressive(self.logits, self.places, self.codebook_size, self.enter)
-
 
 class Transformer(CodePrior):
     """Causal self-attention over the codes in reading order.
@@ -205,10 +195,6 @@ class Transformer(CodePrior):
         for layer in self.layers:
             h = layer(h, src_mask=self.later)
         return self.leave(h).to(self.enter.dtype)
-
-    def forward(self) -> dist.TorchDistribution:
-        """Event [places]."""
-        return Autoregressive(self.logits, self.places, self.codebook_size, self.enter)
 
 
 CODE_PRIORS: dict[str, type[CodePrior]] = {

@@ -40,6 +40,18 @@ class GaussianComponents(LatentVariableModel):
         """Component means [num_components, data_dim]."""
         return self.location + self.unit * self.raw_means
 
+    @property
+    def scale(self) -> Tensor:
+        """The root of each covariance: Cholesky factors [K, D, D], or deviations [K, D] or [K, 1]."""
+        raise NotImplementedError
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Cholesky factors [num_components, data_dim, data_dim], whatever the covariance type."""
+        if self.covariance == "full":
+            return self.scale
+        return torch.diag_embed(self.scale.expand(self.num_components, self.data_dim))
+
     def responsibilities(self, x: Tensor) -> Tensor:
         """p(z = k | x) [batch, num_components]."""
         raise NotImplementedError

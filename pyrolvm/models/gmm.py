@@ -115,7 +115,9 @@ class GaussianMixture(GaussianComponents):
         infer: Any = {"enumerate": "parallel"} if self.assignments == "enumerated" else {}
         with self.data_plate(x):
             z = pyro.sample("z", dist.Categorical(weights), infer=infer)  # [batch], enumerated [K, 1]
-            return pyro.sample("x", self._component(means, scale, z), obs=x)  # [batch, data_dim]
+            return pyro.sample(
+                "x", normal_component(self.covariance, means, scale, z), obs=x
+            )  # [batch, data_dim]
 
     def guide(self, x: Tensor | None = None) -> None:
         """q(z | x), unless z is summed out; under a prior, point masses for the parameters.
@@ -148,9 +150,6 @@ class GaussianMixture(GaussianComponents):
     def _point(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weights, self.means, self.scale
 
-    def _component(self, means: Tensor, scale: Tensor, z: Tensor) -> dist.TorchDistribution:
-        return normal_component(self.covariance, means, scale, z)
-
     @property
     def weights(self) -> Tensor:
         """Component weights pi [num_components]."""
@@ -163,13 +162,6 @@ class GaussianMixture(GaussianComponents):
             return self.unit[: self.raw_scale.shape[1]] * (softplus(self.raw_scale) + FLOOR)
         diagonal = softplus(self.raw_scale.diagonal(dim1=-2, dim2=-1)) + FLOOR
         return self.unit.unsqueeze(-1) * (self.raw_scale.tril(-1) + torch.diag_embed(diagonal))
-
-    @property
-    def scale_tril(self) -> Tensor:
-        """Cholesky factors [num_components, data_dim, data_dim], whatever the covariance type."""
-        if self.covariance == "full":
-            return self.scale
-        return torch.diag_embed(self.scale.expand(self.num_components, self.data_dim))
 
     def set_components(self, weights: Tensor, means: Tensor, scale_tril: Tensor) -> None:
         """Set the components, after which the model is not fresh.
@@ -200,7 +192,8 @@ class GaussianMixture(GaussianComponents):
         """log pi_k Normal(x_n; mu_k, Sigma_k), [batch, num_components], in nats."""
         z = torch.arange(self.num_components, device=self.unit.device)
         x = as_columns(x, self.data_dim).unsqueeze(-2)  # [batch, 1, data_dim]
-        return self.weight_logits.log_softmax(-1) + self._component(self.means, self.scale, z).log_prob(x)
+        components = normal_component(self.covariance, self.means, self.scale, z)
+        return self.weight_logits.log_softmax(-1) + components.log_prob(x)
 
     def log_marginal(self, x: Tensor) -> Tensor:
         """Exact log p(x) [batch] in nats, at the present parameters."""

@@ -191,9 +191,7 @@ class HierarchicalVAE(LatentVariableModel):
         check_columns_seen(x)
         if isinstance(self.encoders[0], MaskAware):
             self.encoders[0].fill.copy_(x.nanmean(0))
-        start = self.likelihood.start(x)
-        if start is not None:
-            start_decoder(self.decoder, start)
+        start_decoder(self.decoder, self.likelihood, x)
         self.fresh = False
 
     def check_data(self, x: Tensor) -> Tensor:

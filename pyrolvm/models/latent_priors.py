@@ -27,6 +27,7 @@ from torch.distributions.transforms import AffineTransform
 
 from pyrolvm.errors import count
 from pyrolvm.models.flows import Autoregressive, Conditioner, Flow, spline
+from pyrolvm.models.missing import filled
 from pyrolvm.models.mixtures import Mixture, MixtureOfNormals
 from pyrolvm.models.networks import SCALE_FLOOR
 from pyrolvm.models.pieces import Piece, make_piece
@@ -138,7 +139,7 @@ class VampPrior(LatentPrior):
         """Pseudo-data at k-means centres of at most 5000 rows of x [rows, data_dim]; missing entries count as means."""
         generator = torch.Generator().manual_seed(seed)
         x = x[torch.randperm(len(x), generator=generator)[:KMEANS_ROWS].to(x.device)]
-        x = torch.where(x.isnan(), x.nanmean(0), x)
+        x = filled(x)
         labels = _clusters(x, self.num_components, seed)
         members = nn.functional.one_hot(labels, self.num_components).to(x)  # [rows, K]
         centres = (members.T @ x + x.mean(0)) / (members.sum(0) + 1).unsqueeze(-1)

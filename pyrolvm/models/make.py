@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, SettingError, one_of
+from pyrolvm.models.likelihoods.base import Likelihood
 from pyrolvm.models.missing import MaskAware, Missing
-from pyrolvm.models.networks import MLP, ConvDecoder, ConvEncoder, MLPEncoder, conv_net
+from pyrolvm.models.networks import MLP, ConvDecoder, GaussianEncoder, conv_net
 
 KINDS = ("mlp", "conv", "linear")
 
@@ -85,13 +86,8 @@ def make_encoder(
     if isinstance(kind, nn.Module):
         check_encoder(kind, data_dim, latent_dim, num_features)
         return kind
-    one_of("encoder", kind, KINDS)
-    if kind == "conv":
-        image_shape = image_of(data_dim, image_shape)
-        return ConvEncoder(
-            image_shape, latent_dim, hidden=hidden, activation=activation, num_features=num_features
-        )
-    return MLPEncoder(data_dim, latent_dim, () if kind == "linear" else hidden, activation, num_features)
+    net = make_coder(kind, data_dim, 2 * latent_dim + num_features, hidden, activation, image_shape)
+    return GaussianEncoder(net, num_features)
 
 
 def make_coder(
@@ -161,13 +157,15 @@ def make_decoder(
 
 
 @torch.no_grad()
-def start_decoder(decoder: nn.Module, out: Tensor) -> None:
-    """Let an `MLP` or `ConvDecoder` begin around `out` [parts * data_dim], by the bias of its last layer.
+def start_decoder(decoder: nn.Module, likelihood: Likelihood, x: Tensor) -> None:
+    """Let an `MLP` or `ConvDecoder` begin at the columns' own distribution, by the bias of its last layer.
 
-    A convolution has one bias for each channel: the average of its pixels. Other modules stay as they are.
+    A convolution has one bias for each channel: the average of its pixels. Other modules stay as they are, and so does
+    the decoder of a likelihood that has no `start` for x [rows, data_dim].
     """
+    out = likelihood.start(x)  # [parts * data_dim]
     layers = [m for m in decoder.modules() if isinstance(m, nn.Linear | nn.ConvTranspose2d)]
-    if isinstance(decoder, MLP | ConvDecoder) and layers[-1].bias is not None:
+    if out is not None and isinstance(decoder, MLP | ConvDecoder) and layers[-1].bias is not None:
         bias = layers[-1].bias
         bias.copy_(out.reshape(len(bias), -1).mean(-1))
 
@@ -180,10 +178,10 @@ def check_encoder(encoder: nn.Module, data_dim: int, latent_dim: int, num_featur
     out = try_out(encoder, "encoder", data_dim)
     parts = out if isinstance(out, tuple) else ()
     wanted = [[1, latent_dim], [1, latent_dim], *([[1, num_features]] if num_features else [])]
-    if [_shape(part) for part in parts] != wanted:
+    if [shape_of(part) for part in parts] != wanted:
         more = f", and features [..., {num_features}] for its guide" if num_features else ""
         raise ProgramError(
-            f"the encoder {type(encoder).__name__} returned {_described(out)} for x [1, {data_dim}]: it must map "
+            f"the encoder {type(encoder).__name__} returned {returned(out)} for x [1, {data_dim}]: it must map "
             f"x [..., {data_dim}] to a tuple (loc, scale), each [..., {latent_dim}]{more}"
         )
     if not bool((out[1] > 0).all()):
@@ -204,9 +202,9 @@ def check_decoder(decoder: nn.Module, latent_dim: int, data_dim: int) -> None:
 def _check_map(net: nn.Module, role: str, symbol: str, in_dim: int, out_dim: int) -> None:
     """Raise `ProgramError` unless `net` maps [1, in_dim] to [1, out_dim]; `symbol` is what it maps."""
     out = try_out(net, role, in_dim)
-    if _shape(out) != [1, out_dim]:
+    if shape_of(out) != [1, out_dim]:
         raise ProgramError(
-            f"the {role} {type(net).__name__} returned {_described(out)} for {symbol} [1, {in_dim}]: "
+            f"the {role} {type(net).__name__} returned {returned(out)} for {symbol} [1, {in_dim}]: "
             f"it must map {symbol} [..., {in_dim}] to one tensor [..., {out_dim}]"
         )
 
@@ -229,12 +227,13 @@ def try_out(net: nn.Module, role: str, in_dim: int, *more: Tensor) -> Any:
             module.training = mode
 
 
-def _shape(out: Any) -> list[int] | None:
+def shape_of(out: Any) -> list[int] | None:
+    """The shape of a tensor; None of anything else."""
     return list(out.shape) if isinstance(out, Tensor) else None
 
 
-def _described(out: Any) -> str:
+def returned(out: Any) -> str:
     """What a network returned, with shapes."""
     if isinstance(out, tuple):
-        return f"({', '.join(map(_described, out))})"
-    return f"a tensor {_shape(out)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        return f"({', '.join(map(returned, out))})"
+    return f"a tensor {shape_of(out)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"

@@ -67,7 +67,8 @@ class _FromEntries(Transform):
         return isinstance(other, _FromEntries)
 
     def _call(self, x: Tensor) -> Tensor:
-        rows, columns, shape = self._triangle(x)
+        shape = self.forward_shape(x.shape)
+        rows, columns = torch.tril_indices(*shape[-2:], device=x.device)
         entries = torch.where(rows == columns, x.exp(), x)
         triangle = x.new_zeros(shape)
         triangle[..., rows, columns] = entries
@@ -80,11 +81,6 @@ class _FromEntries(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-    def _triangle(self, x: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
-        shape = self.forward_shape(x.shape)
-        rows, columns = torch.tril_indices(*shape[-2:], device=x.device)
-        return rows, columns, shape
 
     def forward_shape(self, shape: Size) -> torch.Size:
         D = math.isqrt(2 * shape[-1])

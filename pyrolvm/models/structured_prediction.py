@@ -169,9 +169,7 @@ class StructuredPrediction(LatentVariableModel):
     def initialise_from(self, x: Tensor, seed: int = 0) -> None:
         """Centre by the mean of x [rows, data_dim]; without latents the last layer gives the columns' means."""
         self.data_mean.copy_(x.mean(0))
-        start = self.likelihood.start(x[:, self.num_given :])
-        if start is not None:
-            start_decoder(self.layers[-1], start)
+        start_decoder(self.layers[-1], self.likelihood, x[:, self.num_given :])
         self.fresh = False
 
     def log_marginal(self, x: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pyrolvm.errors import ProgramError, SettingError, count, one_of
-from pyrolvm.models.make import image_of, try_out
+from pyrolvm.models.make import image_of, returned, shape_of, try_out
 from pyrolvm.models.networks import ACTIVATIONS
 
 TIME_FEATURES = 32
@@ -211,9 +211,8 @@ def make_denoiser(
 
 def _check(network: nn.Module, data_dim: int) -> None:
     out = try_out(network, "network", data_dim, torch.ones(1, dtype=torch.int64))
-    if not isinstance(out, Tensor) or list(out.shape) != [1, data_dim]:
-        found = f"a tensor {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    if shape_of(out) != [1, data_dim]:
         raise ProgramError(
-            f"the network {type(network).__name__} returned {found}: it must map x_t [..., {data_dim}] and t [...], "
-            f"whole numbers, to [..., {data_dim}]"
+            f"the network {type(network).__name__} returned {returned(out)}: it must map x_t [..., {data_dim}] "
+            f"and t [...], whole numbers, to [..., {data_dim}]"
         )

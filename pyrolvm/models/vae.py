@@ -157,9 +157,7 @@ class VAE(LatentVariableModel):
         check_columns_seen(x)
         if isinstance(self.encoder, MaskAware):
             self.encoder.fill.copy_(x.nanmean(0))
-        start = self.likelihood.start(x)
-        if start is not None:
-            start_decoder(self.decoder, start)
+        start_decoder(self.decoder, self.likelihood, x)
         self.latent_prior.initialise_from(x, seed)
         self.fresh = False
 

@@ -23,6 +23,7 @@ from pyrolvm.plots.style import (
     columns_of,
     legend_outside,
     plain,
+    row_name,
     to_numpy,
 )
 
@@ -114,7 +115,7 @@ def plot_active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     columns_of(table, ("kl",), "latent dimensions")
     table = table.sort_values("kl", ascending=False)
     active = table["active"].to_numpy(bool) if "active" in table else np.ones(len(table), bool)
-    figure, ax = bar_axes(ax, [_short(i) for i in table.index], 0.28)
+    figure, ax = bar_axes(ax, [row_name(i) for i in table.index], 0.28)
     place, kl = np.arange(len(table)), table["kl"].to_numpy()
     for chosen, colour, hatch, name in ((active, BLUE, "", "active"), (~active, PALE, "////", "inactive")):
         if chosen.any():
@@ -123,8 +124,3 @@ def plot_active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     ax.set(xlabel="latent dimension, by KL", ylabel="KL (nats per datum)", ylim=(min(0, np.nanmin(kl)), None))
     legend_outside(ax)
     return figure
-
-
-def _short(index: Any) -> str:
-    """("z", 3) as z[3]."""
-    return f"{index[0]}[{', '.join(map(str, index[1:]))}]" if isinstance(index, tuple) else str(index)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binom
 
 from pyrolvm.errors import DataError
-from pyrolvm.plots.style import BLUE, GREY, PALE, RED, as_array, axes_of, columns_of, panels_of, plain
+from pyrolvm.plots.style import BLUE, GREY, PALE, RED, as_array, axes_of, columns_of, panels_of
 
 LARGEST = 24  # panels of one figure
 
@@ -104,10 +104,7 @@ def plot_ranks(
     if values.shape[1] > most:
         raise DataError(f"ranks of {values.shape[1]} quantities: choose {most} at most")
     edges = _edges(highest, bins or min(20, max(2, len(values) // 10)))
-    if ax is not None:
-        figure, panels = axes_of(ax)[0], [plain(ax)]
-    else:
-        figure, panels = panels_of(values.shape[1])
+    figure, panels = panels_of(values.shape[1]) if ax is None else (axes_of(ax)[0], [ax])
     for panel, name, column in zip(panels, table.columns, values.T, strict=False):
         _histogram(panel, str(name), column, edges, level)
     if ax is None:

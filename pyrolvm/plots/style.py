@@ -133,6 +133,11 @@ def to_numpy(value: Any) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
+def row_name(index: Any) -> str:
+    """The name of a table's row: ("z", 3) as z[3]."""
+    return f"{index[0]}[{', '.join(map(str, index[1:]))}]" if isinstance(index, tuple) else str(index)
+
+
 def columns_of(table: Any, needed: Sequence[str], what: str) -> None:
     """Raise `DataError` unless the table of `what` has the columns `needed` and a row."""
     found = list(table.columns) if isinstance(table, pd.DataFrame) else []

@@ -15,7 +15,8 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+
+from pyrolvm.plots.style import row_name
 
 MOST_ROWS = 40
 LABELS = {
@@ -50,10 +51,6 @@ def render(title: str, sections: dict[str, list[Part]]) -> str:
 def figure(drawn: Figure, title: str, alt: str) -> Part:
     """A drawing inside the page; `alt` describes it in words."""
     stream = io.BytesIO()
-    for axis in [axis for ax in drawn.axes for axis in (ax.xaxis, ax.yaxis)]:
-        if isinstance(formatter := axis.get_major_formatter(), ScalarFormatter):
-            # labels are the numbers, not what is left of them above an offset
-            formatter.set_useOffset(False)
     with matplotlib.rc_context({"svg.hashsalt": "pyrolvm"}):  # the same figure gives the same bytes
         drawn.savefig(stream, format="svg", dpi=200, metadata={"Date": None})
     source = "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
@@ -105,8 +102,3 @@ def table(frame: pd.DataFrame, title: str, head: str = "") -> Part:
         "more": f"and {len(frame) - len(shown):,} more" if len(frame) > len(shown) else "",
     }
     return Part("table", content, title)
-
-
-def row_name(name: Any) -> str:
-    """("z", 3) as z[3]."""
-    return f"{name[0]}[{', '.join(map(str, name[1:]))}]" if isinstance(name, tuple) else str(name)

@@ -14,9 +14,9 @@ from pyrolvm import plots
 from pyrolvm.diagnostics import CollapseReport, Gaps, GlobalTail, PredictiveCheck, ReferenceComparison
 from pyrolvm.diagnostics.evidence import Evidence
 from pyrolvm.diagnostics.tails import LocalTails
-from pyrolvm.plots.style import BLUE, GREY, ORANGE, RED, axes_of, legend_above, panels_of
+from pyrolvm.plots.style import BLUE, GREY, ORANGE, RED, axes_of, legend_above, panels_of, row_name
 from pyrolvm.report.findings import Findings
-from pyrolvm.report.parts import Part, facts, figure, number, row_name, table
+from pyrolvm.report.parts import Part, facts, figure, number, table
 
 GUIDE = ("k-hat per datum", "k-hat of shared latents", "collapse", "gaps", "reference")
 DIMENSIONS = ["kl", "kl_kind", "mean_variance", "active", "collapsed"]

@@ -13,8 +13,9 @@ fitted.save("run", {"data": prepared.record})  # `pyrolvm report run` reads the 
 
 from pyrolvm.runs.folder import RunFolder
 from pyrolvm.runs.named import NamedModel, described, find_model
-from pyrolvm.runs.recipe import Preparation, Prepared, Recipe, Source
+from pyrolvm.runs.recipe import Preparation, Prepared, Recipe
 from pyrolvm.runs.saved import SavedRun, add_evidence, open_run
+from pyrolvm.runs.source import Source
 
 __all__ = [
     "NamedModel",

@@ -128,11 +128,9 @@ def find_model(text: str, guide: str | None = None) -> NamedModel:
         The file fails, or what it defines is no pair.
     """
     if ".py" not in text and ":" not in text:
-        if guide in ROW_GUIDES:
-            return NamedModel(text, cls=REGISTRY[registry_name(text)], guide=guide)
-        if guide is not None:
+        if guide is not None and guide not in ROW_GUIDES:
             raise SettingError(f"{text} brings its own guide: leave guide={guide} out")
-        return NamedModel(text, cls=REGISTRY[registry_name(text)])
+        return NamedModel(text, cls=REGISTRY[registry_name(text)], guide=guide)
     place, _, name = text.rpartition(":") if ":" in text else (text, "", "")
     module = _module(place)
     value = _resolve(module, place, name) if name else _only_class(module, place)
@@ -225,7 +223,7 @@ def _find_guide(name: str, module: ModuleType, place: str) -> Any:
         return getattr(module, name)
     if name.startswith("Auto") and name in autoguide.__all__:
         return getattr(autoguide, name)
-    if name == SemiImplicitGuide.__name__ and not hasattr(module, name):
+    if name == SemiImplicitGuide.__name__:
         return SemiImplicitGuide
     other, _, inner = name.rpartition(":")
     return _resolve(_module(other), other, inner) if other else _resolve(module, place, name)

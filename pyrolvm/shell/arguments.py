@@ -1,4 +1,4 @@
-"""The arguments of a model's constructor from the words of a command line."""
+"""The arguments of a model's constructor, and the source of data, from the words of a command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pyrolvm.errors import SettingError, did_you_mean
-from pyrolvm.runs import NamedModel, open_run
+from pyrolvm.runs import NamedModel, Source, open_run
+from pyrolvm.runs.source import CHOICES
 from pyrolvm.shell.options import FIT, PREPARING
 from pyrolvm.shell.values import annotation_text, read_as
 
@@ -42,6 +43,12 @@ def constructor_arguments(
         hints = {}
     read = {n: read_as(n, annotation_text(hints.get(n, Parameter.empty)), w) for n, w in words.items()}
     return from_data | read | settings
+
+
+def source_of(data: str, options: dict[str, Any]) -> Source:
+    """DATA and the options that choose among it."""
+    chosen = {name: options[name] for name in CHOICES if name in options}
+    return Source(data, **chosen, options=options.get("data_option", {}))
 
 
 def run_of_codes(run: str | None, named: NamedModel, own: dict[str, str], options: dict[str, Any]) -> Any:

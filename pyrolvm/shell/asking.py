@@ -15,14 +15,16 @@ from pyrolvm.errors import SettingError, count
 from pyrolvm.files import write_atomically
 from pyrolvm.inference.posterior.at_scale import Answers, draws_of, write_answers
 from pyrolvm.inference.posterior.evidence import evidence_table, khat_threshold
-from pyrolvm.inference.posterior.questions import QUESTIONS, deviations
+from pyrolvm.inference.posterior.questions import QUESTIONS
 from pyrolvm.processes import here
-from pyrolvm.runs import Source, add_evidence, open_run
-from pyrolvm.runs.recipe import CHOICES, SAMPLED_ROWS
+from pyrolvm.runs import add_evidence, open_run
+from pyrolvm.runs.recipe import SAMPLED_ROWS
+from pyrolvm.shell.arguments import source_of
 from pyrolvm.shell.options import LOADING, PICTURE, READING
 from pyrolvm.shell.outputs import ARRAYS, PARTS, check_image_shape, checked_out, write_png, write_values
 from pyrolvm.shell.printing import caution, console, note, print_facts, print_table
 from pyrolvm.shell.signatures import given
+from pyrolvm.shell.values import label_words
 
 SUMMARY_ROWS = 20
 PICTURES = (*ARRAYS, ".png")
@@ -55,12 +57,16 @@ class Question:
         self.source = source_of(text or "", given(shared, READING))
         self.dataset: Dataset | Any = None if text is None else self.recipe.read(self.source, streamed)
 
+    @property
+    def suffix(self) -> str:
+        """The kind of file that is written; a csv is printed where none is."""
+        return ".csv" if self.out is None else self.out.suffix.lower()
+
     def write_rows(self, values: Any, across: int | None = None) -> None:
         """Rows like those of the data: a table or array under their columns, or a picture, `across` in a line."""
         values, columns = self.recipe.undo(values), self.saved.columns
-        if self.out is None or self.out.suffix.lower() != ".png":
-            labels = self.dataset.labels if self.source.labels else None
-            write_values(values, self.out, columns, {} if labels is None else {"label": labels})
+        if self.out is None or self.suffix != ".png":
+            write_values(values, self.out, columns, self._labels() if self.source.labels else {})
         elif isinstance(values, dict):
             raise SettingError(f"the model has several observed sites ({', '.join(values)}): use .npz")
         else:
@@ -87,7 +93,7 @@ class Question:
         """Pictures [rows, columns, ...] as one picture, or as a table or array of all."""
         rows, columns = values.shape[:2]
         flat = self.recipe.undo(values.reshape(rows * columns, *values.shape[2:]))
-        if self.out is not None and self.out.suffix.lower() == ".png":
+        if self.out is not None and self.suffix == ".png":
             write_png(flat, self.out, self.image_shape, self.saved.columns, columns)
         else:
             places = {"line": np.repeat(np.arange(rows), columns), "place": np.tile(np.arange(columns), rows)}
@@ -106,8 +112,7 @@ class Question:
     @property
     def is_large(self) -> bool:
         """Whether the answer is written as it comes."""
-        parts = self.out is not None and self.out.suffix.lower() in PARTS
-        return parts or self.url is not None or isinstance(self.dataset, StreamedDataset)
+        return self.suffix in PARTS or self.url is not None or isinstance(self.dataset, StreamedDataset)
 
     def write_answers(self, question: str, overwrite: bool = False, **options: Any) -> Answers:
         """Ask about all rows, some at a time; every one of several processes about its share."""
@@ -145,11 +150,10 @@ class Question:
             fitted = refined = fitted.refine(self.dataset, seed=seed)
             beside |= {name: refined.table[name].to_numpy() for name in ("elbo_start", "elbo", "gap")}
             note(refined.sentence)
-        means = fitted.encode(self.dataset, seed=seed)
-        site = fitted.structure.local_latents[0].name
-        codes = dict(means) if isinstance(means, dict) else {site: means}
-        if self.out is None or self.out.suffix.lower() != ".npy":
-            codes |= {f"{name}_sd": sd for name, sd in deviations(fitted, self.dataset).items()}
+        codes = QUESTIONS["encode"](fitted, self.dataset, seed=seed)
+        if self.suffix == ".npy":  # the means alone
+            sites = {site.name for site in fitted.structure.latents}
+            codes = {name: value for name, value in codes.items() if name in sites}
         write_values(codes, self.out, beside=beside)
 
     def most_probable(self) -> None:
@@ -164,8 +168,12 @@ class Question:
 
     def _beside(self) -> dict[str, Any]:
         """What identifies a row of an answer."""
+        return {"row": np.arange(self.dataset.num_rows)} | self._labels()
+
+    def _labels(self) -> dict[str, Any]:
+        """The column of labels, where the data have them."""
         labels = self.dataset.labels
-        return {"row": np.arange(self.dataset.num_rows)} | ({} if labels is None else {"label": labels})
+        return {} if labels is None else {"label": labels}
 
     def impute(self, **options: Any) -> None:
         """`pyrolvm impute`."""
@@ -176,16 +184,16 @@ class Question:
         read = source.values.reshape(missing.shape)
         filled = {n: self.recipe.undo(getattr(found, n)) for n in ("mean", "lower", "upper")}
         arrays = {name: np.where(missing, values, read) for name, values in filled.items()}
-        labels = {} if self.dataset.labels is None else {"label": self.dataset.labels}
-        suffix = ".csv" if self.out is None else self.out.suffix.lower()
-        if suffix in (".csv", ".tsv"):
+        if self.suffix in (".csv", ".tsv"):
             gaps = np.flatnonzero(missing.any(0))
             names = self.saved.columns or [f"column_{i}" for i in range(found.mean.shape[1])]
             ends = [f"{names[i]}_{end}" for end in ("lower", "upper") for i in gaps]
             beside = (arrays["lower"][:, gaps], arrays["upper"][:, gaps])
-            write_values(np.concatenate([arrays["mean"], *beside], 1), self.out, [*names, *ends], labels)
+            write_values(
+                np.concatenate([arrays["mean"], *beside], 1), self.out, [*names, *ends], self._labels()
+            )
         else:
-            write_values(arrays["mean"] if suffix == ".npy" else arrays, self.out, beside=labels)
+            write_values(arrays["mean"] if self.suffix == ".npy" else arrays, self.out, beside=self._labels())
         if self.out is not None:
             note(repr(found))
 
@@ -201,10 +209,8 @@ class Question:
             answers = self.write_answers(
                 "log_evidence", overwrite, method=method, num_samples=num_samples, **options
             )
-            found, untrusted = (
-                answers.table.loc["log_evidence"].astype(float).to_dict(),
-                answers.num_untrusted,
-            )
+            found = answers.table.loc["log_evidence"].astype(float).to_dict()
+            untrusted = answers.num_untrusted
         else:
             table = evidence_table(self.fitted.pair(self.dataset), method, num_samples, **options)
             if self.out is not None:
@@ -282,21 +288,6 @@ class Question:
 def _untrusted(k_hat: np.ndarray, draws: int | None) -> int | None:
     """Rows whose k-hat is too high; None where there is none."""
     return int((k_hat > khat_threshold(draws)).sum()) if draws and np.isfinite(k_hat).any() else None
-
-
-def label_words(text: str) -> list[Any]:
-    """Labels as they are written: numbers where they are numbers."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    try:
-        return [int(word) for word in words]
-    except ValueError:
-        return words
-
-
-def source_of(data: str, options: dict[str, Any]) -> Source:
-    """DATA and the options that choose among it."""
-    chosen = {name: options[name] for name in CHOICES if name in options}
-    return Source(data, **chosen, options=options.get("data_option", {}))
 
 
 def _print_evidence(entry: dict[str, Any], shift: float) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch.optim import lr_scheduler
 
 from pyrolvm.data import BatchPlan
-from pyrolvm.data.precision import as_dtype
 from pyrolvm.errors import DivergenceError, SettingError, count, one_of
 from pyrolvm.files import write_atomically
 from pyrolvm.inference.objectives import OBJECTIVES
@@ -30,8 +29,7 @@ from pyrolvm.runs import NamedModel, Preparation, RunFolder, Source, described, 
 from pyrolvm.runs.folder import states
 from pyrolvm.runs.recipe import SAMPLED_ROWS
 from pyrolvm.seeds import Purpose, derived_seed
-from pyrolvm.shell.arguments import constructor_arguments, held, run_of_codes
-from pyrolvm.shell.asking import source_of
+from pyrolvm.shell.arguments import constructor_arguments, held, run_of_codes, source_of
 from pyrolvm.shell.options import FIT
 from pyrolvm.shell.printing import caution, console, note, print_facts, print_table
 from pyrolvm.shell.values import read_flags
@@ -113,8 +111,6 @@ class Job:
         o = self.options
         given: dict[str, Any] = {k: v for k, v in o.items() if k in FIT and k != "guide"}
         given["objective"] = _objective(o.get("objective"), {k: o[k] for k in OF_OBJECTIVES if k in o})
-        if "dtype" in o:
-            given["dtype"] = as_dtype(o["dtype"])
         if "schedule" in o:
             epochs, plan = o.get("num_epochs"), BatchPlan(self.data.train.num_rows, o.get("batch_size"))
             steps = plan.num_steps(epochs) if epochs else o.get("num_steps")
@@ -180,7 +176,7 @@ def _preparation(options: dict[str, Any]) -> Preparation:
 
 
 def _objective(name: str | None, given: dict[str, Any]) -> Any:
-    """The ELBO of this name, ours or its class's, with the settings that are given; None for the program's default."""
+    """The ELBO of this name, ours or its class's, with the settings that are given; without any, what `fit` takes."""
     names = {cls.__name__: short for short, cls in OBJECTIVES.items()}
     name = names.get(name or "", name)
     if name is not None:
@@ -193,12 +189,12 @@ def _objective(name: str | None, given: dict[str, Any]) -> Any:
             raise SettingError(
                 f"{setting} is of objective={' and '.join(having)}: give both, or leave it out"
             )
-    if name is None:
-        return None
     if name == "renyi":
         if given.get("alpha") == 1.0:
             raise SettingError("alpha=1 is the ELBO itself: take objective=trace")
         given = {"num_particles": 10, "alpha": 0.0} | given
+    if name is None or not given:
+        return name
     least = 2 if name == "renyi" else 1
     if "num_particles" in given:
         draws = given["num_particles"] = count("num_particles", given["num_particles"], least)

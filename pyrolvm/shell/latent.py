@@ -107,7 +107,7 @@ def recondition(
 
     pyrolvm recondition runs/cvae digits --rows 0,1,2 --conditions 0,1,2,3,4,5,6,7,8,9 --out styles.png
     """
-    from pyrolvm.shell.asking import label_words
+    from pyrolvm.shell.values import label_words
 
     def codes(question: Any) -> tuple[Any, ...]:
         return (question.recipe.codes(label_words(conditions)),)

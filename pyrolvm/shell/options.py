@@ -8,14 +8,11 @@ from typing import Annotated
 
 import typer
 
-from pyrolvm.shell.signatures import Option, listed, model_options, options_of
+from pyrolvm.shell.signatures import Option, keys_of, listed, model_options, options_of
 
 MODEL, TRAINING, DATA, OUTPUT = "Model", "Training", "Data", "Output"
-OBJECTIVES = (
-    *("trace", "meanfield", "tracegraph", "enum", "renyi", "iwae", "info", "free_bits"),
-    *("reinforce", "nvil", "vimco", "muprop", "disarm", "rebar", "relax", "lax", "concrete"),
-)
-SCHEDULES = ("none", "cosine", "exponential")
+OBJECTIVES = keys_of("inference/objectives/choice.py", "OBJECTIVES")
+SCHEDULES = keys_of("shell/fitting.py", "SCHEDULES")
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -100,8 +97,8 @@ FIT = options_of(
     TRAINING,
     (
         ("guide", "str"),
-        ("objective", f"Literal{list(OBJECTIVES)} | str"),
-        ("schedule", f"Literal{list(SCHEDULES)}"),
+        ("objective", f"Literal{OBJECTIVES} | str"),
+        ("schedule", f"Literal{SCHEDULES}"),
         ("dtype", "str"),
         ("learning_rate", "float"),
         ("init", "Literal['auto', 'own', 'median', 'prior']"),

@@ -26,24 +26,24 @@ _URL = re.compile(r"[a-z0-9+:]{2,}:/", re.I)
 
 def checked_out(out: str | Path | None, suffixes: tuple[str, ...] = ARRAYS) -> tuple[Path | None, str | None]:
     """(a file here, a URL), one of them None. Raises `SettingError` where it cannot be written, before anything is."""
-    url = str(out) if out is not None and _URL.match(str(out)) else None
-    path = None if out is None else Path(out)
-    check_out(path if url is None else None, suffixes)
-    if url is not None and ".parquet" not in suffixes:
-        raise SettingError(
-            f"--out {url}: only encode, posterior, evidence and diagnose write to URLs: name a file here"
-        )
-    if url is not None and not url.lower().endswith((*PARTS, ".npy")):
-        raise SettingError(
-            f"--out {url}: to URLs answers are written as .parquet, .npy or .zarr: change the suffix"
-        )
-    return (path, None) if url is None else (None, url)
-
-
-def check_out(out: Path | None, suffixes: tuple[str, ...] = ARRAYS) -> None:
-    """Raise `SettingError` for a file that cannot be written, before anything is computed."""
     if out is None:
-        return
+        return None, None
+    if not _URL.match(str(out)):
+        _check_file(Path(out), suffixes)
+        return Path(out), None
+    if ".parquet" not in suffixes:
+        raise SettingError(
+            f"--out {out}: only encode, posterior, evidence and diagnose write to URLs: name a file here"
+        )
+    if not str(out).lower().endswith((*PARTS, ".npy")):
+        raise SettingError(
+            f"--out {out}: to URLs answers are written as .parquet, .npy or .zarr: change the suffix"
+        )
+    return None, str(out)
+
+
+def _check_file(out: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise `SettingError` for a file that cannot be written."""
     if out.suffix.lower() not in suffixes:
         raise SettingError(f"--out {out}: the suffix gives the kind of file, one of {', '.join(suffixes)}")
     if out.is_dir() and out.suffix.lower() not in PARTS:

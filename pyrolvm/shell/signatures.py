@@ -133,6 +133,13 @@ def options_of(
     return found
 
 
+def keys_of(file: str, name: str) -> list[str]:
+    """The keys of a dictionary that is written out, with its type, in a file of the package."""
+    body: list[Any] = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    found: Any = next(n.value for n in body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == name)
+    return [key.value for key in found.keys]
+
+
 def _alias(name: str, tree: ast.Module) -> ast.expr | None:
     """What a name is assigned in a file, or in the file of the package that it is imported from."""
     for node in tree.body:

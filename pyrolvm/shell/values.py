@@ -137,6 +137,15 @@ def literal(text: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def label_words(text: str) -> list[Any]:
+    """Labels as they are written: numbers where they are numbers."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        return words
+
+
 def read_flags(words: list[str]) -> dict[str, str]:
     """`--name value` and `--name=value` of options that the shell does not know."""
     found: dict[str, str] = {}

@@ -17,6 +17,7 @@ from pyrolvm.data import survey as surveying
 from pyrolvm.data.far import blocks
 from pyrolvm.data.far.holdout import Holdout
 from pyrolvm.data.far.locations import find_files
+from pyrolvm.data.far.places import Place
 from pyrolvm.data.plan import RUN, split_rows
 from pyrolvm.data.survey import survey
 
@@ -95,11 +96,9 @@ def test_columns_are_taken_in_the_order_given_and_labels_apart(tmp_path):
 def test_only_the_chosen_columns_are_asked_for(folder, monkeypatch):
     data = scan(folder, columns=["b"])
     asked = []
-    fragment = type(data.blocks._tables._fragments[0])
+    fragment = type(data.blocks._fragments[0])
     table = fragment.to_table
-    monkeypatch.setattr(
-        data.blocks._tables, "_fragments", [Watched(f, asked) for f in data.blocks._tables._fragments]
-    )
+    monkeypatch.setattr(data.blocks, "_fragments", [Watched(f, asked) for f in data.blocks._fragments])
     assert np.array_equal(data.load().values, X[:, [1]])
     assert set(asked) == {("b",)}
     assert table is fragment.to_table
@@ -536,3 +535,8 @@ def test_text_is_refused_with_the_columns_that_are_numbers(tmp_path):
     with pytest.raises(DataError, match=r"column 'b' holds .*string, not numbers: .*--columns a"):
         scan(tmp_path)
     assert scan(tmp_path, columns=["a"]).num_rows == 2
+
+
+def test_a_place_behind_a_cache_of_files_is_not_this_machines_disk(tmp_path):
+    assert Place.of(f"filecache::memory://{tmp_path}/codes.parquet").fs is not None
+    assert Place.of(f"file://{tmp_path}/codes.parquet").fs is None

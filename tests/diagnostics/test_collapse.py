@@ -250,3 +250,26 @@ def test_the_generators_are_left_as_found(ppca):
     first = collapse_report(ppca, X[:40])
     assert torch.equal(torch.get_rng_state(), before)
     assert first.mutual_information == collapse_report(ppca, X[:40]).mutual_information
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.0])
+def test_rows_that_stay_together_exchange_their_latents(slope):
+    """A plate of a fixed size: nothing can be drawn for other rows, so z of the same rows is given to others."""
+    x = X[:60, 0]
+
+    def model(x):
+        with pyro.plate("data", 60):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(slope * z, 1.0), obs=x)
+
+    def guide(x):  # the posterior
+        variance = pyro.param("variance", torch.tensor(1 / (1 + slope**2)))
+        with pyro.plate("data", 60):
+            pyro.sample("z", dist.Normal(variance * slope * x, variance.sqrt()))
+
+    found = collapse_report(pyrolvm.fit(model, x, guide=guide, **FREEZE), x, num_samples=400)
+    # of rows n and m: E[(x_n - z_m)^2 - (x_n - z_n)^2] / 2 = ((x_n - x_m / 2)^2 - (x_n / 2)^2) / 2, over all m
+    pairs = (x[:, None] - x / 2).square() - (x[:, None] / 2).square()
+    each = pairs[~torch.eye(60, dtype=torch.bool)].mean().item() / 2 if slope else 0.0
+    assert found.shuffle_loss == pytest.approx(each, abs=4 * found.standard_error["shuffle_loss"] + 1e-6)
+    assert found.decoder_uses_latents == bool(slope)

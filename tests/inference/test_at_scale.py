@@ -329,3 +329,13 @@ def test_another_question_does_not_go_on_in_the_same_file(fitted, data, tmp_path
     with pytest.raises(SettingError, match="is there already: give another file, or overwrite it"):
         ask(fitted, data, out)
     assert ask(fitted, data, out, overwrite=True).num_rows == 500
+
+
+def test_elsewhere_the_file_that_makes_a_folder_whole_is_copied_last(monkeypatch):
+    part, whole = places.Place.of("memory://copied/part"), places.Place.of("memory://copied/whole")
+    for name in ("zarr.json", "a/0", "z/0"):
+        part.within(name).put(b"1")
+    copied = []
+    monkeypatch.setattr(part.fs, "cp_file", lambda path, target: copied.append(target))
+    part.become(whole, last="zarr.json")
+    assert [path.removeprefix(whole.path) for path in copied] == ["/a/0", "/z/0", "/zarr.json"]

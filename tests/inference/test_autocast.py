@@ -59,3 +59,23 @@ def test_the_cache_of_the_caller_is_as_it_was() -> None:
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
         _fitted("eager", True)
         assert torch.is_autocast_cache_enabled()
+
+
+def test_afterwards_the_caller_s_networks_are_the_trained_ones() -> None:
+    """A network that was called in the same block before the fit is in autocast's cache as it was then."""
+    torch.manual_seed(0)
+    decoder, x = torch.nn.Linear(2, 5), torch.randn(20, 5)
+
+    def model(x: torch.Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyrolvm.data_plate(x):
+            pyro.sample("x", dist.Normal(decoder(torch.ones(2)), 1.0).to_event(1), obs=x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(torch.ones(2))
+        pyrolvm.fit(
+            model, x, guide=lambda x: None, num_steps=9, learning_rate=0.1, engine="eager", progress=False
+        )
+        after = decoder(torch.ones(2))
+        torch.clear_autocast_cache()
+        assert torch.equal(after, decoder(torch.ones(2)))

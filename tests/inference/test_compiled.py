@@ -562,6 +562,91 @@ def test_a_tensor_changed_in_place_behind_our_back_is_refused():
         CompiledEngine(step)
 
 
+def lengths_of_packed():
+    """The lengths that `pad_packed_sequence` returns mask the padding."""
+    x = nn.utils.rnn.pack_padded_sequence(torch.randn(6, 4, 1), torch.tensor([4, 4, 3, 2, 2, 1]), True)
+
+    def model(_):
+        values, lengths = nn.utils.rnn.pad_packed_sequence(x, batch_first=True)
+        scale = pyro.param("scale", torch.tensor(1.0))
+        mask = torch.arange(4).unsqueeze(-1) < lengths
+        with pyro.plate("rows", 6), pyro.plate("steps", 4, dim=-2), pyro.poutine.mask(mask=mask):
+            pyro.sample("x", dist.Normal(scale, 1.0), obs=values.squeeze(-1).T)
+
+    return (model, lambda x: None), torch.randn(6), None, None
+
+
+def masked_weights():
+    """Weights picked by a mask that is a buffer of the network, as in Pyro's flows."""
+
+    class Triangle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 2))
+            self.register_buffer("mask", torch.tensor([[True, False], [True, True]]))
+
+        def forward(self):
+            return self.weight[self.mask].sum()
+
+    net = Triangle()
+
+    def model(x):
+        pyro.module("net", net)
+        with data_plate(x):
+            pyro.sample("x", dist.Normal(net(), 1.0), obs=x)
+
+    return (model, lambda x: None), torch.randn(6), None, None
+
+
+@pytest.mark.parametrize("parts", [lengths_of_packed, masked_weights])
+def test_what_is_constant_is_recorded_as_it_is(parts):
+    compare(*make(parts()), num_steps=5, loop=StaticLoop)
+
+
+def test_a_buffer_that_each_step_writes_to_may_not_be_read():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self):
+            late = bool(self.calls > 3)
+            self.calls += 1
+            return self.weight * (2.0 if late else 1.0)
+
+    net = Counting()
+
+    def model(x):
+        pyro.module("net", net)
+        with data_plate(x):
+            pyro.sample("x", dist.Normal(net(), 1.0), obs=x)
+
+    step, _ = make(((model, lambda x: None), torch.randn(6), None, None))
+    with pytest.raises(UntraceableError, match=r"'net.calls', to which each step writes"):
+        CompiledEngine(step)
+
+
+def test_a_mask_of_dropout_is_drawn_before_it_is_used():
+    """Behind batch normalisation, whose loops inductor fits to those of the product with the mask."""
+    encoder = nn.Sequential(
+        nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 4)
+    )
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.repeat(1, 4), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with data_plate(x):
+            loc, log_scale = encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    compare(*make(((model, guide), torch.randn(20, 8), None, None)), num_steps=5)
+
+
 @pytest.mark.parametrize("fall_back", [True, False])
 def test_a_counter_in_python_does_not_go_unseen(fall_back):
     model, guide = ppca()

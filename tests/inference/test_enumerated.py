@@ -148,6 +148,25 @@ def test_a_mixture_that_is_indexed_plainly_is_drawn_one_by_one():
     torch.testing.assert_close(draws.log_likelihood[7], joint.logsumexp(-1), rtol=1e-4, atol=1e-4)
 
 
+def test_a_scale_around_all_that_has_states_stands_outside_of_their_sum():
+    """Beside a site without states that has another scale."""
+    x = X[:, 0]
+
+    def model(x):
+        far = pyro.param("far", torch.tensor(2.0))
+        with data_plate(x):
+            pyro.sample("w", dist.Normal(0.0, 1.0), obs=x)
+            with pyro.poutine.scale(scale=0.5):
+                k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+                pyro.sample("x", dist.Normal(far * k, 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, x, guide=lambda x: None, objective="enum", **STILL)
+    joint = torch.stack(
+        [math.log(p) + dist.Normal(m, 1.0).log_prob(x) for p, m in ((0.7, 0.0), (0.3, 2.0))], -1
+    )
+    torch.testing.assert_close(fitted.encode(x), joint.softmax(-1), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [2.0, 1 / 30])
 def test_a_scale_around_the_program_stands_outside_of_the_sum(scale):
     """As in Pyro's own bound, scale x log sum_k p(x, k): evidence, probabilities and draws are those without it."""

@@ -132,3 +132,19 @@ def test_of_few_weights_above_equal_ones_their_share_decides(weight, expected):
     log_weight = torch.zeros(1000, 1)
     log_weight[[3, 500]] = math.log(weight)
     assert pareto_khat(log_weight)[0] == expected
+
+
+def test_weights_equal_up_to_the_rounding_of_their_size_are_equal():
+    """Log-weights of -1e5 in float32 stand on a grid of 0.008, and an exact guide's are a few of its steps apart."""
+    log_weight = -1e5 + 0.05 * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    assert (pareto_khat(log_weight) == -math.inf).all()
+    assert (pareto_khat(log_weight.double()) > -math.inf).all()
+
+
+def test_a_few_equal_weights_at_the_cutoff_are_part_of_the_tail():
+    """Below a quarter of the tail the shape is that of the whole of it."""
+    M = tail_length(1000)
+    excess = torch.cat([torch.zeros(M // 8), torch.arange(1.0, M - M // 8 + 1) / M]).double()
+    log_weight = torch.cat([torch.zeros(1000 - M).double(), excess.log1p()]).unsqueeze(1)
+    expected = generalized_pareto_shape(excess.unsqueeze(0))
+    assert pareto_khat(log_weight)[0].item() == pytest.approx(expected.item(), abs=1e-9)

@@ -432,6 +432,23 @@ def test_the_monte_carlo_error_counts_the_log_sds():
     assert maximise(log_joint, place, "point", 0, 0).monte_carlo_error == 0.0
 
 
+def test_the_error_of_a_log_sd_is_relative():
+    """The same posterior in units a thousand times smaller: errors of the location scale, those of log-sds do not."""
+
+    def found(unit):
+        def model():
+            z = pyro.sample("z", dist.Normal(0.0, unit))
+            pyro.sample("y", dist.StudentT(3.0, z / unit, 0.3), obs=torch.tensor(1.0))
+
+        log_joint = LogJoint(pair_of(model, ()))
+        return maximise(log_joint, find_modes(log_joint, 0)[0], FULL, 0, 0, num_draws=64)
+
+    one, thousand = found(1.0), found(1000.0)
+    torch.testing.assert_close(thousand.errors, 1000 * one.errors, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(thousand.log_sd_errors, one.log_sd_errors, rtol=1e-3, atol=0.0)
+    assert one.log_sd_errors > 1e-4
+
+
 # ---------------------------------------------------------------------- linear response
 
 

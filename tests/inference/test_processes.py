@@ -52,7 +52,7 @@ def read(path, words=""):
     return torch.load(path, weights_only=False)
 
 
-QUICK = ("cases", "by_messages", "gradients", "registry", "refusals", "resuming")
+QUICK = ("cases", "by_messages", "in_parts", "going_on", "gradients", "registry", "refusals", "resuming")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,31 @@ def test_a_process_that_hangs_within_a_step_is_named(tmp_path, task):
 
 def test_compiled_steps_draw_what_eager_ones_draw(two):
     assert apart(two["VAE", "eager"]["tensors"], two["VAE", "compiled"]["tensors"]) < 1e-6
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_shares(two):
+    """The optimiser's work is divided in the compiled engine, and not in the eager one."""
+    clipped, eager = two["clipped", "compiled"], two["clipped", "eager"]
+    assert apart(eager["tensors"], clipped["tensors"]) < 1e-6
+    assert (clipped["history"]["elbo"] - eager["history"]["elbo"]).abs().max() < 1e-6
+
+
+def test_steps_that_no_loop_can_hold_are_compiled_in_parts(results):
+    for fit in results["in_parts"].values():
+        assert fit["engine"].startswith(
+            "compiled engine, in parts between sums over the processes (whole: no such"
+        )
+        assert len(set(fit["digests"])) == 1
+        assert apart(fit["eager"]["tensors"], fit["tensors"]) < 1e-9
+
+
+def test_a_compiled_run_goes_on_with_the_slots_of_all_shares(results):
+    """Between chunks every process has the whole state, of which the first one writes the checkpoint."""
+    assert len(set(results["going_on"]["digests"])) == 1
+    compiled, eager = results["going_on"]["saved"]
+    assert compiled.keys() == eager.keys()
+    moments = {name: value for name, value in eager.items() if name.startswith("optimizer/")}
+    assert apart(moments, compiled) < 1e-6
 
 
 def test_running_means_are_of_all_rows(two):

@@ -45,3 +45,13 @@ def test_one_number_that_is_not_finite_is_found(value):
     assert _finite(state(a=torch.zeros(1)), terms, before)  # a term may be unknown
     terms[1, 0] = value
     assert not _finite(state(a=torch.zeros(1)), terms, before)
+
+
+def test_what_was_infinite_before_may_stay_so():
+    """A positive parameter at 0 is at -inf without its constraint."""
+    here = state(a=torch.tensor([-float("inf"), 1.0]))
+    assert here.not_finite(here.clone()) is None
+    assert here.not_finite(state(a=torch.tensor([0.0, 1.0]))) == "a"
+    assert here.not_finite(state(a=torch.tensor([float("inf"), 1.0]))) == "a"
+    nan = state(a=torch.tensor([float("nan"), 1.0]))
+    assert nan.not_finite(nan.clone()) == "a"

@@ -4,6 +4,7 @@ import math
 import types
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,8 +17,8 @@ import pyrolvm
 from pyrolvm import PPCA, data_plate
 from pyrolvm.data.plan import BatchPlan
 from pyrolvm.errors import ConvergenceWarning
-from pyrolvm.inference.training import rules, until
-from pyrolvm.inference.training.stationarity import split_r_hat
+from pyrolvm.inference.training import loop, rules, until
+from pyrolvm.inference.training.stationarity import effective_size, split_r_hat
 from pyrolvm.inference.training.until import Until
 
 IRIS = torch.tensor(load_iris().data, dtype=torch.float32)
@@ -36,13 +37,13 @@ def autoregressive(size, rho, dim, rng):
 
 def test_r_hat_and_the_effective_size_of_known_series():
     rng = np.random.default_rng(0)
-    r_hat, size = split_r_hat(rng.normal(size=(400, 5)))
-    assert r_hat == pytest.approx(1.0, abs=0.02)
-    assert size == pytest.approx(400, rel=0.1)
-    r_hat, size = split_r_hat(autoregressive(4000, 0.8, 20, rng))
-    assert size == pytest.approx(4000 * 0.2 / 1.8, rel=0.2)
+    noise = rng.normal(size=(400, 5))
+    assert split_r_hat(noise) == pytest.approx(1.0, abs=0.02)
+    assert effective_size(noise) == pytest.approx(400, rel=0.1)
+    assert effective_size(np.concatenate([noise, np.ones((400, 1))], 1)) == effective_size(noise)
+    assert effective_size(autoregressive(4000, 0.8, 20, rng)) == pytest.approx(4000 * 0.2 / 1.8, rel=0.2)
     drifting = rng.normal(size=(400, 5)) + np.linspace(0, 4, 400)[:, None]
-    assert split_r_hat(drifting)[0] > 1.3
+    assert split_r_hat(drifting) > 1.3
 
 
 def test_a_subsampled_mean_has_its_closed_form():
@@ -59,6 +60,50 @@ def test_a_subsampled_mean_has_its_closed_form():
     rates = fitted.history["learning_rate"]
     assert (rates.diff().dropna() <= 0).all()
     assert rates.nunique() > 1
+
+
+def test_looks_within_a_chunk_leave_a_run_as_it_is(monkeypatch):
+    """Iterates that are noted between the steps of one chunk, or of many chunks that each end at a look."""
+    program = GlobalMean()
+    fits, chunks = [], []
+    for ahead in (Until.ahead, lambda self, step: self.every - step % self.every):
+        monkeypatch.setattr(Until, "ahead", ahead)
+        chunks.append(0)
+
+        def count(report):
+            chunks[-1] += 1
+
+        fits.append(
+            pyrolvm.fit(program.model, X, guide=program.guide, batch_size=50, callbacks=[count], **COMPILED)
+        )
+    whole, split = fits
+    assert len(whole.history) == len(split.history)
+    for name, value in whole.program.parameters.items():
+        assert torch.equal(value, split.program.parameters[name])
+    assert whole.convergence == split.convergence
+    assert 3 * chunks[0] < chunks[1]
+
+
+def test_where_a_rate_is_given_up_does_not_depend_on_the_length_of_chunks(monkeypatch):
+    """The mean is log(loc), and loc falls from 1 to 0.007 by steps of 0.003: it leaves the support at step 333."""
+
+    def diverging(x):
+        loc = pyro.param("loc", torch.tensor(1.0))
+        with data_plate(x):
+            pyro.sample("x", dist.Normal(loc.log(), 1.0), obs=x)
+
+    monkeypatch.setattr(until, "RATES", (0.003,))
+    monkeypatch.setattr(rules, "MOST_STEPS", 600)
+    x, fits = torch.full((10,), -5.0), []
+    for largest in (100, 2**16):
+        monkeypatch.setattr(loop, "LARGEST_CHUNK", largest)
+        pyro.clear_param_store()
+        with pytest.warns(ConvergenceWarning, match="after 600 steps"):
+            fits.append(pyrolvm.fit(diverging, x, guide=lambda x: None, optimizer="adam", **QUIET))
+    short, long = (f.history.drop(columns="seconds") for f in fits)
+    assert list(short["learning_rate"].unique()) == pytest.approx([0.003, 0.0003])
+    pd.testing.assert_frame_equal(short, long)
+    assert torch.equal(*(f.program.parameters["loc"] for f in fits))
 
 
 def regression(x, y):

@@ -196,31 +196,3 @@ def _npy_header(stream: Any, called: str) -> tuple[np.dtype, tuple[int, ...]]:
     if fortran and len(shape) > 1:
         raise DataError(f"{called} is stored by columns (Fortran order): save np.ascontiguousarray(x)")
     return dtype, shape
-
-
-class ParquetBlocks:
-    """Blocks of parquet files of the same columns and types: their row groups."""
-
-    def __init__(
-        self,
-        files: Files,
-        columns: Sequence[str | int] | None = None,
-        labels: str | None = None,
-        allow_missing: bool = False,
-    ) -> None:
-        from pyrolvm.data.far.parquet import Tables
-
-        self.files, self.has_labels = files, labels is not None
-        self._tables = Tables(files, columns, labels, allow_missing)
-        self.columns: list[str] | None = self._tables.columns
-        self.row_shape: tuple[int, ...] = (len(self._tables.columns),)
-        self.dtype = self._tables.dtype
-        self.blocks = [Block(*group) for group in self._tables.groups()]
-
-    def read(self, block: Block) -> tuple[np.ndarray, np.ndarray | None]:
-        """As `Blocks.read`."""
-        return self._tables.read(block.file, block.group)
-
-    def fingerprint(self) -> str:
-        """As `Blocks.fingerprint`: of the footers, which have the extremes of every column and row group."""
-        return names_digest(self.files, [repr(f.to_dict()).encode() for f in self._tables.footers])

@@ -11,6 +11,7 @@ from typing import Any
 
 import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from pyrolvm.errors import DataError, did_you_mean
 
@@ -53,7 +54,7 @@ class Files:
     @property
     def is_local(self) -> bool:
         """Whether they lie on this machine's disk."""
-        return "file" in _protocols(self.fs)
+        return isinstance(self.fs, LocalFileSystem)
 
     def called(self, index: int) -> str:
         """A file's name in messages: as one would type it."""
@@ -152,10 +153,6 @@ def file_system(text: str) -> tuple[Any, str]:
     if "://" in text:
         return url_to_fs(text, use_listings_cache=False)
     return fsspec.filesystem("file"), text
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def _listed(fs: Any, path: str, text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pyrolvm.data.columns import check_names, find_column, find_columns
+from pyrolvm.data.far.blocks import Block, names_digest
 from pyrolvm.data.far.locations import Files, reached
 from pyrolvm.data.numeric import choose
 from pyrolvm.data.table_files import labels_to_numpy, optional
@@ -18,60 +19,60 @@ INSTALL = "pip install 'pyrolvm[files]'"
 _OPENED_AT_ONCE = 8
 
 
-class Tables:
-    """The row groups of parquet files that have the same columns.
-
-    Parameters
-    ----------
-    columns : list of str
-        Those that are values.
-    dtype : numpy.dtype
-        Their common type.
-    footers : list of pyarrow.parquet.FileMetaData
-    """
+class ParquetBlocks:
+    """Blocks of parquet files of the same columns and types: their row groups. Attributes as of `Blocks`."""
 
     def __init__(
         self, files: Files, columns: Sequence[str | int] | None, labels: str | None, allow_missing: bool
     ) -> None:
         self.files, self.labels, self.allow_missing = files, labels, allow_missing
         self._fragments = _fragments(files)
-        self.footers = [fragment.metadata for fragment in self._fragments]
+        self._footers = [fragment.metadata for fragment in self._fragments]
         self._types = [self._types_of(i) for i in range(len(self._fragments))]
         names, called = list(self._types[0]), files.called(0)
         unlabelled = [name for name in names if name != labels]
         kept = unlabelled if columns is None else [names[i] for i in find_columns(columns, names, called)]
-        self.columns = kept
+        self._kept = kept
+        self.columns: list[str] | None = kept
+        self.row_shape: tuple[int, ...] = (len(kept),)
+        self.has_labels = labels is not None
         apart = [] if labels is None else [names[find_column(labels, names, called)]]
-        self.wanted = list(dict.fromkeys([*kept, *apart]))  # a column may be both
+        self._wanted = list(dict.fromkeys([*kept, *apart]))  # a column may be both
         for i in range(1, len(self._types)):
             self._check_alike(i, whole=columns is None)
         self.dtype = self._dtype()
         if not allow_missing:
             self._check_nulls()
+        self.blocks = list(self._groups())
 
-    def groups(self) -> Iterator[tuple[int, int, int, int]]:
-        """(file, first row, rows, row group) of all row groups that have rows."""
-        for i, footer in enumerate(self.footers):
+    def _groups(self) -> Iterator[Block]:
+        """All row groups that have rows."""
+        for i, footer in enumerate(self._footers):
             first = 0
             for group in range(footer.num_row_groups):
                 rows = footer.row_group(group).num_rows
                 if rows:
-                    yield i, first, rows, group
+                    yield Block(i, first, rows, group)
                 first += rows
 
-    def read(self, file: int, group: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(values [rows, columns], labels [rows] or None) of a row group."""
-        with reached(self.files.called(file)):
-            table = self._fragments[file].subset(row_group_ids=[group]).to_table(columns=self.wanted)
-        values = np.empty((table.num_rows, len(self.columns)), self.dtype)
-        for j, name in enumerate(self.columns):
+    def read(self, block: Block) -> tuple[np.ndarray, np.ndarray | None]:
+        """As `Blocks.read`."""
+        with reached(self.files.called(block.file)):
+            group = self._fragments[block.file].subset(row_group_ids=[block.group])
+            table = group.to_table(columns=self._wanted)
+        values = np.empty((table.num_rows, *self.row_shape), self.dtype)
+        for j, name in enumerate(self._kept):
             column = table.column(name)
             if column.null_count and not self.allow_missing:  # the footer did not count them
-                self._refuse_nulls(column.null_count, file, group, name)
+                self._refuse_nulls(column.null_count, block.file, block.group, name)
             values[:, j] = _numbers(column)
         if self.labels is None:
             return values, None
         return values, labels_to_numpy(table.column(self.labels).to_pandas())
+
+    def fingerprint(self) -> str:
+        """As `Blocks.fingerprint`: of the footers, which have the extremes of every column and row group."""
+        return names_digest(self.files, [repr(f.to_dict()).encode() for f in self._footers])
 
     def _types_of(self, index: int) -> dict[str, Any]:
         """Column -> type, without what pandas wrote as an index."""
@@ -84,7 +85,7 @@ class Tables:
         """Raise `DataError` where the columns that are read are others than in the first file."""
         first, own = self._types[0], self._types[index]
         here, there = self.files.called(index), self.files.called(0)
-        for name in self.wanted:
+        for name in self._wanted:
             if name not in own:
                 raise DataError(
                     f"{here} has no column {name!r}, which {there} has: all files of a set must be alike"
@@ -104,7 +105,7 @@ class Tables:
         """The common numeric type of the columns; of whole numbers and gaps a floating one."""
         found, called = list[Any](), self.files.called(0)
         numeric = {name: dtype for name, kind in self._types[0].items() if (dtype := _numpy_type(kind))}
-        for name in self.columns:
+        for name in self._kept:
             if name not in numeric:
                 raise DataError(
                     f"{called}: column {name!r} holds {self._types[0][name]}, not numbers: {choose(list(numeric))}"
@@ -117,10 +118,10 @@ class Tables:
 
     def _check_nulls(self) -> None:
         """Raise `DataError` where a footer counts missing values in a column that is read: without reading any."""
-        for i, footer in enumerate(self.footers):
+        for i, footer in enumerate(self._footers):
             places = {footer.schema.column(j).path: j for j in range(footer.num_columns)}
             for group in range(footer.num_row_groups):
-                for name in self.columns:
+                for name in self._kept:
                     known = footer.row_group(group).column(places[name]).statistics
                     if known is not None and known.has_null_count and known.null_count:
                         self._refuse_nulls(known.null_count, i, group, name)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
+
 from pyrolvm.data.far.locations import file_system, reached
 from pyrolvm.errors import PyrolvmError, SettingError
 from pyrolvm.files import write_atomically
@@ -43,7 +45,7 @@ class Place:
             return cls(path, None, path)
         with reached(text):
             fs, path = file_system(text)
-        return cls(text.rstrip("/"), None if "file" in fs.protocol else fs, path.rstrip("/"))
+        return cls(text.rstrip("/"), None if isinstance(fs, LocalFileSystem) else fs, path.rstrip("/"))
 
     @property
     def name(self) -> Path | str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from pyrolvm.data.far.blocks import ArrayBlocks, Blocks, ParquetBlocks
+from pyrolvm.data.far.blocks import ArrayBlocks, Blocks
 from pyrolvm.data.far.locations import find_files, is_far
+from pyrolvm.data.far.parquet import ParquetBlocks
 from pyrolvm.data.far.streamed import StreamedDataset
 from pyrolvm.errors import DataError, count
 

@@ -124,7 +124,7 @@ class StreamedDataset:
         parts += [[t.to_dict() for t in self.transforms]]
         if self.holdout is not None:
             parts += [self.holdout.share, self.holdout.seed]
-        return _digest(parts)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     # ------------------------------------------------------------------ other views of the same rows
 
@@ -201,9 +201,8 @@ class StreamedDataset:
         if num_rows >= self.num_rows:
             return self.load()
         wanted = np.linspace(0, self.num_rows - 1, num_rows).astype(np.int64)
-        starts = np.concatenate([[0], np.cumsum([p.num_rows for p in self.pieces])])
-        own = [wanted[(wanted >= a) & (wanted < b)] - a for a, b in itertools.pairwise(starts)]
         reader = self.reader()
+        own = [wanted[(wanted >= a) & (wanted < b)] - a for a, b in itertools.pairwise(reader.starts)]
         return joined((reader.piece(i).take(rows) for i, rows in enumerate(own) if len(rows)), num_rows)
 
     def reader(self) -> Reader:
@@ -245,7 +244,7 @@ class Reader:
     def __init__(self, data: StreamedDataset) -> None:
         self.data = data
         self._block: tuple[int, tuple[np.ndarray, np.ndarray | None]] | None = None
-        self._starts = np.concatenate([[0], np.cumsum([p.num_rows for p in data.pieces])])
+        self.starts = np.concatenate([[0], np.cumsum([p.num_rows for p in data.pieces])])
 
     def piece(self, index: int, first: int = 0, stop: int | None = None) -> Dataset:
         """Rows `first .. stop - 1` of a piece."""
@@ -264,7 +263,7 @@ class Reader:
 
     def rows(self, first: int, stop: int) -> Dataset:
         """Rows `first .. stop - 1` of the view."""
-        starts = self._starts
+        starts = self.starts
         places = range(np.searchsorted(starts, first, "right") - 1, np.searchsorted(starts, stop, "left"))
         cuts = ((i, max(first - starts[i], 0), min(stop, starts[i + 1]) - starts[i]) for i in places)
         return joined((self.piece(*cut) for cut in cuts), stop - first)
@@ -299,8 +298,3 @@ def joined(parts: Iterable[Dataset], num_rows: int) -> Dataset:
     if whole is None:
         raise DataError("there are no rows of data")
     return replace(whole, labels=np.concatenate(labels) if labels else None)
-
-
-def _digest(parts: list[Any]) -> str:
-    """Sixteen digits that tell plain values apart."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

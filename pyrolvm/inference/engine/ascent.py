@@ -26,6 +26,7 @@ from torch import Tensor
 from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
+from pyrolvm.inference.engine.watch import Watch
 from pyrolvm.inference.program.noise import generator_state, kept_generators, set_generator_state
 from pyrolvm.inference.program.structure import sample_sites
 from pyrolvm.plates import data_rows
@@ -68,7 +69,9 @@ class CoordinateAscent:
         """The state before the first step; `random` is the noise of all of them."""
         return TrainingState(self.problem.program.tensors(), {}, 0, random)
 
-    def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    def run(
+        self, state: TrainingState, rows: Tensor, watch: Watch | None = None
+    ) -> tuple[TrainingState, Tensor]:
         """As `Engine.run`."""
         program = self.problem.program
         program.load(state.parameters)
@@ -77,6 +80,8 @@ class CoordinateAscent:
             guide_turn = (state.step + i) % 2 == 0
             with program.scope(), self._fixed(state.random):
                 terms.append(self._turn(self.guide if guide_turn else self.model, step_rows, guide_turn))
+            if watch is not None:
+                watch.passed(state.step + i + 1)
         return TrainingState(program.tensors(), {}, state.step + len(rows), state.random), torch.stack(terms)
 
     def _turn(self, leaves: list[Tensor], rows: Tensor, to_convergence: bool) -> Tensor:

@@ -16,6 +16,7 @@ from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.engine.tracing import trace_step
 from pyrolvm.inference.engine.untraceable import UntraceableError
+from pyrolvm.inference.engine.watch import Watch
 
 ENGINES = ("auto", "compiled", "eager")
 DEVICES = ("cpu", "cuda")
@@ -48,7 +49,9 @@ class Engine(Protocol):
     def initial_state(self, random: dict[str, Tensor]) -> TrainingState:
         """The state before the first step."""
 
-    def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    def run(
+        self, state: TrainingState, rows: Tensor, watch: Watch | None = None
+    ) -> tuple[TrainingState, Tensor]:
         """Take one step for each row of `rows`.
 
         Parameters
@@ -57,6 +60,8 @@ class Engine(Protocol):
             The state before the first of these steps; engines may update its tensors in place.
         rows : tensor [num_steps, batch], int64
             The row numbers of each step.
+        watch : Watch, optional
+            What is noted between them.
 
         Returns
         -------

@@ -7,18 +7,21 @@ tensors are the buffers that the compiled step writes to; either engine can cont
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from pyrolvm.errors import ProgramError
+from pyrolvm.inference.engine.division import SHARE
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.loops import CudaLoop, Loop
 from pyrolvm.inference.engine.native import LEAST_SECONDS, NativeLoop, is_compiled, seconds_to_compile
 from pyrolvm.inference.engine.problem import Problem
+from pyrolvm.inference.engine.split import SplitLoop, tells
 from pyrolvm.inference.engine.state import TrainingState
 from pyrolvm.inference.engine.tracing import Slots, TracedStep, trace_step
+from pyrolvm.inference.engine.watch import Watch
 from pyrolvm.inference.program.noise import generator_state, kept_generators, noise_state, set_generator_state
 
 CHECKED_STEPS = 2
@@ -75,6 +78,7 @@ class CompiledEngine:
         self.setup_seconds = 0.0
         self._traced = traced or trace_step(problem, *probe(problem)[:2])
         self._slots = _slots(self._traced)
+        self._given: dict[str, dict[str, Tensor]] = {}
         self._loop: Loop | None = None
         self._make_loop = loop or (CudaLoop if problem.program.device.type == "cuda" else NativeLoop)
         self._given_up = False
@@ -89,44 +93,72 @@ class CompiledEngine:
         """The state before the first step: the program's parameters as they are now."""
         return self.eager.initial_state(random)
 
-    def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    def run(
+        self, state: TrainingState, rows: Tensor, watch: Watch | None = None
+    ) -> tuple[TrainingState, Tensor]:
         """As `Engine.run`."""
         usual = len(rows) and rows.shape[1] == len(self._traced.rows)
         if self._given_up or not usual or not (state is self._live or _have_one_count(state)):
-            return self.eager.run(state, rows)
+            return self.eager.run(state, rows, watch)
         done: list[Tensor] = []
         if not self._is_complete(state):
-            state, terms = self.eager.run(state, rows[:1])
+            state, terms = self.eager.run(state, rows[:1], watch)
             rows, done = rows[1:], [terms]
         if len(rows):
-            state, terms = self._run(state, rows) if self._loop else self._first_run(state, rows)
+            run = self._run if self._loop else self._first_run
+            state, terms = run(state, rows, watch)
             done.append(terms)
         return state, torch.cat(done)
 
     def _is_complete(self, state: TrainingState) -> bool:
-        return all(own.keys() <= state.optimizer.get(name, {}).keys() for name, own in self._slots.items())
+        return all(
+            own.keys() <= state.optimizer.get(name, {}).keys()
+            for owner, own in self._slots.items()
+            for name in self._owners(owner)
+        )
 
-    def _first_run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    def _owners(self, name: str) -> Iterable[str]:
+        """The parameters of the program whose slots are those of `name`."""
+        division = self._traced.division
+        return division.shapes if division is not None and name == SHARE else (name,)
+
+    def _first_run(
+        self, state: TrainingState, rows: Tensor, watch: Watch | None
+    ) -> tuple[TrainingState, Tensor]:
         """Compile, and check the first steps against eager ones."""
         before, start = state.clone(), time.perf_counter()
         _, expected = self.eager.run(state.clone(), rows[:CHECKED_STEPS])
         self.problem.program.load(before.parameters)  # so that `state` is intact if compiling is interrupted
         try:
-            self._loop = self._compiled_together()
-            self.num_compilations += 1
-            self.setup_seconds = time.perf_counter() - start
-            after, terms = self.problem.processes.each(lambda: self._checked(before.clone(), rows, expected))
+            return self._begun(before, rows, watch, expected, start)
         except Exception as error:
             if not self.fall_back:
                 raise ProgramError(f"the compiled engine cannot run this program: {error}") from error
             self._given_up = True
             self.setup_seconds = time.perf_counter() - start
             self.note = f"eager engine: compiling failed ({error})"
-            return self.eager.run(before, rows)
-        return after, terms
+            return self.eager.run(before, rows, watch)
 
-    def _checked(self, state: TrainingState, rows: Tensor, expected: Tensor) -> tuple[TrainingState, Tensor]:
-        after, terms = self._run(state, rows)
+    def _begun(
+        self, before: TrainingState, rows: Tensor, watch: Watch | None, expected: Tensor, start: float
+    ) -> tuple[TrainingState, Tensor]:
+        """The first steps of the loop, or of the step in parts where the loop cannot hold sums over processes."""
+        try:
+            self._loop = self._compiled_together()
+            self.num_compilations += 1
+            self.setup_seconds = time.perf_counter() - start
+            return self.problem.processes.each(lambda: self._checked(before.clone(), rows, watch, expected))
+        except Exception as error:
+            if self._make_loop is SplitLoop or not tells(self._traced.graph):
+                raise
+            self._make_loop = SplitLoop
+            self.note += f", in parts between sums over the processes (whole: {error})"
+            return self._begun(before, rows, watch, expected, start)
+
+    def _checked(
+        self, state: TrainingState, rows: Tensor, watch: Watch | None, expected: Tensor
+    ) -> tuple[TrainingState, Tensor]:
+        after, terms = self._run(state, rows, watch)
         _check_equal(terms[:CHECKED_STEPS], expected)
         return after, terms
 
@@ -152,7 +184,7 @@ class CompiledEngine:
             return LEAST_SECONDS
         return seconds_to_compile(self._traced, self.problem.minibatch)
 
-    def _run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    def _run(self, state: TrainingState, rows: Tensor, watch: Watch | None) -> tuple[TrainingState, Tensor]:
         assert self._loop is not None
         self._adopt(state)
         self._live = None  # until the chunk is done
@@ -160,31 +192,49 @@ class CompiledEngine:
         controls = self.problem.controls(state.step, len(rows))
         with kept_generators(device):
             set_generator_state(state.random, device)
-            parts = zip(rows.split(self._loop.capacity), controls.split(self._loop.capacity), strict=True)
-            terms = [self._part(self._loop, *part) for part in parts]
+            size = self._loop.capacity
+            terms = [
+                self._part(self._loop, rows[i : i + size], controls[i : i + size], state.step + i, watch)
+                for i in range(0, len(rows), size)
+            ]
             random = generator_state(device)
         self._live = TrainingState(
             self.problem.program.tensors(),
-            {name: {k: t.to(where) for k, (t, where) in own.items()} for name, own in self._slots.items()},
+            self._whole_slots(),
             state.step + len(rows),
             random,
         )
         return self._live, torch.cat(terms)
 
-    def _part(self, loop: Loop, rows: Tensor, controls: Tensor) -> Tensor:
+    def _part(self, loop: Loop, rows: Tensor, controls: Tensor, step: int, watch: Watch | None) -> Tensor:
         if self.problem.minibatch:
             loop.rows[: len(rows)].copy_(rows)
         loop.controls[: len(rows)].copy_(controls)
         loop.index.zero_()
-        loop.run(len(rows))
+        loop.run(len(rows) if watch is None else watch.parts(step, len(rows)))
         return loop.terms[: len(rows)].to("cpu", copy=True)
+
+    def _whole_slots(self) -> dict[str, dict[str, Tensor]]:
+        """The optimiser's state, of all that is divided."""
+        found = {name: {k: t.to(where) for k, (t, where) in own.items()} for name, own in self._slots.items()}
+        if (division := self._traced.division) is not None:
+            own = found.pop(SHARE, {})
+            self._given = self._given or division.blank(own)
+            division.give(own, self._given)
+            found |= self._given
+        return found
 
     def _adopt(self, state: TrainingState) -> None:
         if state is self._live:
             return
         self.problem.program.load(state.parameters)
+        if (division := self._traced.division) is not None:
+            share = division.take(self.problem.program.parameters, state.optimizer)
+            for key, tensor in zip(self._traced.names, self._traced.state, strict=True):
+                if key in share:
+                    tensor.copy_(share[key])
         for name, own in self._slots.items():
-            for slot, (tensor, _) in own.items():
+            for slot, (tensor, _) in own.items() if name != SHARE else ():
                 tensor.copy_(state.optimizer[name][slot])
 
 

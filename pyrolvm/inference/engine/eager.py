@@ -10,6 +10,7 @@ from pyrolvm.inference.engine.draws import by_inversion
 from pyrolvm.inference.engine.entries import blank_slots, collected, is_per_row, places_of, put_back, taken
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
+from pyrolvm.inference.engine.watch import Watch
 from pyrolvm.inference.program.noise import generator_state, kept_generators, set_generator_state
 
 
@@ -37,7 +38,9 @@ class EagerEngine:
         """The state before the first step: the program's parameters as they are now."""
         return self._state(0, random)
 
-    def run(self, state: TrainingState, rows: Tensor) -> tuple[TrainingState, Tensor]:
+    def run(
+        self, state: TrainingState, rows: Tensor, watch: Watch | None = None
+    ) -> tuple[TrainingState, Tensor]:
         """As `Engine.run`; the new state's tensors are the program's own, updated in place."""
         self._adopt(state)
         program, device = self.problem.program, self.problem.program.device
@@ -45,7 +48,11 @@ class EagerEngine:
         rows = rows.to(device)
         with program.scope(), kept_generators(device), by_inversion():
             set_generator_state(state.random, device)
-            terms = [self._update(r, c) for r, c in zip(rows, controls.tolist(), strict=True)]
+            terms = []
+            for i, (r, c) in enumerate(zip(rows, controls.tolist(), strict=True)):
+                terms.append(self._update(r, c))
+                if watch is not None:
+                    watch.passed(state.step + i + 1)
             random = generator_state(device)
         return self._state(state.step + len(rows), random), torch.stack(terms).cpu()
 

@@ -31,6 +31,11 @@ def collected(gradient: Tensor, places: Tensor) -> Tensor:
     return torch.zeros_like(gradient).index_add(0, places, gradient)
 
 
+def is_elementwise(spec: OptimizerSpec) -> bool:
+    """Whether the optimiser is known to treat every entry of a parameter by itself."""
+    return spec.optimizer in OPTIMIZERS or spec.optimizer in OPTIMIZERS.values()
+
+
 def is_per_row(slot: Tensor, table: Tensor) -> bool:
     """Whether a slot of the optimiser's state has an entry for each row, as its table has."""
     return slot.shape == table.shape
@@ -44,8 +49,7 @@ def blank_slots(spec: OptimizerSpec, table: Tensor) -> dict[str, Tensor]:
     SettingError
         The optimiser is not known to treat every entry by itself.
     """
-    known = spec.optimizer in OPTIMIZERS or spec.optimizer in OPTIMIZERS.values()
-    if not known:
+    if not is_elementwise(spec):
         raise SettingError(
             f"the guide has parameters for each row, and {spec.name} is not known to update every entry by itself: "
             f"choose from {', '.join(OPTIMIZERS)}, or pass the data whole (batch_size=None)"

@@ -83,6 +83,8 @@ def functional(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.Gra
     rewrites.share_equals(flat)
     rewrites.delay_expansions(flat)
     rewrites.hoist_scalars(flat)
+    rewrites.gather_in_place(flat)
+    rewrites.transpose_factors(flat)
     return flat
 
 
@@ -133,7 +135,8 @@ def cpp_source(graph: fx.GraphModule, *, long: bool | None = None) -> str:
 
 def _own_operators() -> dict[str, Any]:
     """Operators of this package's that the step calls as C++, which stands before inductor's."""
-    operators = [torch.ops.pyrolvm.shared_sum.default] if hasattr(torch.ops.pyrolvm, "shared_sum") else []
+    names = ("shared_sum", "shared_scatter", "shared_gather_")
+    operators = [getattr(torch.ops.pyrolvm, n).default for n in names if hasattr(torch.ops.pyrolvm, n)]
     return {"aot_inductor.custom_ops_to_c_shims": {operator: [] for operator in operators}}
 
 
@@ -169,6 +172,7 @@ def _compile(graph: fx.GraphModule, settings: dict[str, Any], least_vectorised: 
         stack.enter_context(_without_reports(mode))
         stack.enter_context(_one_table_of_types())
         stack.enter_context(_vectors_from(least_vectorised))
+        stack.enter_context(_writes_before_reads())
         return compile_fx_inner(
             graph, inputs, cudagraphs=BoxedBool(False), cpp_wrapper=settings["cpp_wrapper"]
         )
@@ -191,6 +195,25 @@ def _reads_or_none() -> Iterator[None]:
         return None
 
     with mock.patch.object(LoopBody, "get_read_expr", read):
+        yield
+
+
+@contextmanager
+def _writes_before_reads() -> Iterator[None]:
+    """Keep what reads a buffer after it was written in place, a dropout's mask, say, behind the writing.
+
+    Where inductor fits loops to each other it finds anew what they read, by names from before the writing: a product of
+    the mask would join a kernel that runs before the mask is drawn.
+    """
+    from torch._inductor.scheduler import SchedulerNode
+
+    original = SchedulerNode.recompute_size_and_body
+
+    def recompute(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
+
+    with mock.patch.object(SchedulerNode, "recompute_size_and_body", recompute):
         yield
 
 

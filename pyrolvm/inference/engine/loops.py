@@ -6,7 +6,7 @@ A loop owns the buffers of a chunk (`index`, `terms`, `controls`, `rows`) and wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -45,13 +45,18 @@ class Loop(Protocol):
     controls: Tensor
     rows: Tensor
 
-    def run(self, num_steps: int) -> None:
-        """Take `num_steps` steps from `index` on, with the controls and rows in the buffers."""
+    def run(self, num_steps: int | Iterable[int]) -> None:
+        """Take `num_steps` steps from `index` on, with the controls and rows in the buffers; or several such pieces."""
 
 
 def chunk_capacity(traced: TracedStep, minibatch: bool) -> int:
     """Steps whose buffers take a few megabytes."""
     return max(1, min(CAPACITY, ROWS_CAPACITY // len(traced.rows))) if minibatch else CAPACITY
+
+
+def lengths_of(num_steps: int | Iterable[int]) -> Iterable[int]:
+    """The pieces that `Loop.run` is asked for."""
+    return (num_steps,) if isinstance(num_steps, int) else num_steps
 
 
 class StaticLoop:
@@ -64,10 +69,11 @@ class StaticLoop:
         self._written = [self.index, self.terms, *traced.state]
 
     @torch.no_grad()
-    def run(self, num_steps: int) -> None:
+    def run(self, num_steps: int | Iterable[int]) -> None:
         """As `Loop.run`."""
-        for _ in range(num_steps):
-            self._advance(*self._inputs)
+        for size in lengths_of(num_steps):
+            for _ in range(size):
+                self._advance(*self._inputs)
 
 
 class CudaLoop(StaticLoop):
@@ -87,11 +93,12 @@ class CudaLoop(StaticLoop):
             for tensor, value in zip(self._written, before, strict=True):
                 tensor.copy_(value)
 
-    def run(self, num_steps: int) -> None:
+    def run(self, num_steps: int | Iterable[int]) -> None:
         """As `Loop.run`."""
         with torch.cuda.device(self._device):
-            for _ in range(num_steps):
-                self._graph.replay()
+            for size in lengths_of(num_steps):
+                for _ in range(size):
+                    self._graph.replay()
 
     def _plain(self) -> None:
         self._advance(*self._inputs)

@@ -2,7 +2,8 @@
 
 A message of gloo goes through the sockets of the machine, at less than a tenth of the bandwidth of its memory, and
 takes a third of a millisecond however short it is. `shared_memory` is a file in memory that all processes map; the sum
-is `cpp/shared_sum.h`, one operator of torch, which the compiled step calls as C++.
+is `cpp/shared_sum.h`, an operator of torch, which the compiled step calls as C++; so are the sum of which each process
+has its share alone, and the shares of all that each of them gets.
 
 Where processes are on several machines, or there is no compiler, they go on with gloo.
 """
@@ -16,6 +17,7 @@ import mmap
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,19 +40,75 @@ OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-shared", "-f
 
 _operators = torch.library.Library("pyrolvm", "FRAGMENT")
 _operators.define("shared_sum(Tensor value, Tensor memory, Tensor place) -> Tensor")
+_operators.define(
+    "shared_scatter(Tensor[] values, Tensor rest, float scale, int length, Tensor memory, Tensor place) -> Tensor"
+)
+_operators.define("shared_gather(Tensor[] like, Tensor share, Tensor memory, Tensor place) -> Tensor[]")
+_operators.define("shared_gather_(Tensor(a!)[] into, Tensor share, Tensor memory, Tensor place) -> ()")
 
 
 def _sum(value: Tensor, memory: Tensor, place: Tensor) -> Tensor:
     found = torch.empty_like(value)
     pointers = (t.data_ptr() for t in (memory, place, value, found))
-    error = _function()(*pointers, value.numel(), TYPES.index(value.dtype))
-    if error is not None:
-        raise RuntimeError(error.decode(errors="replace"))
+    _call("pyrolvm_shared_sum", *pointers, value.numel(), TYPES.index(value.dtype))
     return found
 
 
+def _scatter(
+    values: Sequence[Tensor], rest: Tensor, scale: float, length: int, memory: Tensor, place: Tensor
+) -> Tensor:
+    found = rest.new_empty(length + len(rest))
+    own, others = (_arrays(values), len(values), ctypes.c_double(scale)), (rest.data_ptr(), len(rest))
+    to, kind = (found.data_ptr(), length), TYPES.index(rest.dtype)
+    _call("pyrolvm_shared_scatter", memory.data_ptr(), place.data_ptr(), *own, *others, *to, kind)
+    return found
+
+
+def _gather_into(into: Sequence[Tensor], share: Tensor, memory: Tensor, place: Tensor) -> None:
+    arrays, kind = (_arrays(into), len(into)), TYPES.index(share.dtype)
+    pointers = (t.data_ptr() for t in (memory, place, share))
+    _call("pyrolvm_shared_gather", *pointers, len(share), *arrays, kind)
+
+
+def _gather(like: Sequence[Tensor], share: Tensor, memory: Tensor, place: Tensor) -> list[Tensor]:
+    found = [share.new_empty(t.shape) for t in like]
+    _gather_into(found, share, memory, place)
+    return found
+
+
+def _like_scattered(
+    values: Sequence[Tensor], rest: Tensor, scale: float, length: int, *memory: Tensor
+) -> Tensor:
+    return rest.new_empty(length + len(rest))
+
+
 _operators.impl("shared_sum", _sum, "CPU")
-_operators.impl("shared_sum", lambda value, memory, place: torch.empty_like(value), "Meta")
+_operators.impl("shared_scatter", _scatter, "CPU")
+_operators.impl("shared_gather", _gather, "CPU")
+_operators.impl("shared_gather_", _gather_into, "CPU")
+_operators.impl("shared_sum", lambda value, *memory: torch.empty_like(value), "Meta")
+_operators.impl("shared_scatter", _like_scattered, "Meta")
+_operators.impl(
+    "shared_gather", lambda like, share, *memory: [share.new_empty(t.shape) for t in like], "Meta"
+)
+_operators.impl("shared_gather_", lambda *arguments: None, "Meta")
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of shared_sum_eager.h. Raises `RuntimeError` with what went wrong."""
+    function = getattr(_library(), name)
+    function.restype = ctypes.c_char_p
+    error = function(*(ctypes.c_int64(a) if isinstance(a, int) else a for a in arguments))
+    if error is not None:
+        raise RuntimeError(error.decode(errors="replace"))
+
+
+class _Array(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("length", ctypes.c_int64))
+
+
+def _arrays(tensors: Sequence[Tensor]) -> Any:
+    return (_Array * len(tensors))(*(_Array(t.data_ptr(), t.numel()) for t in tensors))
 
 
 class SharedMemory:
@@ -91,6 +149,25 @@ class SharedMemory:
         found: Tensor = torch.ops.pyrolvm.shared_sum(value.contiguous(), self._memory, self._place)
         return found
 
+    def scatter(self, values: Sequence[Tensor], rest: Tensor, scale: float, length: int) -> Tensor:
+        """The own share of the sum of `scale` times the `values` in a row, and after it the sum of the `rest`."""
+        values, rest = [value.contiguous() for value in values], rest.contiguous()
+        found: Tensor = torch.ops.pyrolvm.shared_scatter(
+            values, rest, scale, length, self._memory, self._place
+        )
+        return found
+
+    def gather(self, share: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """The shares of all processes in a row, as tensors of these shapes."""
+        found: list[Tensor] = torch.ops.pyrolvm.shared_gather(
+            list(like), share.contiguous(), self._memory, self._place
+        )
+        return found
+
+    def gather_into(self, into: Sequence[Tensor], share: Tensor) -> None:
+        """Write the shares of all processes to such tensors."""
+        torch.ops.pyrolvm.shared_gather_(list(into), share, self._memory, self._place)
+
     def close(self) -> None:
         """Take part no more: who waits for this process hears that it has ended."""
         if self._file >= 0:
@@ -123,7 +200,7 @@ def _made(count: int) -> tuple[int, str, bytes] | None:
     """A file of the machine's memory: descriptor, name and its first bytes, which show others that it is the same."""
     token = secrets.token_bytes(LINE // 2)
     try:
-        _library()
+        _path()
         file, name = tempfile.mkstemp(prefix="pyrolvm-", dir=FOLDER)
     except (OSError, native.CompilerError):
         return None
@@ -150,21 +227,18 @@ def _opened(name: str, token: bytes) -> int | None:
 
 def _is_ready() -> bool:
     with suppress(OSError, native.CompilerError):
-        _function()
+        _library()
         return True
     return False
 
 
 @functools.cache
-def _function() -> Any:
-    function = ctypes.CDLL(str(_library())).pyrolvm_shared_sum
-    function.restype = ctypes.c_char_p
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
-    return function
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_path()))
 
 
-def _library() -> Path:
-    """The sum as a library, compiled once on a machine."""
+def _path() -> Path:
+    """The operators as a library, compiled once on a machine."""
     return native.library(
         "\n".join(native.header_text(f"shared_sum{part}.h") for part in ("", "_eager")), OPTIONS
     )

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from pyrolvm.inference.engine import (
     source,
     tracing,
 )
-from pyrolvm.inference.engine.loops import StaticLoop
+from pyrolvm.inference.engine.loops import StaticLoop, lengths_of
 from pyrolvm.inference.engine.tracing import TracedStep
 
 CPP = Path(__file__).with_name("cpp")
@@ -105,12 +105,13 @@ class NativeLoop(StaticLoop):
             _compile(traced, minibatch, self._advance, self._inputs, path)
         self._library = _load(path)
 
-    def run(self, num_steps: int) -> None:
+    def run(self, num_steps: int | Iterable[int]) -> None:
         """As `Loop.run`."""
         with inductor.borrowed(self._inputs) as handles:
-            error = self._library(num_steps, handles)
-        if error is not None:
-            raise RuntimeError(error.decode(errors="replace"))
+            for size in lengths_of(num_steps):
+                error = self._library(size, handles)
+                if error is not None:
+                    raise RuntimeError(error.decode(errors="replace"))
 
 
 def _load(path: Path) -> Callable[..., bytes | None]:
@@ -144,7 +145,7 @@ def _whole(code: str, num_inputs: int) -> str:
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
     steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
     lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {steps}"]
-    sums = ("shared_sum.h", "shared_sum_step.h") if "aoti_torch_cpu_shared_sum" in code else ()
+    sums = ("shared_sum.h", "shared_sum_step.h") if "aoti_torch_cpu_shared_" in code else ()
     return "\n".join([inductor.HEADERS, *lines, *map(header_text, ("runtime.h", *sums)), code])
 
 

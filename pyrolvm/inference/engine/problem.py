@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -23,12 +23,27 @@ from pyrolvm.inference.program.structure import Structure
 from pyrolvm.plates import data_rows
 from pyrolvm.processes import ALONE, Processes
 
+if TYPE_CHECKING:
+    from pyrolvm.inference.engine.division import Division
+
 BOUND = "elbo"
 LEARNING_RATE, KL_WEIGHT = "learning_rate", "kl_weight"
 
 
 class Shared(Protocol):
     """Steps whose rows several processes share: see `engine.sharing`."""
+
+    @property
+    def processes(self) -> Processes:
+        """Who shares."""
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """The parameters that have a gradient in some process."""
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """The buffers that a step changes."""
 
     @property
     def local(self) -> Problem:
@@ -40,6 +55,11 @@ class Shared(Protocol):
 
     def gradients(self, rows: Tensor, values: Sequence[Any]) -> tuple[list[Tensor | None], Tensor]:
         """As `Problem.gradients`, of all rows."""
+
+    def divided(
+        self, rows: Tensor, values: Sequence[Any], division: Division | None
+    ) -> tuple[dict[str, Tensor | None], Tensor, Tensor | None]:
+        """The same by name, those that are divided left out, and of these the own share."""
 
 
 @dataclass
@@ -94,8 +114,8 @@ class Problem:
     def controls(self, first_step: int, num_steps: int) -> Tensor:
         """The scheduled controls of each step: [num_steps, len(scheduled)], float64, on the host."""
         columns = [self.optimizer.learning_rates(first_step, num_steps, self.num_steps)]
-        shares = [min(1.0, (first_step + k + 1) / self.num_steps) for k in range(num_steps)]
         for name in self.scheduled[1:]:
+            shares = (min(1.0, (first_step + k + 1) / self.num_steps) for k in range(num_steps))
             columns.append([value_of(name, self.schedules[name], share) for share in shares])
         return torch.tensor(columns, dtype=torch.float64).T.contiguous()
 

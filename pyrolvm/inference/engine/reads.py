@@ -40,22 +40,31 @@ class ChangingReadError(Exception):
         super().__init__(f"{what} on {cause} {{where}}: {remedy}, or engine='eager'")
 
 
+class Buffer(str):
+    """The name of a module's buffer, which is constant unless the step writes to it."""
+
+
 class Reads(TorchDispatchMode):
     """Answers reads of what is constant, refuses those of what changes between steps.
 
     Parameters
     ----------
     changing : mapping
-        Cause in words -> tensors that change between steps.
+        Cause in words -> tensors that change between steps. What depends on a `Buffer` alone may be read.
     site : callable
         The sample site that was reached last.
+
+    Attributes
+    ----------
+    buffers : set of str
+        Those of which something was read: the record holds as long as nothing writes to them.
     """
 
     def __init__(
         self, changing: Mapping[str, Iterable[Tensor]], site: Callable[[], str | None] = lambda: None
     ) -> None:
         super().__init__()
-        self.site = site
+        self.site, self.buffers = site, set[str]()
         self.causes: dict[int, tuple[StorageWeakRef, str | None]] = {}
         for cause, tensors in changing.items():
             for tensor in tensors:
@@ -72,8 +81,17 @@ class Reads(TorchDispatchMode):
 
     def cause(self, values: Any) -> str | None:
         """What the first of these tensors that changes between steps depends on; None if none does."""
-        known = (self._cause(t) for t in tree_leaves(values) if isinstance(t, Tensor) and t.numel())
-        return next((cause for cause in known if cause is not None), None)
+        tensors = (t for t in tree_leaves(values) if isinstance(t, Tensor) and t.numel())
+        known = [cause for t in tensors if (cause := self._cause(t)) is not None]
+        known.sort(key=lambda cause: isinstance(cause, Buffer))  # first what may not be read
+        return known[0] if known else None
+
+    def check(self, cause: str | None, size: bool = False) -> None:
+        """Refuse a read of what depends on `cause`, unless that may be read."""
+        if isinstance(cause, Buffer):
+            self.buffers.add(cause)
+        elif cause is not None:
+            raise ChangingReadError(cause, size)
 
     def _cause(self, tensor: Tensor) -> str | None:
         memory, cause = self.causes.get(_memory(tensor), (None, None))
@@ -117,8 +135,7 @@ class Reads(TorchDispatchMode):
                         self._caused(tensor, cause)
 
     def _read(self, func: Any, args: tuple, kwargs: dict, cause: str | None) -> Any:
-        if cause is not None:
-            raise ChangingReadError(cause, size=torch.Tag.dynamic_output_shape in func.tags)
+        self.check(cause, size=torch.Tag.dynamic_output_shape in func.tags)
         with unrecorded():
             result = func(*args, **kwargs)
         self._note(func, result, args, None)
@@ -132,8 +149,7 @@ class Reads(TorchDispatchMode):
 
     def _packed(self, values: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
         """Pack by the places of the entries, which the lengths settle."""
-        if (cause := self.cause(lengths)) is not None:
-            raise ChangingReadError(cause, size=True)
+        self.check(self.cause(lengths), size=True)
         with unrecorded():
             places = torch.arange(values.shape[0] * values.shape[1], device=values.device)
             picked, sizes = ATEN._pack_padded_sequence.default(
@@ -152,8 +168,8 @@ class _HostReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if func in HOST and (cause := self.reads.cause(args)) is not None:
-            raise ChangingReadError(cause)
+        if func in HOST:
+            self.reads.check(self.reads.cause(args))
         return func(*args, **(kwargs or {}))
 
 

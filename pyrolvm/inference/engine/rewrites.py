@@ -4,6 +4,8 @@
     share_equals       operations that are written twice, done once
     delay_expansions   elementwise operations before a broadcast, not after it
     hoist_scalars      costly scalars computed once
+    gather_in_place    the shares of other processes written where they belong
+    transpose_factors  the transpose of a product as the product of transposes
 
 Draws remain ATen's own, from the default generators.
 """
@@ -189,6 +191,65 @@ def hoist_scalars(graph: fx.GraphModule) -> None:
         for user in list(node.users):
             if user is not once:
                 user.replace_input_with(node, once)
+    graph.recompile()
+
+
+def gather_in_place(graph: fx.GraphModule) -> None:
+    """Let parameters that are gathered from all processes be written where they stay, without a copy between."""
+    for node in list(graph.graph.nodes):
+        if str(node.target) != "pyrolvm.shared_gather.default":
+            continue
+        into, *others = node.args
+        parts = sorted(node.users, key=lambda part: part.args[1])
+        written = [_only_written(part, to) for part, to in zip(parts, into, strict=False)]
+        if len(parts) != len(into) or not all(written):
+            continue
+        old = [copy for copies in written for copy in copies]
+        with graph.graph.inserting_before(
+            next(n for n in graph.graph.nodes if n.target is WRITE and n in old)
+        ):
+            graph.graph.call_function(torch.ops.pyrolvm.shared_gather_.default, (into, *others))
+        for spent in (*old, *parts, node):
+            graph.graph.erase_node(spent)
+    graph.recompile()
+
+
+COPY, WRITE = torch.ops.aten.copy.default, torch.ops.aten.copy_.default
+
+
+def _only_written(value: fx.Node, to: fx.Node) -> list[fx.Node]:
+    """The operations that write `value` to `to`, the last one first; none if it is used for anything else."""
+    found: list[fx.Node] = []
+    while len(value.users) == 1:
+        value = next(iter(value.users))
+        if value.target not in (COPY, WRITE) or value.args[0] is not to:
+            return []
+        found.insert(0, value)
+    return found if found and found[0].target is WRITE else []
+
+
+def transpose_factors(graph: fx.GraphModule) -> None:
+    """(AB)^T as B^T A^T, so that the gradient of a layer's weights lies in memory as the weights do."""
+    turn, product = torch.ops.aten.permute.default, torch.ops.aten.mm.default
+    for node in list(graph.graph.nodes):
+        source: Any = node.args[0] if node.target is turn else None
+        if (
+            source is None
+            or source.target is not product
+            or list(node.args[1]) != [1, 0]
+            or len(source.users) != 1
+        ):
+            continue
+        with graph.graph.inserting_before(source):
+            factors = [graph.graph.call_function(turn, (factor, [1, 0])) for factor in reversed(source.args)]
+            turned = graph.graph.call_function(product, tuple(factors))
+        for own, factor in zip(factors, reversed(source.args), strict=True):
+            own.meta["val"] = factor.meta["val"].permute(1, 0)
+        with source.meta["val"].fake_mode:
+            turned.meta["val"] = torch.mm(*(factor.meta["val"] for factor in factors))
+        node.replace_all_uses_with(turned)
+        for old in (node, source):
+            graph.graph.erase_node(old)
     graph.recompile()
 
 

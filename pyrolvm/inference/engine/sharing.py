@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from pyrolvm.errors import ProgramError, SettingError
+from pyrolvm.inference.engine.division import Division
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
@@ -89,27 +90,36 @@ class Sharing:
 
     def gradients(self, rows: Tensor, values: Sequence[Any] = ()) -> tuple[list[Tensor | None], Tensor]:
         """The gradients and terms of the whole batch: as `Problem.gradients`, for all `rows` [B]."""
+        found, terms, _ = self.divided(rows, values, None)
+        return list(found.values()), terms
+
+    def divided(
+        self, rows: Tensor, values: Sequence[Any], division: Division | None
+    ) -> tuple[dict[str, Tensor | None], Tensor, Tensor | None]:
+        """The same by name, those that are divided left out, and of these the own share [S]."""
         program = self.local.program
         before = [program.buffers[name].detach().clone() for name in self.moved]
-        found, terms = self.own(rows, values)
-        for name, gradient, trained in zip(program.parameters, found, self.trained, strict=True):
+        gradients, terms = self.own(rows, values)
+        for name, gradient, trained in zip(program.parameters, gradients, self.trained, strict=True):
             if gradient is not None and not trained:
                 raise ProgramError(
                     f"the parameter '{name}' has a gradient in some steps only, which several processes cannot train: "
                     "pass parallel=False"
                 )
-        found = self._placed(found)
+        found = dict(zip(program.parameters, self._placed(gradients), strict=True))
         moved = [program.buffers[name] for name in self.moved]
         changes = [new.detach() - old for new, old in zip(moved, before, strict=True)]
-        given = [g for g in found if g is not None]
-        reduced = self._reduced([*given, terms, *changes])
+        divided = {name: found.pop(name) for name in (division.shapes if division is not None else ())}
+        apart = [g for g in divided.values() if g is not None]
+        given = [g for g in found.values() if g is not None]
+        share, reduced = self._reduced([*given, terms, *changes], apart, division)
         totals = iter(reduced)
-        found = [None if g is None else next(totals) for g in found]
+        found = {name: None if g is None else next(totals) for name, g in found.items()}
         terms = next(totals)
         with torch.no_grad():
             for buffer, old, change in zip(moved, before, totals, strict=True):
                 buffer.copy_(old + change)
-        return found, terms
+        return found, terms, share
 
     def own(self, rows: Tensor, values: Sequence[Any]) -> tuple[list[Tensor | None], Tensor]:
         """The gradients and terms of the own rows of a batch."""
@@ -136,12 +146,17 @@ class Sharing:
                 found.append(gradient if blank is None else blank.index_copy(0, self.places, gradient))
         return found
 
-    def _reduced(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The mean of each part by the rows of the processes, all in one message."""
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        total = self.processes.sum(flat * self.part)
+    def _reduced(
+        self, parts: Sequence[Tensor], apart: Sequence[Tensor], division: Division | None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The mean of each part by the rows of the processes, all in one message; of those `apart` the own share."""
+        share, own = None, self.part * torch.cat([part.reshape(-1) for part in parts])
+        if division is None:
+            total = self.processes.sum(own)
+        else:
+            share, total = division.summed(apart, self.part, own)
         sizes = [part.numel() for part in parts]
-        return [t.reshape(p.shape).to(p.dtype) for t, p in zip(total.split(sizes), parts, strict=True)]
+        return share, [t.reshape(p.shape).to(p.dtype) for t, p in zip(total.split(sizes), parts, strict=True)]
 
 
 def shared(problem: Problem, processes: Processes, rows: Tensor, seed: int) -> tuple[Problem, str]:

@@ -82,7 +82,8 @@ def _masked_dot(weight: Tensor, cost: Tensor) -> Tensor:
 class _NoShortcuts(TorchFunctionMode):
     """`Dice.compute_expectation` branches on whether some weight is 0; `_masked_dot` needs no branch.
 
-    `one_hot` looks whether its values fit; a comparison with every class does not.
+    `one_hot` looks whether its values fit; a comparison with every class does not. `pad_packed_sequence` writes the
+    lengths past what records operations; the same are counted from the sizes of the steps.
     """
 
     def __torch_function__(
@@ -92,6 +93,9 @@ class _NoShortcuts(TorchFunctionMode):
             return True
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "_pad_packed_sequence":
+            padded, lengths = func(*args, **(kwargs or {}))
+            return padded, (args[1].unsqueeze(-1) > torch.arange(len(lengths))).sum(0)
         return func(*args, **(kwargs or {}))
 
 

@@ -10,28 +10,24 @@ The values that Pyro and the optimiser read on the host are replaced (`static`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 
 from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.engine.division import SHARE, Division, division
 from pyrolvm.inference.engine.draws import by_inversion
-from pyrolvm.inference.engine.entries import collected, is_per_row, places_of
 from pyrolvm.inference.engine.problem import Problem
-from pyrolvm.inference.engine.reads import ROWS, Reads
-from pyrolvm.inference.engine.static import TensorScalars, static_pyro
+from pyrolvm.inference.engine.reads import ROWS, Buffer, Reads
+from pyrolvm.inference.engine.static import static_pyro
 from pyrolvm.inference.engine.untraceable import check_writes, explained, kept
+from pyrolvm.inference.engine.updating import is_by_row, updated
 from pyrolvm.inference.program.noise import kept_generators
 
 Slots = dict[str, dict[str, Tensor]]
-
-# their usual form branches on the count of steps or on gradients
-BRANCHING = (torch.optim.RAdam, torch.optim.Rprop, torch.optim.ASGD)
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,9 @@ class TracedStep:
         The other tensors that the program reads.
     num_controls : int
         Controls of a step; the first is the learning rate.
+    division : Division, optional
+        How the optimiser's work is divided among processes. `state` then has a share in place of the slots of the
+        parameters that are divided.
     known : dict
         What has been found out about the step.
     """
@@ -71,6 +70,7 @@ class TracedStep:
     num_controls: int = 1
     num_terms: int = 1
     by_row: frozenset[int] = frozenset()
+    division: Division | None = None
     known: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def in_place(self, capacity: int, minibatch: bool) -> tuple[Callable[..., tuple[()]], list[Tensor]]:
@@ -169,24 +169,35 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         The program cannot be traced as one graph.
     """
     program, device = problem.program, problem.program.device
+    parted = division(problem, slots)
     state = {f"parameters/{k}": v for k, v in program.tensors().items()}
     for name, own in slots.items():
-        state |= {f"optimizer/{k}/{name}": v.to(device, copy=True) for k, v in own.items()}
+        if parted is None or name not in parted.shapes:
+            state |= {f"optimizer/{k}/{name}": v.to(device, copy=True) for k, v in own.items()}
+    if parted is not None:
+        state |= parted.take(program.parameters, slots)
     data = [t for _, t in problem.data.tensors()]
     rate, *others = problem.controls(0, 1)[0].to(device)
     controls = [rate.clone(), *(value.to(program.dtype, copy=True) for value in others)]
     inputs = [*state.values(), *data, rows.to(device, copy=True), *controls]
     written: list[str] = []
+    read: set[str] = set()
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        with Reads(_changing(problem, state, flat, len(controls)), lambda: site.name):
-            return step(*flat)
+        with Reads(_changing(problem, state, flat, len(controls)), lambda: site.name) as reads:
+            found = step(*flat)
+        read.update(reads.buffers)
+        return found
 
     def step(*flat: Tensor) -> tuple[Tensor, ...]:
         at = dict(zip(state, flat, strict=False))
         rows, rate, *others = flat[len(flat) - len(controls) - 1 :]
-        gradients, terms = problem.gradients(rows, others)
-        new = _update(problem, at, gradients, rate, rows)
+        gradients, terms = _gradients(problem, parted, rows, others)
+        new = updated(problem, at, gradients, rate, rows, parted)
+        if parted is not None:
+            divided = [f"parameters/{name}" for name in parted.shapes]
+            whole = parted.memory.gather(new[f"parameters/{SHARE}"], [at[key] for key in divided])
+            new |= dict(zip(divided, whole, strict=True))
         written[:] = new
         return (*new.values(), terms)
 
@@ -199,7 +210,7 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         by_inversion(),
     ):
         graph, constants = graphs.record(run, inputs)
-    check_writes(graph, list(state), len(inputs))
+    check_writes(graph, list(state), len(inputs), read)
     names = tuple(state)
     return TracedStep(
         graph,
@@ -212,85 +223,32 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         program.dtype,
         len(controls),
         len(problem.terms),
-        frozenset(i for i, key in enumerate(names) if _is_by_row(problem, key, state)),
+        frozenset(i for i, key in enumerate(names) if is_by_row(problem, key, state)),
+        parted,
     )
+
+
+def _gradients(
+    problem: Problem, parted: Division | None, rows: Tensor, values: Sequence[Any]
+) -> tuple[dict[str, Tensor | None], Tensor]:
+    """The gradient of each parameter that the optimiser trains, and the terms."""
+    if parted is None or problem.sharing is None:
+        gradients, terms = problem.gradients(rows, values)
+        return dict(zip(problem.program.parameters, gradients, strict=True)), terms
+    found, terms, share = problem.sharing.divided(rows, values, parted)
+    return found | {SHARE: share}, terms
 
 
 def _changing(
     problem: Problem, state: dict[str, Tensor], flat: Sequence[Tensor], num_controls: int
 ) -> dict[str, list[Tensor]]:
     """What is another value in the next step, in words."""
-    found = {f"'{key.partition('/')[2]}'": [value] for key, value in zip(state, flat, strict=False)}
+    buffers = {f"parameters/{name}" for name in problem.program.buffers}
+    found = {
+        (Buffer if key in buffers else str)(f"'{key.partition('/')[2]}'"): [value]
+        for key, value in zip(state, flat, strict=False)
+    }
     found["a control"] = list(flat[len(flat) - num_controls :])
     if problem.minibatch:
         found[ROWS] = [flat[len(flat) - num_controls - 1]]
     return found
-
-
-def _is_by_row(problem: Problem, key: str, state: dict[str, Tensor]) -> bool:
-    """Whether a step updates the rows of its batch alone in the tensor of this name."""
-    kind, _, owner = key.partition("/")
-    owner = owner if kind == "parameters" else owner.partition("/")[2]
-    return owner in problem.tables and is_per_row(state[key], state[f"parameters/{owner}"])
-
-
-def _update(
-    problem: Problem,
-    state: dict[str, Tensor],
-    gradients: Sequence[Tensor | None],
-    learning_rate: Tensor,
-    rows: Tensor,
-) -> dict[str, Tensor]:
-    """New values of the parameters that have a gradient and of their slots, by torch's own optimiser.
-
-    Of tables they are those of the batch's entries.
-    """
-    names = list(problem.program.parameters)
-    by_row = {key for key in state if _is_by_row(problem, key, state)}
-    state = {key: value.index_select(0, rows) if key in by_row else value for key, value in state.items()}
-    places = places_of(rows) if by_row else rows
-    gradients = [
-        collected(g, places) if g is not None and name in problem.tables else g
-        for name, g in zip(names, gradients, strict=True)
-    ]
-    parameters = [state[f"parameters/{name}"].detach().clone() for name in names]
-    optimizer = problem.optimizer.build(parameters)
-    # the single-tensor form is the one without host-side grouping; all forms compute the same
-    for group in optimizer.param_groups:
-        group.update(lr=learning_rate, foreach=False, fused=False)
-    # all have taken as many steps (see `CompiledEngine.run`): what follows from the count is computed once for all
-    steps = [value for key, value in state.items() if key.startswith("optimizer/step/")]
-    old: dict[str, Tensor] = {}
-    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
-        parameter.grad = gradient
-        for key, value in state.items():
-            kind, _, slot = key.partition("/")
-            slot, _, owner = slot.partition("/")
-            if kind == "optimizer" and owner == name:
-                # the host computes with the step count in double precision
-                own = steps[0].to(torch.float64, copy=True) if slot == "step" else value.clone()
-                optimizer.state[parameter][slot] = own
-                old[key] = value
-    with ExitStack() as stack:
-        stack.enter_context(TensorScalars())
-        stack.enter_context(torch.no_grad())
-        if isinstance(optimizer, BRANCHING):
-            # their form for graphs, which refuses the CPU unless something is being compiled
-            optimizer.param_groups[0]["capturable"] = True
-            stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", return_value=True))
-        if problem.optimizer.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, problem.optimizer.clip_norm, foreach=False)
-        for name, parameter in zip(names, parameters, strict=True):
-            if name in problem.tables and parameter.grad is not None:
-                parameter.grad = parameter.grad.index_select(0, places)
-        optimizer.step()
-    new = {}
-    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
-        if gradient is None:
-            continue
-        new[f"parameters/{name}"] = parameter
-        for slot, value in optimizer.state[parameter].items():
-            key = f"optimizer/{slot}/{name}"
-            if isinstance(value, Tensor):
-                new[key] = value.to(old[key].dtype)
-    return new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,11 @@ def kept(program: Program) -> Iterator[None]:
                 tensor.copy_(values[name])
 
 
-def check_writes(graph: fx.GraphModule, names: list[str], num_inputs: int) -> None:
-    """Raise `UntraceableError` if the graph writes to something else than its first inputs, which have names."""
+def check_writes(graph: fx.GraphModule, names: list[str], num_inputs: int, read: Collection[str]) -> None:
+    """Raise `UntraceableError` if the graph writes to something else than its first inputs, which have `names`.
+
+    Nor may it write to those that were `read` while it was recorded.
+    """
     for position in graphs.written_inputs(graph):
         if position >= len(names):
             raise UntraceableError(
@@ -63,6 +66,8 @@ def check_writes(graph: fx.GraphModule, names: list[str], num_inputs: int) -> No
                 if position >= num_inputs
                 else "the program writes to its data in place"
             )
+        if (name := f"'{names[position].partition('/')[2]}'") in read:
+            raise UntraceableError(f"Python reads or branches on {name}, to which each step writes")
 
 
 class LastSite(Messenger):

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyrolvm.data.arrays import Batch
 from pyrolvm.data.far.places import Place
 from pyrolvm.data.far.streamed import StreamedDataset
 from pyrolvm.data.far.writing import AnswerFile, check_answer_file
@@ -107,10 +106,10 @@ def write_answers(
     processes = here() if parallel else ALONE
     rows = _Rows(fitted, data)
     size = max(1, min(PART_ROWS, PART_BYTES // rows.row_bytes)) if part_rows is None else part_rows
-    file = AnswerFile(place, rows.num_rows, count("part_rows", size))
+    file = AnswerFile(place, rows.source.num_rows, count("part_rows", size))
     ask = partial(_asked, fitted, QUESTIONS[question], options, seed, rows)
     record = {"question": question, "options": {k: repr(v) for k, v in options.items()}, "seed": seed}
-    record |= {"data": rows.fingerprint(), "fit": _fingerprint(fitted)}
+    record |= {"data": rows.source.fingerprint(), "fit": _fingerprint(fitted)}
     limit = _khat_limit(question, options)
     with processes.losses_named():
         _check_alike(processes, record)
@@ -122,7 +121,7 @@ def write_answers(
         ) as bar:
             processes.each(lambda: _write(file, parts, ask, limit, bar))
         notes = processes.first(file.finish)
-    return _answers(place.name, rows.num_rows, notes)
+    return _answers(place.name, rows.source.num_rows, notes)
 
 
 def _write(
@@ -160,37 +159,26 @@ class _Rows:
     """Any data, some rows at a time."""
 
     def __init__(self, fitted: FittedModel, data: Any) -> None:
-        self.streamed = data if isinstance(data, StreamedDataset) else None
-        self.batch: Batch | None = None if self.streamed is not None else fitted.batch(data)
-        self._reader = None if self.streamed is None else self.streamed.reader()
+        streamed = isinstance(data, StreamedDataset)
+        self.source: Any = (
+            data if streamed else fitted.batch(data)
+        )  # either counts its rows and has a fingerprint
         self.labels = getattr(data, "labels", None)
-
-    @property
-    def num_rows(self) -> int:
-        if self.streamed is not None:
-            return self.streamed.num_rows
-        assert self.batch is not None
-        return self.batch.num_rows
+        self._reader = data.reader() if streamed else None
 
     @property
     def row_bytes(self) -> int:
-        if self.streamed is not None:
-            return self.streamed.row_bytes
-        assert self.batch is not None
-        return 4 * max(1, sum(t.numel() for _, t in self.batch.tensors()) // max(1, self.num_rows))
-
-    def fingerprint(self) -> str:
-        source: Any = self.batch if self.streamed is None else self.streamed
-        return source.fingerprint()
+        if self._reader is not None:
+            return self.source.row_bytes
+        return 4 * max(1, sum(t.numel() for _, t in self.source.tensors()) // max(1, self.source.num_rows))
 
     def take(self, first: int, stop: int) -> tuple[Any, np.ndarray | None]:
         """(rows `first .. stop - 1` as a question takes them, their labels)."""
         if self._reader is not None:
             found = self._reader.rows(first, stop)
             return found, found.labels
-        assert self.batch is not None
-        rows = torch.arange(first, stop, device=self.batch.indices.device)
-        return self.batch.take(rows), None if self.labels is None else np.asarray(self.labels)[first:stop]
+        rows = torch.arange(first, stop, device=self.source.indices.device)
+        return self.source.take(rows), None if self.labels is None else np.asarray(self.labels)[first:stop]
 
 
 def _asked(
@@ -253,19 +241,13 @@ def _answers(path: Path | str, num_rows: int, notes: list[dict[str, Any]]) -> An
 
 def _merged(parts: list[list[Any]]) -> list[float]:
     """[mean, sd (of one less than the number), min, max, missing] of all parts."""
-    number, mean, squares = 0, 0.0, 0.0
-    for n, m, s, *_ in parts:
-        if n:
-            apart, total = m - mean, number + n
-            squares += s + apart**2 * number * n / total
-            mean, number = mean + apart * n / total, total
-    low = [p[3] for p in parts if p[3] is not None]
-    high = [p[4] for p in parts if p[4] is not None]
-    missing = sum(p[5] for p in parts)
-    if not number:
-        return [np.nan, np.nan, np.nan, np.nan, missing]
-    sd = float(np.sqrt(squares / (number - 1))) if number > 1 else np.nan
-    return [mean, sd, min(low), max(high), missing]
+    n, means, squares, low, high, missing = np.array(parts, dtype=float).T  # None is NaN
+    if not (number := n.sum()):
+        return [np.nan, np.nan, np.nan, np.nan, int(missing.sum())]
+    mean = (n * means).sum() / number
+    total = (squares + n * (means - mean) ** 2).sum()
+    sd = np.sqrt(total / (number - 1)) if number > 1 else np.nan
+    return [mean, sd, np.nanmin(low), np.nanmax(high), int(missing.sum())]
 
 
 def draws_of(method: str, num_samples: int | None) -> int | None:

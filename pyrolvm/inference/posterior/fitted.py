@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior import evidence, locating, refine, rows, saving
 from pyrolvm.inference.posterior.corrected import corrected as corrected_draws
 from pyrolvm.inference.posterior.covariance import covariance
-from pyrolvm.inference.posterior.generation import Generator
+from pyrolvm.inference.posterior.generation import generated
 from pyrolvm.inference.posterior.imputation import Imputation, impute
 from pyrolvm.inference.posterior.laplace import laplace_approximation
 from pyrolvm.inference.posterior.record import Record, model_record
@@ -189,11 +189,8 @@ class FittedModel(Record):
             The mean of p(x | z) instead of a draw from it (grey levels instead of black and white).
         """
         self._check_observes()
-        generator = Generator(
-            self.program, self.structure, self.example, self.num_rows, rows.num_carrying(self), self.call
-        )
         with self._noise(seed, Purpose.GENERATE):
-            return locating.one_or_all(generator(count("num_samples", num_samples), given, mean))
+            return locating.one_or_all(generated(self, count("num_samples", num_samples), given, mean))
 
     @torch.no_grad()
     def log_evidence(

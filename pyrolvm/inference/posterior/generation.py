@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,92 +11,63 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrolvm.data.arguments import leaves
-from pyrolvm.data.arrays import Batch, as_batch, as_tensor
+from pyrolvm.data.arrays import as_batch, as_tensor
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import DataError, ProgramError, SettingError
+from pyrolvm.inference.posterior.record import Record
+from pyrolvm.inference.posterior.rows import num_carrying
 from pyrolvm.inference.posterior.suiting import carries
+from pyrolvm.inference.program.draws import tidy
 from pyrolvm.inference.program.handlers import kind_of, location
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.running import explained
-from pyrolvm.inference.program.structure import Structure, sample_sites
+from pyrolvm.inference.program.structure import sample_sites
 
 
-@dataclass
-class Generator:
-    """Runs a model without its data.
-
-    Parameters
-    ----------
-    example : Batch or None
-        Rows that the program can be called with.
-    num_rows : int
-        N, the rows it was fitted to.
-    num_arguments : int
-        Arguments that hold rows.
-    call : Batch or None
-        A call of the program, whose settings are used again.
-    """
-
-    program: Program
-    structure: Structure
-    example: Batch | None
-    num_rows: int
-    num_arguments: int
-    call: Batch | None = None
-
-    def __call__(self, num_samples: int, given: Any, mean: bool) -> dict[str, Tensor]:
-        """Observed site -> [num_samples, ...], each row at a draw of the global latents of its own."""
-        pair = self._pair(num_samples, given)
-        with explained(pair.batch, "model"):
-            return self._made(pair, num_samples, mean)
-
-    def _made(self, pair: Pair, num_samples: int, mean: bool) -> dict[str, Tensor]:
-        rows = self.structure.chunkable
-        if rows and not self.structure.global_latents:
-            return _generated(pair, {}, mean)
+def generated(fitted: Record, num_samples: int, given: Any, mean: bool) -> dict[str, Tensor]:
+    """Observed site -> [num_samples, ...], each row at a draw of the global latents of its own."""
+    structure, pair = fitted.structure, _pair(fitted, num_samples, given)
+    rows = structure.chunkable
+    with explained(pair.batch, "model"):
+        if rows and not structure.global_latents:
+            return _made(pair, {}, mean)
         singles = pair.split(1) if rows else [pair] * num_samples
-        parts = [_generated(single, self._global_draw(), mean) for single in singles]
-        join = torch.cat if rows else torch.stack
-        return {n: join([p[n] for p in parts]) for n in parts[0]}
-
-    def _pair(self, num_samples: int, given: Any) -> Pair:
-        """The pair that makes `num_samples` rows: on what is given, or on placeholders for the data."""
-        rows = torch.arange(num_samples, device=self.program.device)
-        if given is not None:
-            batch = conditioned(self.program, given, num_samples, self.call)
-        elif self.structure.chunkable and self.num_arguments > 1:
-            raise SettingError(
-                "the program has several arguments, and sample() does not know which values to condition on: pass "
-                "given={...} with all arguments but the data, e.g. sample(3, given={'y': labels})"
-            )
-        elif not self.structure.chunkable:
-            batch = real_rows(self.example)
-        elif self.program.contract is not None:  # a model of the contract generates when it is given None
-            batch = Batch((None,), rows=rows, total=num_samples)
-        else:
-            example = real_rows(self.example)
-            batch = example.take(rows % example.num_rows).numbered(rows).of(num_samples)
-        return Pair(self.program, self.structure, batch)
-
-    def _global_draw(self) -> dict[str, Tensor]:
-        """The global latents, drawn from the guide."""
-        names = {s.name for s in self.structure.global_latents}
-        if not names:
-            return {}
-        nothing = self.example is None and self.program.contract is not None
-        example = Batch((None,)) if nothing else real_rows(self.example)
-        guide = Pair(self.program, self.structure, example.of(self.num_rows)).guide()
-        return {s["name"]: s["value"] for s in sample_sites(guide) if s["name"] in names}
+        parts = [_made(single, _global_draw(fitted), mean) for single in singles]
+    join = torch.cat if rows else torch.stack
+    return {n: join([p[n] for p in parts]) for n in parts[0]}
 
 
-def real_rows(example: Batch | None) -> Batch:
-    """Rows that the program can be called with; `ProgramError` for a loaded fit that has none."""
-    if example is None:
-        raise ProgramError(
-            "a run folder keeps no rows of its data, and this needs some: load it with "
-            "pyrolvm.load(path, ..., example=x)"
+def _pair(fitted: Record, num_samples: int, given: Any) -> Pair:
+    """The pair that makes `num_samples` rows: on what is given, or on placeholders for the data."""
+    program, structure = fitted.program, fitted.structure
+    rows = torch.arange(num_samples, device=program.device)
+    if given is not None:
+        batch = conditioned(program, given, num_samples, fitted.call)
+    elif structure.chunkable and num_carrying(fitted) > 1:
+        raise SettingError(
+            "the program has several arguments, and sample() does not know which values to condition on: pass "
+            "given={...} with all arguments but the data, e.g. sample(3, given={'y': labels})"
         )
-    return example
+    elif not structure.chunkable:
+        batch = fitted.real_rows
+    elif program.contract is not None:  # a model of the contract generates when it is given None
+        batch = Batch((None,), rows=rows, total=num_samples)
+    else:
+        example = fitted.real_rows
+        batch = example.take(rows % example.num_rows).numbered(rows).of(num_samples)
+    return Pair(program, structure, batch)
+
+
+def _global_draw(fitted: Record) -> dict[str, Tensor]:
+    """The global latents, drawn from the guide."""
+    names = {s.name for s in fitted.structure.global_latents}
+    if not names:
+        return {}
+    nothing = fitted.example is None and fitted.program.contract is not None
+    example = Batch((None,)) if nothing else fitted.real_rows
+    guide = Pair(fitted.program, fitted.structure, example.of(fitted.num_rows)).guide()
+    return {s["name"]: s["value"] for s in sample_sites(guide) if s["name"] in names}
 
 
 def conditioned(program: Program, given: Any, num_samples: int, call: Batch | None = None) -> Batch:
@@ -161,18 +131,20 @@ def _settings(call: Batch | None, names: list[str]) -> dict[str, Any]:
     return found | {name: v for name, v in call.kwargs.items() if not carries(call, name)}
 
 
-def _generated(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, Tensor]:
+def _made(pair: Pair, shared: dict[str, Tensor], mean: bool) -> dict[str, Tensor]:
     """Observed site -> a draw, or the mean of its distribution, at one draw of the global latents."""
     model = pair.simulate(given=shared)
-    return locations(pair, model) if mean else {s["name"]: s["value"] for s in _data_sites(pair, model)}
+    if mean:
+        return locations(pair, model)
+    return {s["name"]: tidy(pair.structure, s, s["value"])[0] for s in _data_sites(pair, model)}
 
 
 def locations(pair: Pair, model: Trace) -> dict[str, Tensor]:
-    """Observed site -> the mean of its distribution in a trace of the model."""
+    """Observed site -> the mean of its distribution in a trace of the model: [rows, ...]."""
     found = {}
     for site in _data_sites(pair, model):
         try:
-            found[site["name"]] = location(site["fn"])
+            found[site["name"]] = tidy(pair.structure, site, location(site["fn"]))[0]
         except NotImplementedError:
             raise ProgramError(
                 f"the distribution of '{site['name']}' ({kind_of(site['fn'])}) has neither a mean nor sample(): "

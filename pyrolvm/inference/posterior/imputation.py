@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import DataError, SettingError
 from pyrolvm.inference.program.draws import Draws
 from pyrolvm.inference.program.structure import Structure

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, RunFolderError
 from pyrolvm.files import FORMAT, read_json, read_tensors
 from pyrolvm.inference.posterior.convergence import recorded
@@ -23,13 +23,6 @@ from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.routes import row_guide
 from pyrolvm.inference.program.structure import Plate, Site, Structure
 
-DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (
-        torch.float16, torch.bfloat16, torch.float32, torch.float64,
-        torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
 KEYS = [
     "model",
     "settings",
@@ -155,6 +148,10 @@ def _initialise(program: Program, placeholder: Batch | None, saved: dict[str, Te
         ) from error
 
 
+class _NotKeptError(Exception):
+    """An argument was an object, which a file does not give back."""
+
+
 def _placeholder(arguments: dict[str, Any], path: Path) -> Batch | None:
     """A call with zeros for the data; None if an argument is an object, which a file does not give back."""
     shared = set[str]()
@@ -163,7 +160,7 @@ def _placeholder(arguments: dict[str, Any], path: Path) -> Batch | None:
         if record is None:
             return None
         if "setting" in record:
-            raise LookupError
+            raise _NotKeptError
         if "shape" in record:
             shared.update({name} if record.get("shared") else ())
             return torch.zeros(record["shape"], dtype=_dtype(record["dtype"], path))
@@ -177,9 +174,7 @@ def _placeholder(arguments: dict[str, Any], path: Path) -> Batch | None:
     try:
         args = tuple(made(record, f"args[{i}]") for i, record in enumerate(arguments["positional"]))
         kwargs = {k: made(record, k) for k, record in arguments["keyword"].items()}
-    except LookupError as error:
-        if isinstance(error, KeyError | IndexError):
-            raise
+    except _NotKeptError:
         return None
     batch = Batch(args, kwargs, shared=frozenset(shared))
     return batch.of(max(int(arguments["total"]), len(batch.indices)))
@@ -199,9 +194,10 @@ def _structure(record: dict[str, Any]) -> Structure:
 
 
 def _dtype(name: Any, path: Path) -> torch.dtype:
-    if name not in DTYPES:
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
         raise RunFolderError(f"{path / CONFIG} is damaged: {name!r} is no type of tensors")
-    return DTYPES[name]
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:

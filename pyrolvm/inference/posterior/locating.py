@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.posterior import decoding
 from pyrolvm.inference.posterior.generation import locations
+from pyrolvm.inference.program.draws import tidy
 from pyrolvm.inference.program.handlers import Means
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
@@ -78,5 +79,7 @@ def _codes(pair: Pair, names: set[str]) -> dict[str, Tensor]:
     for site in (s for s in sample_sites(pair.guide(None, Means())) if s["name"] in names):
         probs = getattr(site["fn"], "probs", None)
         discrete = getattr(site["fn"], "has_enumerate_support", False)
-        found[site["name"]] = probs if discrete and probs is not None else site["value"]
+        value = probs if discrete and probs is not None else site["value"]
+        event_dims = value.dim() - len(site["fn"].batch_shape)
+        found[site["name"]] = tidy(pair.structure, site, value, event_dims)[0]
     return found

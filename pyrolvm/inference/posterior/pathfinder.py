@@ -95,7 +95,8 @@ def pathfinder(
     DivergenceError
         No path found a normal with a finite bound.
     """
-    count("num_samples", num_samples), count("num_paths", num_paths)
+    count("num_samples", num_samples)
+    count("num_paths", num_paths)
     log_joint = LogJoint(_whole(model, data, seed))
     paths = find_paths(log_joint, derived_seed(seed, Purpose.START, 4) % 2**31, num_paths)
     if not paths:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.posterior.evidence import DRAWS, evidence_table
 from pyrolvm.inference.posterior.fitted import FittedModel
+from pyrolvm.inference.program.draws import tidy
 from pyrolvm.inference.program.handlers import Means
 from pyrolvm.inference.program.structure import base
 
@@ -89,7 +90,7 @@ def deviations(fitted: FittedModel, x: Any) -> dict[str, Tensor]:
         # an AutoGuide computes its latents from auxiliary draws: of such a point the spread is not 0 but unknown
         found = {n: fn for n, fn in found.items() if not isinstance(base(fn), Delta)}
         try:
-            parts.append({n: d.stddev.expand_as(trace.nodes[n]["value"]) for n, d in found.items()})
+            parts.append({n: tidy(pair.structure, trace.nodes[n], d.stddev)[0] for n, d in found.items()})
         except NotImplementedError:
             return {}
     return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
+from pyrolvm.errors import ProgramError
 from pyrolvm.inference.posterior.convergence import Convergence, unknown
-from pyrolvm.inference.posterior.generation import real_rows
 from pyrolvm.inference.posterior.history import held_out_elbo
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
@@ -78,7 +78,17 @@ class Record:
     @property
     def vectorized(self) -> bool:
         """Whether draws are taken at once (tried out on the first use) or one by one."""
-        return Pair(self.program, self.structure, real_rows(self.example)).vectorized
+        return Pair(self.program, self.structure, self.real_rows).vectorized
+
+    @property
+    def real_rows(self) -> Batch:
+        """Rows that the program can be called with; `ProgramError` for a loaded fit that has none."""
+        if self.example is None:
+            raise ProgramError(
+                "a run folder keeps no rows of its data, and this needs some: load it with "
+                "pyrolvm.load(path, ..., example=x)"
+            )
+        return self.example
 
 
 def model_record(model: Any) -> dict[str, Any]:

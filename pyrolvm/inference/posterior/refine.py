@@ -23,11 +23,12 @@ import torch
 from pyro.infer import TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, SettingError, count, one_of
 from pyrolvm.inference.engine import Problem, TrainingState, choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import prepare
+from pyrolvm.inference.posterior.evidence.chunks import joint_draws
 from pyrolvm.inference.posterior.record import Record
 from pyrolvm.inference.posterior.rows import batch_of, check_columns, is_training_data
 from pyrolvm.inference.posterior.suiting import suited
@@ -246,16 +247,10 @@ def _bounds(pair: Pair, seed: int, stream: int) -> Tensor:
     parts = []
     for i, chunk in enumerate(pair.chunks(JUDGED_DRAWS)):
         with seeded(derived_seed(seed, Purpose.REFINE, 3, stream, i), pair.device):
-            parts.append(torch.cat(list(_weights(chunk))))
+            drawn = joint_draws(chunk, JUDGED_DRAWS)
+            each = [chunk.densities(m, g, chunk.held(g)).log_weight.double() for m, g, _ in drawn]
+            parts.append(torch.cat(each))
     return torch.cat(parts, 1)
-
-
-def _weights(pair: Pair) -> Any:
-    size = pair.at_once(JUDGED_DRAWS)
-    for first in range(0, JUDGED_DRAWS, size):
-        draws = min(size, JUDGED_DRAWS - first)
-        model, guide = pair.draw(draws if pair.vectorized else None)
-        yield pair.densities(model, guide, pair.held(guide)).log_weight.double()
 
 
 @torch.no_grad()

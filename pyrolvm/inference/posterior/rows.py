@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import DataError, SettingError
 from pyrolvm.inference.posterior.record import Record
 from pyrolvm.inference.posterior.suiting import carries, suited
@@ -17,11 +17,12 @@ def batch_of(fitted: Record, x: Any) -> Batch:
     """As `FittedModel.batch`."""
     data = suited(fitted.program, x, fitted.call)
     _check_number(fitted, data)
-    data.check_rows() if fitted.structure.data_plate else None
+    plate = fitted.structure.data_plate
+    if plate is not None:
+        data.check_rows()
     check_columns(fitted, data)
     _check_rows(fitted, data)
     # row numbers count within the fitted data where the plate carries N, else within what is asked about
-    plate = fitted.structure.data_plate
     own = plate is None or plate.full_size == plate.size
     rows = len(data.indices)
     return data if data.rows is not None else data.of(rows if own else max(fitted.num_rows, rows))

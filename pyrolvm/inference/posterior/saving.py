@@ -18,7 +18,7 @@ import torch
 
 from pyrolvm._version import __version__
 from pyrolvm.data.arguments import described, is_plain, is_setting
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import RunFolderError
 from pyrolvm.files import FORMAT, Writer, json_writer, tensor_writer, write_together
 from pyrolvm.inference.posterior.record import Record, model_record

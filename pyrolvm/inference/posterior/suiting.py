@@ -7,7 +7,8 @@ import inspect
 from typing import Any
 
 from pyrolvm.data.arguments import leaves
-from pyrolvm.data.arrays import Batch, as_batch, as_tensor, check_finite_tensor
+from pyrolvm.data.arrays import as_batch, as_tensor, check_finite_tensor
+from pyrolvm.data.batch import Batch
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.inference.program.carriers import positional_names
 from pyrolvm.inference.program.program import Program

@@ -96,7 +96,7 @@ def read_draws(pair: Pair, model: Trace, guide: Trace, num_draws: int | None) ->
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, guide)},
         predictive=_anew(pair, model, num_draws),
-        pointwise={s["name"]: tidy(pair.structure, s, _unscaled(s), event=False) for s in _data(pair, model)},
+        pointwise={s["name"]: tidy(pair.structure, s, _unscaled(s), 0) for s in _data(pair, model)},
         log_prior=densities.log_prior,
         log_likelihood=densities.log_likelihood,
         log_guide=densities.log_guide,
@@ -188,12 +188,13 @@ def _with_sums(pair: Pair, model: Trace, draws: Draws, summed: Summed) -> Draws:
     return replace(draws, pointwise=pointwise, log_prior=summed.log_prior, log_likelihood=log_likelihood)
 
 
-def tidy(structure: Structure, site: Any, value: Tensor, *, event: bool = True) -> Tensor:
+def tidy(structure: Structure, site: Any, value: Tensor, event_dims: int | None = None) -> Tensor:
     """A site's value as [S, plates..., event...], without singleton dimensions of plates the site is not in.
 
-    The data plate is the first of them; the others stand as in the program. Of log-densities, `event=False`.
+    The data plate is the first of them; the others stand as in the program. S is 1 where a trace has no dimension of
+    draws. `event_dims`: of `value`, if they are not those of the site's own values.
     """
-    event_dims = len(site["fn"].event_shape) if event else 0
+    event_dims = len(site["fn"].event_shape) if event_dims is None else event_dims
     nesting, plate = structure.max_plate_nesting, structure.data_plate
     frames = {f.dim: f for f in site["cond_indep_stack"] if f.vectorized}
     sizes = [frames[d].size if d in frames else 1 for d in range(-nesting - 1, 0)]

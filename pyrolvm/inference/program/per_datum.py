@@ -29,12 +29,13 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, ReshapeTransform
 
 from pyrolvm.errors import ProgramError, one_of
-from pyrolvm.inference.program.rows_plate import find_data_plate
+from pyrolvm.inference.program.rows_plate import at_one_dimension, find_data_plate
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
     Plate,
     in_plate,
     sample_sites,
+    with_sizes,
 )
 from pyrolvm.plates import current_rows, row_entries
 
@@ -228,7 +229,7 @@ class PerDatum(nn.Module):
                 "a guide per datum is made by fit: pass it as guide=, pyrolvm.fit(model, x, guide=...)"
             )
         with poutine.block(), torch.no_grad():
-            trace = poutine.trace(self._model).get_trace(*args, **kwargs)
+            trace = with_sizes(poutine.trace(self._model).get_trace(*args, **kwargs))
         plate = find_data_plate(
             trace, len(rows.indices), named=rows.made, arguments=(*args, *kwargs.values())
         )
@@ -239,7 +240,7 @@ class PerDatum(nn.Module):
                 "guide='per_datum' is for programs with continuous latents of each datum, and this one has none in a "
                 "plate over its rows: leave guide out, or declare the rows by `with pyrolvm.data_plate(x):`"
             )
-        self._plate = plate
+        self._plate = plate = at_one_dimension(plate, local, "per_datum")
         self._carries_total = plate.name in rows.made or plate.full_size == rows.total > plate.size
         self.sites = tuple(self._local(site, plate, i) for i, site in enumerate(local))
         for site in self.sites:

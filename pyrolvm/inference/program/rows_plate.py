@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.inference.program.structure import Plate, is_deterministic, sample_sites
+from pyrolvm.errors import ProgramError
+from pyrolvm.inference.program.structure import Plate, is_deterministic, rows_dim, sample_sites
 
 
 def find_data_plate(
@@ -47,6 +49,18 @@ def find_data_plate(
         over_rows = [f for f in over_rows if f.name in named] or [*shown] or over_rows
     frame = min(over_rows, key=lambda f: f.dim)
     return Plate(frame.name, frame.dim, frame.size, frame.full_size)
+
+
+def at_one_dimension(plate: Plate, sites: Iterable[Any], guide: str) -> Plate:
+    """The plate where these sites, all inside it, have it; a `ProgramError` if that differs."""
+    dims = {s["name"]: rows_dim(s, plate) for s in sites}
+    if len(set(dims.values())) > 1:
+        places = ", ".join(f"{dim} around '{name}'" for name, dim in dims.items())
+        raise ProgramError(
+            f"guide='{guide}' needs the plate '{plate.name}' at one dimension, and the model has it at {places}: give "
+            "these plates the same `dim`"
+        )
+    return replace(plate, dim=next((dim for dim in dims.values() if dim is not None), plate.dim))
 
 
 def _holds_rows(site: Any, frame: Any, arguments: Sequence[Tensor]) -> bool:

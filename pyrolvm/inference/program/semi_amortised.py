@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from pyrolvm.errors import ProgramError, count, positive
 from pyrolvm.inference.program.per_datum import kind_of_gaussian
-from pyrolvm.inference.program.rows_plate import find_data_plate
+from pyrolvm.inference.program.rows_plate import at_one_dimension, find_data_plate
 from pyrolvm.inference.program.running import without_handlers
-from pyrolvm.inference.program.structure import Plate, in_plate, sample_sites
+from pyrolvm.inference.program.structure import Plate, in_plate, sample_sites, with_sizes
 from pyrolvm.plates import current_rows
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -228,7 +228,7 @@ class SemiAmortised(nn.Module):
 
     def _log_joint(self, conditioned: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """log p(x_n, z_n) [rows] up to what does not depend on z_n, without N/B."""
-        trace = poutine.trace(conditioned).get_trace(*args, **kwargs)
+        trace = with_sizes(poutine.trace(conditioned).get_trace(*args, **kwargs))
         trace.compute_log_prob()
         local = [s for s in sample_sites(trace) if in_plate(s, self.plate)]
         plate = next(f for f in local[0]["cond_indep_stack"] if f.name == self.plate.name)
@@ -247,7 +247,8 @@ class SemiAmortised(nn.Module):
         rows = current_rows()
         if rows is None:
             raise ProgramError(MADE_BY_FIT)
-        model = poutine.trace(poutine.condition(self._functions[0], data=held)).get_trace(*args, **kwargs)
+        conditioned = poutine.condition(self._functions[0], data=held)
+        model = with_sizes(poutine.trace(conditioned).get_trace(*args, **kwargs))
         plate = find_data_plate(
             model, len(rows.indices), named=rows.made, arguments=(*args, *kwargs.values())
         )
@@ -264,7 +265,8 @@ class SemiAmortised(nn.Module):
                 "guide='semi_amortised' refines the Gaussians that a guide draws for each datum, and this one draws "
                 "none: leave guide out, or use guide='per_datum'"
             )
-        self.plate = plate
+        inside = [s for trace in (model, guide) for s in sample_sites(trace) if in_plate(s, plate)]
+        self.plate = at_one_dimension(plate, inside, "semi_amortised")
         for index, (name, fn) in enumerate(found.items()):
             self.sites[name] = f"noise_{index}"
             self.register_buffer(self.sites[name], _antithetic(self.num_draws, fn, plate, index))

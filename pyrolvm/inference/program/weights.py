@@ -105,13 +105,13 @@ def log_densities(
 
 
 def _shared_frames(sites: list[dict[str, Any]]) -> list[Any]:
-    """The plates that all sites stand in, by name; of one that stands at several dimensions, the leftmost."""
+    """The plates that all sites stand in, leftmost first, where the site has them that has them most to the left."""
     stacks = [
         {f.name: f for f in s["cond_indep_stack"] if f.vectorized and f.name != PARTICLES} for s in sites
     ]
     names = set.intersection(*(set(stack) for stack in stacks)) if stacks else set()
-    frames = [min((stack[name] for stack in stacks), key=lambda f: f.dim) for name in names]
-    return sorted(frames, key=lambda f: f.dim)
+    frames = [sorted((stack[name] for name in names), key=lambda f: f.dim) for stack in stacks]
+    return min(frames, key=lambda shared: [f.dim for f in shared], default=[])
 
 
 def _moves(site: dict[str, Any], kept: list[Any]) -> list[tuple[int, int]]:
@@ -187,8 +187,7 @@ def _cells(site: dict[str, Any], scale: Any, dims: list[int], moves: list[tuple[
     log_prob = scale_and_mask(site["unscaled_log_prob"], scale=scale, mask=site["mask"])
     depth = max([log_prob.dim(), *(-d for d in dims)])
     log_prob = log_prob.reshape((1,) * (depth - log_prob.dim()) + tuple(log_prob.shape))
-    for here, there in moves:
-        log_prob = log_prob.movedim(here, there)
+    log_prob = log_prob.movedim([here for here, _ in moves], [there for _, there in moves])
     others = [d for d in range(-depth, 0) if d not in dims]
     return log_prob.sum(others) if others else log_prob
 

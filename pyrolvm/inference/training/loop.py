@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyrolvm.data.plan import BatchPlan
 from pyrolvm.errors import DivergenceError, PyrolvmError, RunFolderError, warn_user
-from pyrolvm.inference.engine import Engine, Problem, TrainingState
+from pyrolvm.inference.engine import Engine, Problem, TrainingState, Watch
 from pyrolvm.inference.engine.problem import KL_WEIGHT
 from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.training.checkpoint import Checkpoint
@@ -239,7 +239,11 @@ class Training:
         """Steps of the next chunk: to the end, or to the next held-out bound, at the most."""
         left = self.num_steps - self.state.step
         if self.until is not None:
-            left = min(left, self.until.every - self.state.step % self.until.every)
+            step, every = self.state.step, self.until.every
+            left = min(left, self.until.ahead(step))
+            wanted = max(
+                wanted - (step + wanted) % every, min(wanted, every - step % every)
+            )  # ends at a look
         if self.validate_every:
             left = min(left, self.validate_every - self.state.step % self.validate_every)
         return min(wanted, left)
@@ -250,18 +254,46 @@ class Training:
         rows, controls = self.plan.rows(first, size), self._controls(first, size)
         self.processes.barrier()  # within steps they wait for each other for less than a minute
         start = time.perf_counter() - self.engine.setup_seconds
-        state, terms = self.engine.run(self.state, rows)
+        seen, watch = self._watch()
+        state, terms = self.engine.run(self.state, rows, watch)
         finite = _finite(state, terms, good)
         self._spare = good if finite else None
+        if not finite and self._again(good, size):
+            return self._chunk(good)
         if not finite:
             state, terms = self._diverged(good, rows)
+            seen = [(step, self.until.seen()) for step, _ in seen if self.until is not None]  # as it is now
         seconds = time.perf_counter() - self.engine.setup_seconds - start
         if len(terms):
             self.history.append(first, terms, controls[: len(terms)], seconds)
         self.state = state
+        self._note(seen if len(terms) else [])
         due = self.validate_every and state.step and state.step % self.validate_every == 0
         value = self.validate() if self.validate is not None and due and len(terms) else None
         return Chunk(first, size, seconds, finite, value, bool(len(terms)))
+
+    def _watch(self) -> tuple[list[tuple[int, Tensor]], Watch | None]:
+        """What the rule notes between the steps of a chunk: a list that fills while they run."""
+        rule, seen = self.until, list[tuple[int, Tensor]]()
+        if rule is None:
+            return seen, None
+        return seen, Watch(rule.every, lambda step: seen.append((step, rule.seen())))
+
+    def _note(self, seen: list[tuple[int, Tensor]]) -> None:
+        for step, what in seen:
+            assert self.until is not None
+            self.until.note(step, what)
+
+    def _again(self, good: TrainingState, size: int) -> bool:
+        """Whether a chunk that diverged is to be taken again, to its first look: where it ended depends on a clock."""
+        if self.until is None:
+            return False
+        first = self.until.every - good.step % self.until.every
+        if size <= first:
+            return False
+        self._size = first
+        self._restore(good.clone())
+        return True
 
     @property
     def _control_columns(self) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class Rule(Protocol):
     prefix : str
         Of its tensors in a checkpoint.
     every : int
-        It looks at the run after every so many steps.
+        It looks at the run, and notes it, after numbers of steps that this one divides.
     verdict : Convergence or None
         Once the run has ended by it.
     """
@@ -72,8 +72,17 @@ class Rule(Protocol):
     def begin(self, state: TrainingState) -> TrainingState:
         """Before the first step; the state to begin with."""
 
+    def ahead(self, step: int) -> int:
+        """Steps from `step` to the next look; those before it would decide nothing."""
+
+    def seen(self) -> Tensor:
+        """What it notes of the program after every few steps."""
+
+    def note(self, step: int, seen: Tensor) -> None:
+        """Keep what was seen after `step` steps, all of them finite."""
+
     def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
-        """After every few steps; the state to go on from, and a reason to stop."""
+        """After a number of steps that `every` divides; the state to go on from, and a reason to stop."""
 
     def retreat(self, state: TrainingState) -> TrainingState | None:
         """After steps that were not finite; the state to go on from, None if there is none."""
@@ -100,6 +109,17 @@ class NoMoreRise:
     def begin(self, state: TrainingState) -> TrainingState:
         """As `Rule.begin`."""
         return state
+
+    def ahead(self, step: int) -> int:
+        """As `Rule.ahead`."""
+        return self.every - step % self.every
+
+    def seen(self) -> Tensor:
+        """As `Rule.seen`: the history has it all."""
+        return torch.empty(0)
+
+    def note(self, step: int, seen: Tensor) -> None:
+        """As `Rule.note`."""
 
     def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
         """As `Rule.look`."""

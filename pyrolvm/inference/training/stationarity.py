@@ -11,28 +11,30 @@ import math
 import numpy as np
 
 
-def split_r_hat(iterates: np.ndarray) -> tuple[float, float]:
-    """Split R-hat and effective size of iterates [n, D]: one number each for all D together.
-
-    R-hat is the root of the mean of squares over the D; the effective size is n / (1 + 2 sum of autocorrelations), by
-    Geyer's positive pairs of the autocorrelations averaged over the D.
-    """
+def split_r_hat(iterates: np.ndarray) -> float:
+    """Split R-hat of iterates [n, D], the root of the mean of squares over the D."""
     half = len(iterates) // 2
     parts = np.stack([iterates[:half], iterates[-half:]])  # [2, half, D]
     within = parts.var(1, ddof=1).mean(0)
     between = half * parts.mean(1).var(0, ddof=1)
     moving = within > 0
     if not moving.any():
-        return 1.0, float(len(iterates))
+        return 1.0
     squares = (half - 1) / half + between[moving] / within[moving] / half
-    return math.sqrt(float(squares.mean())), effective_size(iterates[:, moving])
+    return math.sqrt(float(squares.mean()))
 
 
 def effective_size(iterates: np.ndarray) -> float:
-    """The independent draws that n correlated ones [n, D] are worth."""
-    n = len(iterates)
-    centred = (iterates - iterates.mean(0)) / iterates.std(0)
-    correlations = np.array([(centred[: n - k] * centred[k:]).mean() * (n - k) / n for k in range(n)])
+    """The independent draws that n correlated ones [n, D] are worth: n / (1 + 2 sum of autocorrelations).
+
+    Of the autocorrelations averaged over the D, those of Geyer's positive pairs count.
+    """
+    n, moving = len(iterates), iterates.std(0) > 0
+    if not moving.any():
+        return float(n)
+    centred = (iterates[:, moving] - iterates[:, moving].mean(0)) / iterates[:, moving].std(0)
+    products = centred @ centred.T / (n * centred.shape[1])
+    correlations = np.array([np.trace(products, k) for k in range(n)])
     pairs = correlations[1 : n - 1 : 2] + correlations[2:n:2]
     ended = np.flatnonzero(pairs <= 0)
     total = pairs[: ended[0]].sum() if len(ended) else pairs.sum()

@@ -228,5 +228,5 @@ def parted(data: StreamedDataset, validation: Any, seed: int) -> tuple[StreamedD
 def _blank(like: Batch, num_rows: int, total: int) -> Batch:
     """Tensors of so many rows, of the types and shapes of those of a batch, as part of `total` rows."""
     carrying = {name for name, _ in like.lengths()}
-    blank = like._map(lambda name, t: t.new_zeros(num_rows, *t.shape[1:]) if name in carrying else t)
+    blank = like.map(lambda name, t: t.new_zeros(num_rows, *t.shape[1:]) if name in carrying else t)
     return replace(blank, rows=None, total=total)

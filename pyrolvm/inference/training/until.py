@@ -32,8 +32,8 @@ from pyrolvm.inference.engine import Problem, TrainingState
 from pyrolvm.inference.posterior.convergence import Convergence, recorded, what_matters
 from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.training.bounds import Bounds
+from pyrolvm.inference.training.iterates import Iterates, flattened
 from pyrolvm.inference.training.rules import LOOK_EVERY, SHARE_OF_MATTER, has_networks, is_shared
-from pyrolvm.inference.training.stationarity import split_r_hat
 
 RATES, OF_NETWORKS = (0.1, 0.03, 0.01, 0.003, 0.001), (0.001, 0.0003)
 """Those of the race. At higher ones networks learn faster at first and lose units, and whole latents, for good."""
@@ -47,8 +47,8 @@ LEAST_SHARE = 1e-4
 """Of the first rate: no stage is lower."""
 PATIENT_LOOKS = 80
 """Looks of a stage that waits for its iterates alone."""
-MOST_KEPT = 2000
-"""Numbers of an iterate whose stationarity is judged."""
+MOST_SEEN = 2**24
+"""Numbers of the iterates that are seen between two looks."""
 TENFOLD = 10.0
 """Networks have converged when a run of ten times the length would gain less than so many times what matters."""
 LEAST_RATIO = 0.75
@@ -83,9 +83,6 @@ class Until:
     looks: int = 0
     due: int = FIRST_LOOKS
     first_rate: float = 0.0
-    mean: dict[str, Tensor] = field(default_factory=dict)
-    averaged: int = 0
-    iterates: list[np.ndarray] = field(default_factory=list)
     best: np.ndarray = field(default_factory=lambda: np.empty(0))
     stage_start: np.ndarray = field(default_factory=lambda: np.empty(0))
     best_parameters: dict[str, Tensor] = field(default_factory=dict)
@@ -95,6 +92,7 @@ class Until:
 
     def __post_init__(self) -> None:
         self.shared = is_shared(self.problem.structure)
+        self.iterates = Iterates(self.shared)
 
     # ------------------------------------------------------------------ the run
 
@@ -117,19 +115,36 @@ class Until:
         self._keep_best(state.parameters, self.bounds(state, state.parameters))
         self.stage_start = self.best
 
+    def ahead(self, step: int) -> int:
+        """As `Rule.ahead`: to the end of the interval."""
+        if not len(self.best):
+            return -(-max(self.first_step, step + 1) // self.every) * self.every - step
+        size = sum(p.numel() for p in self.problem.program.parameters.values())
+        looks = min(self.due - self.looks, max(1, MOST_SEEN // max(size, 1)))
+        return looks * self.every - step % self.every
+
+    def seen(self) -> Tensor:
+        """As `Rule.seen`: the iterate."""
+        return flattened(self.problem.program.parameters)
+
+    def note(self, step: int, seen: Tensor) -> None:
+        """As `Rule.note`."""
+        if step >= self.first_step:
+            self.looks += 1
+            self.iterates.add(seen)
+
     def look(self, state: TrainingState, history: History) -> tuple[TrainingState, str | None]:
-        """Note an iterate; at the end of an interval decide. The state to go on from, and a reason to stop."""
+        """At the end of an interval decide. The state to go on from, and a reason to stop."""
         if state.step < self.first_step:
             return state, None
         if not len(self.best):
             state = state.clone()
             self._begin_stages(state)
-        self._note(state)
         if self.looks < self.due:
             return state, None
         state = state.clone()
-        last, mean = state.parameters, state.parameters | self.mean
-        r_hat, ess = self._stationarity()
+        last, mean = state.parameters, state.parameters | self.iterates.named(self.problem.program.parameters)
+        r_hat = self.iterates.r_hat(FIRST_LOOKS)
         found = [(p, self.bounds(state, p)) for p in ((mean,) if r_hat <= SETTLED else (mean, last))]
         parameters, values = max(found, key=lambda f: _mean(f[1]))
         gain, error = _gain(values, self.best)
@@ -145,9 +160,9 @@ class Until:
             going = self.tenfold > TENFOLD * self._matter and (gain > self._matter or self.fixed)
         if (going or early) and (self.fixed or not lost):
             self.due = self.looks + 1 if early else self.looks * GROWTH
-            self.mean, self.averaged = {}, 0
+            self.iterates.average_anew()
             return state, None
-        return self._end_stage(state, r_hat, ess, lost)
+        return self._end_stage(state, r_hat, lost)
 
     def retreat(self, state: TrainingState) -> TrainingState | None:
         """A state to go on from after steps that were not finite, at a lower rate; None if nothing can be lowered."""
@@ -172,12 +187,11 @@ class Until:
 
     # ------------------------------------------------------------------ stages
 
-    def _end_stage(
-        self, state: TrainingState, r_hat: float, ess: float, lost: bool
-    ) -> tuple[TrainingState, str | None]:
+    def _end_stage(self, state: TrainingState, r_hat: float, lost: bool) -> tuple[TrainingState, str | None]:
         gain, error = _gain(self.best, self.stage_start)
         predicted = self._predicted(gain)
-        numbers = {"gain": gain, "error": error, "tolerance": self._matter, "r_hat": r_hat, "ess": ess}
+        numbers = {"gain": gain, "error": error, "tolerance": self._matter, "r_hat": r_hat}
+        numbers["ess"] = self.iterates.effective_size(FIRST_LOOKS)
         numbers |= {} if self.fixed else {"learning_rate": self.rate}
         numbers |= {"elbo" if self.bounds.held_out is None else "held_out_elbo": _mean(self.best)}
         numbers = {k: float(v) for k, v in numbers.items() if math.isfinite(v)}
@@ -203,7 +217,7 @@ class Until:
 
     def _next_stage(self, rate: float) -> None:
         self.stage, self.rate, self.stage_start = self.stage + 1, rate, self.best
-        self.mean, self.averaged, self.iterates = {}, 0, []
+        self.iterates.clear()
         steps = self.record[-1][0] if self.record and not self.shared else 0
         self.looks, self.due = 0, max(FIRST_LOOKS, round(STAGE * steps / LOOK_EVERY))
         self.due = self.due if self.bounds.held_out is None else 1
@@ -257,22 +271,6 @@ class Until:
 
     # ------------------------------------------------------------------ what is looked at
 
-    def _note(self, state: TrainingState) -> None:
-        self.looks, self.averaged = self.looks + 1, self.averaged + 1
-        trained = {k: v.detach() for k, v in state.parameters.items() if k in self.problem.program.parameters}
-        if not self.mean:
-            self.mean = {k: torch.zeros_like(v) for k, v in trained.items()}
-        torch._foreach_lerp_(list(self.mean.values()), [trained[k] for k in self.mean], 1 / self.averaged)
-        if self.shared:
-            flat = torch.cat([v.reshape(-1) for v in trained.values()]).double().cpu().numpy()
-            self.iterates.append(flat[:: max(1, len(flat) // MOST_KEPT)])
-
-    def _stationarity(self) -> tuple[float, float]:
-        """Split R-hat, its root mean square over the parameters, and the effective size of the last half's iterates."""
-        if not self.shared or len(self.iterates) < FIRST_LOOKS:
-            return math.nan, math.nan
-        return split_r_hat(np.stack(self.iterates[len(self.iterates) // 2 :]))
-
     def _keep_best(self, parameters: dict[str, Tensor], values: np.ndarray) -> None:
         self.best, self.best_parameters = values, _copied(parameters)
 
@@ -298,7 +296,7 @@ class Until:
 
     def flatten(self) -> dict[str, Tensor]:
         """All that it has seen as CPU tensors, for a checkpoint."""
-        numbers = [self.stage, self.looks, self.due, self.averaged, self.first_rate, self.rate]
+        numbers = [self.stage, self.looks, self.due, self.iterates.averaged, self.first_rate, self.rate]
         arrays = {"numbers": numbers, "best": self.best, "stage_start": self.stage_start, "gains": self.gains}
         arrays |= {"record": self.record}
         found = {k: torch.as_tensor(np.asarray(v, np.float64)) for k, v in arrays.items()}
@@ -306,13 +304,10 @@ class Until:
             found["verdict"] = torch.tensor(
                 list(json.dumps(self.verdict.record()).encode()), dtype=torch.uint8
             )
-        if self.iterates:
-            found["iterates"] = torch.from_numpy(np.stack(self.iterates))
-        for name, tensors in (
-            ("mean", self.mean),
-            ("parameters", self.best_parameters),
-        ):
-            found |= {f"{name}/{k}": v.detach().cpu().clone() for k, v in tensors.items()}
+        found["mean"] = self.iterates.mean.cpu().clone()
+        if self.iterates.rows:
+            found["iterates"] = torch.from_numpy(np.stack(self.iterates.rows))
+        found |= {f"parameters/{k}": v.detach().cpu().clone() for k, v in self.best_parameters.items()}
         return {self.prefix + k: v for k, v in found.items()}
 
     def unflatten(self, saved: dict[str, Tensor], device: torch.device) -> None:
@@ -321,7 +316,7 @@ class Until:
         if "numbers" not in found:
             return
         *counts, self.first_rate, rate = found["numbers"].tolist()
-        self.stage, self.looks, self.due, self.averaged = map(int, counts)
+        self.stage, self.looks, self.due, self.iterates.averaged = map(int, counts)
         if not self.fixed:
             self.rate = rate
         self.best, self.stage_start = found["best"].numpy(), found["stage_start"].numpy()
@@ -329,9 +324,11 @@ class Until:
         self.record = [(int(step), value) for step, value in found["record"].reshape(-1, 2).tolist()]
         if "verdict" in found:
             self.verdict = recorded(json.loads(bytes(found["verdict"].tolist())))
-        self.iterates = list(found["iterates"].numpy()) if "iterates" in found else []
-        self.mean = _named(found, "mean/", device)
-        self.best_parameters = _named(found, "parameters/", device)
+        self.iterates.rows = list(found["iterates"].numpy()) if "iterates" in found else []
+        self.iterates.mean = found["mean"].to(device)
+        prefix = "parameters/"
+        saved = {k: v.to(device) for k, v in found.items() if k.startswith(prefix)}
+        self.best_parameters = {k.removeprefix(prefix): v for k, v in saved.items()}
 
 
 def _gain(new: np.ndarray, old: np.ndarray) -> tuple[float, float]:
@@ -348,7 +345,3 @@ def _mean(values: np.ndarray) -> float:
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in tensors.items()}
-
-
-def _named(found: dict[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v.to(device) for k, v in found.items() if k.startswith(prefix)}

@@ -90,34 +90,28 @@ class NegativeBinomial(Poisson):
         return super().start(x)
 
 
-class ZeroInflatedPoisson(Poisson):
-    """x_d is 0 with probability sigmoid(gate_d), else as in `Poisson`; `gate` is the decoder's second part."""
+class WithFurtherZeros(Likelihood):
+    """x_d is 0 with probability sigmoid(gate_d), else as in the likelihood that it stands before."""
 
     parts = 2
 
-    def elements(self, out: Tensor, gate: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
+    def elements(self, *parts: Tensor) -> dist.TorchDistribution:
         """Batch [..., data_dim]."""
+        out, gate = parts
         return ZeroInflated(super().elements(out), gate_logits=gate)
 
     def start(self, x: Tensor) -> Tensor:
         """As without further zeros; these begin at a share of 0.1."""
-        out = super().start(x)
+        out: Any = super().start(x)
         return torch.cat([out, torch.full_like(out, 0.1).logit()])
 
 
-class ZeroInflatedNegativeBinomial(NegativeBinomial):
-    """x_d is 0 with probability sigmoid(gate_d), else as in `NegativeBinomial`; `gate` is the second part."""
+class ZeroInflatedPoisson(WithFurtherZeros, Poisson):
+    """`Poisson` with further zeros; `gate` is the decoder's second part."""
 
-    parts = 2
 
-    def elements(self, out: Tensor, gate: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
-        """Batch [..., data_dim]."""
-        return ZeroInflated(super().elements(out), gate_logits=gate)
-
-    def start(self, x: Tensor) -> Tensor:
-        """As without further zeros; these begin at a share of 0.1."""
-        out = super().start(x)
-        return torch.cat([out, torch.full_like(out, 0.1).logit()])
+class ZeroInflatedNegativeBinomial(WithFurtherZeros, NegativeBinomial):
+    """`NegativeBinomial` with further zeros; `gate` is the decoder's second part."""
 
 
 class LogPoisson(dist.Poisson):

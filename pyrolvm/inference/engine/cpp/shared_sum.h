@@ -1,4 +1,5 @@
-// The sum of an array over the processes of one machine, through memory that they share: see memory.py.
+// The sum of an array over the processes of one machine, through memory that they share: see memory.py. `run` gives
+// all of it to all; `scatter` gives each process its share, and `gather` gives all shares to all.
 //
 // The memory has a line for each process, which says how far it has come, and slots for parts of the array:
 //
@@ -21,11 +22,33 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace pyrolvm {
 
 struct Place {  // as memory.py writes it
     int64_t rank, count, slot_bytes, file, patience_ms;
+};
+
+// Arrays in a row, as if they were one.
+template <typename T>
+struct Parts {
+    std::vector<T*> data;
+    std::vector<int64_t> begin{0};  // and the end of all
+
+    void add(void* array, int64_t length) {
+        data.push_back(static_cast<T*>(array));
+        begin.push_back(begin.back() + length);
+    }
+
+    // `what(array, at, number)` of what lies within `length` entries from `first` on, `at` counted from there.
+    template <typename What>
+    void each(int64_t first, int64_t length, const What& what) const {
+        for (size_t i = std::upper_bound(begin.begin(), begin.end(), first) - begin.begin() - 1; i < data.size() && begin[i] < first + length; ++i) {
+            const int64_t from = std::max(first, begin[i]), to = std::min(first + length, begin[i + 1]);
+            if (from < to) what(data[i] + (from - begin[i]), from - first, to - from);
+        }
+    }
 };
 
 class SharedSum {
@@ -37,6 +60,26 @@ class SharedSum {
         const int64_t most = at_.slot_bytes / sizeof(T);
         for (int64_t begin = 0; begin < length; begin += most) {
             part(value + begin, sum + begin, std::min(most, length - begin));
+        }
+    }
+
+    // The sum of this process's share, of `length`, of `value` times `scale`; 0 where that has ended.
+    template <typename T>
+    void scatter(const Parts<const T>& value, T scale, T* sum, int64_t length) const {
+        const int64_t most = at_.slot_bytes / sizeof(T) / (at_.count - 1);
+        for (int64_t begin = 0; begin < length; begin += most) {
+            scatter_part(value, scale, sum + begin, begin, std::min(most, length - begin), length, most);
+        }
+        const int64_t last = std::clamp<int64_t>(value.begin.back() - at_.rank * length, 0, length);
+        std::fill(sum + last, sum + length, T(0));
+    }
+
+    // All shares of `length` each, from each process's own.
+    template <typename T>
+    void gather(const T* own, const Parts<T>& all, int64_t length) const {
+        const int64_t most = at_.slot_bytes / sizeof(T);
+        for (int64_t begin = 0; begin < length; begin += most) {
+            gather_part(own + begin, all, begin, std::min(most, length - begin), length);
         }
     }
 
@@ -63,6 +106,50 @@ class SharedSum {
             if (rank == at_.rank) continue;
             const int64_t from = share(rank, length), to = share(rank + 1, length);
             std::memcpy(sum + from, slot<T>(second, rank) + from, (to - from) * sizeof(T));
+        }
+    }
+
+    // `length` entries of each share, from `begin` on; shares lie `apart`. A slot has `most` for each of the others.
+    template <typename T>
+    void scatter_part(const Parts<const T>& value, T scale, T* sum, int64_t begin, int64_t length, int64_t apart, int64_t most) const {
+        const uint32_t before = line(at_.rank).step.load(std::memory_order_relaxed);
+        const bool second = before >> 1 & 1;
+        for (int64_t rank = 0; rank < at_.count; ++rank) {
+            if (rank == at_.rank) continue;
+            T* to = slot<T>(second, at_.rank) + most * (rank - (rank > at_.rank));
+            value.each(rank * apart + begin, length, [&](const T* from, int64_t at, int64_t number) {
+#pragma omp simd
+                for (int64_t i = 0; i < number; ++i) to[at + i] = scale * from[i];
+            });
+        }
+        meet(before + 2);
+        value.each(at_.rank * apart + begin, length, [&](const T* own, int64_t at, int64_t number) {
+            T* __restrict into = sum + at;
+            for (int64_t rank = 0; rank < at_.count; ++rank) {
+                const bool mine = rank == at_.rank;
+                const T* from = mine ? own : slot<T>(second, rank) + most * (at_.rank - (at_.rank > rank)) + at;
+                const T times = mine ? scale : T(1);
+                if (rank == 0) {
+#pragma omp simd
+                    for (int64_t i = 0; i < number; ++i) into[i] = times * from[i];
+                } else {
+#pragma omp simd
+                    for (int64_t i = 0; i < number; ++i) into[i] += times * from[i];
+                }
+            }
+        });
+    }
+
+    template <typename T>
+    void gather_part(const T* own, const Parts<T>& all, int64_t begin, int64_t length, int64_t apart) const {
+        const uint32_t before = line(at_.rank).step.load(std::memory_order_relaxed);
+        const bool second = before >> 1 & 1;
+        std::memcpy(slot<T>(second, at_.rank), own, length * sizeof(T));
+        for (int64_t turn = 0; turn < at_.count; ++turn) {
+            const int64_t rank = (at_.rank + turn) % at_.count;
+            if (turn == 1) meet(before + 2);
+            const T* from = turn == 0 ? own : slot<T>(second, rank);
+            all.each(rank * apart + begin, length, [&](T* to, int64_t at, int64_t number) { std::memcpy(to, from + at, number * sizeof(T)); });
         }
     }
 
@@ -104,7 +191,8 @@ class SharedSum {
         for (int64_t rank = 0; rank < at_.count; ++rank) wait(rank, step);
     }
 
-    // Spinning is quick where every process has a core; where they have not, one that sleeps leaves it to the others.
+    // Spinning is quick where every process has a core; where they have not, one that sleeps leaves it to the others, and
+    // is woken sooner than one that yields.
     void wait(int64_t rank, uint32_t step) const {
         for (int64_t tries = 0; tries < SPINS; ++tries) {
             if (has_come(rank, step)) return;
@@ -154,19 +242,52 @@ class SharedSum {
     Place at_;
 };
 
-// `kind` is the place of the type in memory.py's table.
-static void shared_sum(void* memory, const void* place, const void* value, void* sum, int64_t length, int64_t kind) {
-    const SharedSum over(memory, place);
-    const auto run = [&](auto example) {
-        using T = decltype(example);
-        over.run(static_cast<const T*>(value), static_cast<T*>(sum), length);
-    };
+// `with` the type of number `kind`, its place in memory.py's table.
+template <typename With>
+static void of_kind(int64_t kind, const With& with) {
     switch (kind) {
-        case 0: return run(float{});
-        case 1: return run(double{});
-        case 2: return run(int64_t{});
-        default: return run(uint8_t{});
+        case 0: return with(float{});
+        case 1: return with(double{});
+        case 2: return with(int64_t{});
+        default: return with(uint8_t{});
     }
+}
+
+static void shared_sum(void* memory, const void* place, const void* value, void* sum, int64_t length, int64_t kind) {
+    of_kind(kind, [&](auto example) {
+        using T = decltype(example);
+        SharedSum(memory, place).run(static_cast<const T*>(value), static_cast<T*>(sum), length);
+    });
+}
+
+// An array among several, and its length.
+struct Array {
+    void* data;
+    int64_t length;
+};
+
+template <typename T>
+static Parts<T> parts(const Array* arrays, int64_t number) {
+    Parts<T> found;
+    for (int64_t i = 0; i < number; ++i) found.add(arrays[i].data, arrays[i].length);
+    return found;
+}
+
+// The own share of the sum of `values`, and after it the sum of `rest`, which all get.
+static void shared_scatter(void* memory, const void* place, const Array* values, int64_t number, double scale, Array rest, void* sum, int64_t length, int64_t kind) {
+    of_kind(kind, [&](auto example) {
+        using T = decltype(example);
+        const SharedSum over(memory, place);
+        over.scatter(parts<const T>(values, number), static_cast<T>(scale), static_cast<T*>(sum), length);
+        over.run(static_cast<const T*>(rest.data), static_cast<T*>(sum) + length, rest.length);
+    });
+}
+
+static void shared_gather(void* memory, const void* place, const void* share, int64_t length, const Array* into, int64_t number, int64_t kind) {
+    of_kind(kind, [&](auto example) {
+        using T = decltype(example);
+        SharedSum(memory, place).gather(static_cast<const T*>(share), parts<T>(into, number), length);
+    });
 }
 
 }  // namespace pyrolvm

@@ -32,7 +32,7 @@ from pyrolvm.inference.posterior.evidence.streams import StreamingLogMeanExp
 from pyrolvm.inference.posterior.evidence.target import Target
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import rows_dim, sample_sites
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
 from pyrolvm.seeds import Purpose, derived_seed
 
@@ -85,7 +85,8 @@ def bidirectional(
     """
     annealing = Annealing(num_steps, start, schedule, num_leapfrog)
     check_annealable(pair, annealing)
-    count("num_chains", num_chains), count("num_rows", num_rows)
+    count("num_chains", num_chains)
+    count("num_rows", num_rows)
     if exact_draws is None and start == "guide" and pair.structure.per_datum:
         raise SettingError(
             f"the guide has parameters for each training row ('{pair.structure.per_datum[0]}') and none for "
@@ -180,11 +181,11 @@ def _simulate(pair: Pair, observed: str, held: dict[str, Tensor], num_chains: in
     story = pair.simulate(1, given=held)
     _check_scales(story, held)
     sites = {s["name"]: s for s in sample_sites(story) if s["name"] not in held}
-    nesting, plate = pair.structure.max_plate_nesting, pair.structure.data_plate
-    assert plate is not None
+    nesting, rows = pair.structure.max_plate_nesting, rows_dim(sites[observed], pair.structure.data_plate)
+    assert rows is not None
     value = sites[observed]["value"]  # [1, plates..., event...]
     old: Any = pair.batch.args[0]
-    x = value.movedim(1 + nesting + plate.dim, 1).reshape(old.shape).to(old.dtype)
+    x = value.movedim(1 + nesting + rows, 1).reshape(old.shape).to(old.dtype)
     pair = pair.on(replace(pair.batch, args=(x,)))
     exact = {
         name: site["value"] for name, site in sites.items() if name != observed and not site["is_observed"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from pyrolvm.inference.program.pair import Pair
+from pyro.poutine.trace_struct import Trace
+
+from pyrolvm.inference.program.pair import Pair, Values
 from pyrolvm.inference.program.structure import Site
 
 BUDGET = 2**20
@@ -13,6 +15,16 @@ BUDGET = 2**20
 
 ACCELERATED = 64
 """How many times that on a GPU, where launches cost more than numbers."""
+
+
+def joint_draws(
+    pair: Pair, num_draws: int, given: Values | None = None
+) -> Iterator[tuple[Trace, Trace, int]]:
+    """(model trace, guide trace, number of draws) in parts that add up to `num_draws`, within the memory budget."""
+    size = pair.at_once(num_draws)
+    for first in range(0, num_draws, size):
+        count = min(size, num_draws - first)
+        yield *pair.draw(count if pair.vectorized else None, given), count
 
 
 def evidence_chunks(pair: Pair, num_samples: int) -> Iterator[tuple[Pair, int]]:

@@ -139,6 +139,5 @@ class LargestWeights:
 
     def k_hat(self, num_samples: int) -> Tensor:
         """k-hat of the `num_samples` draws so far: [cells]."""
-        if self.values is None:
-            raise ValueError("no draws were added")
+        assert self.values is not None  # draws were added
         return khat_of_largest(self.values, tail_length(num_samples))

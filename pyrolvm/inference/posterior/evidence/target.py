@@ -20,7 +20,7 @@ from pyrolvm.errors import SettingError
 from pyrolvm.inference.engine.recorded import Recorded
 from pyrolvm.inference.posterior.evidence.hmc import slope_of
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import rows_dim, sample_sites
 from pyrolvm.inference.program.unconstrained import Unconstrained, bijection
 
 STARTS = ("prior", "guide")
@@ -79,7 +79,7 @@ class Target:
             value = values[name].reshape(site["value"].shape)
             u[name] = bijection(site).inv(value)
             self.shapes[name] = u[name].shape
-        return torch.cat([self._by_row(u[name]) for name in self.sites], -1)
+        return torch.cat([self._by_row(name, u[name]) for name in self.sites], -1)
 
     def densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(log start, log ratio) at u [chains, rows, dim]: each [chains, rows], nats."""
@@ -87,7 +87,7 @@ class Target:
         model = self.pair.model(self.chains, place, given=self.held)
         guide = self._guide_at(place) if self.start == "guide" else Trace()
         found = self.pair.densities(model, guide, self.held)
-        jacobian = sum(self._by_row(self._full(t)).sum(-1) for t in place.log_abs_det.values())
+        jacobian = sum(self._by_row(name, self._full(t)).sum(-1) for name, t in place.log_abs_det.items())
         if self.start == "guide":
             return found.log_guide + jacobian, found.log_weight
         return found.log_prior + jacobian, found.log_likelihood
@@ -117,15 +117,14 @@ class Target:
 
     # ------------------------------------------------------------------ one vector per datum
 
-    @property
-    def _row_dim(self) -> int | None:
-        """The data's dimension of a value [chains, plates..., event...]; None without a data plate."""
-        plate = self.pair.structure.data_plate
-        return None if plate is None else 1 + self.pair.structure.max_plate_nesting + plate.dim
+    def _row_dim(self, name: str) -> int:
+        """The data's dimension of a site's value [chains, plates..., event...]; 1 without a data plate."""
+        rows = rows_dim(self.sites[name], self.pair.structure.data_plate)
+        return 1 if rows is None else 1 + self.pair.structure.max_plate_nesting + rows
 
-    def _by_row(self, t: Tensor) -> Tensor:
+    def _by_row(self, name: str, t: Tensor) -> Tensor:
         """[chains, plates..., event...] -> [chains, rows, dim]."""
-        t = t if self._row_dim is None else t.movedim(self._row_dim, 1)
+        t = t.movedim(self._row_dim(name), 1)
         return t.reshape(self.chains, self.pair.num_rows, -1)
 
     def _by_site(self, u: Tensor) -> dict[str, Tensor]:
@@ -133,10 +132,9 @@ class Target:
         sizes = [math.prod(s) // (self.chains * self.pair.num_rows) for s in self.shapes.values()]
         found = {}
         for (name, shape), part in zip(self.shapes.items(), u.split(sizes, -1), strict=True):
-            moved = torch.empty(shape, device="meta")
-            moved = moved if self._row_dim is None else moved.movedim(self._row_dim, 1)
-            value = part.reshape(moved.shape)
-            found[name] = value if self._row_dim is None else value.movedim(1, self._row_dim)
+            rows = self._row_dim(name)
+            moved = torch.empty(shape, device="meta").movedim(rows, 1)
+            found[name] = part.reshape(moved.shape).movedim(1, rows)
         return found
 
     def _full(self, t: Tensor) -> Tensor:
