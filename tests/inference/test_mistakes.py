@@ -248,3 +248,16 @@ def test_a_model_that_runs_only_with_its_states_summed_out():
     elbo = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1)
     with pytest.raises(ProgramError, match=r"runs where 'k' is summed out, and fails at one value.*Vindex"):
         pyrolvm.fit(summed, torch.randn(7), guide=lambda x: None, objective=elbo, **QUIET)
+
+
+def test_data_under_a_flow_without_an_inverse():
+    flow = dist.transforms.planar(3)
+
+    def flowing(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+            pyro.sample("x", dist.TransformedDistribution(base, [flow]), obs=x)
+
+    with pytest.raises(ProgramError, match=r"cannot be computed at given values .*affine_coupling or spline"):
+        pyrolvm.fit(flowing, X, guide=lambda x: None, **QUIET)
