@@ -136,7 +136,7 @@ class DeepMarkov(nn.Module):
         with data_plate(x):
             z = x.new_zeros(len(x), self.latent_dim)
             for t in range(x.shape[1]):
-                loc, log_scale = self.combine(torch.cat([z, h[:, t]], -1)).chunk(2, -1)
+                loc, log_scale = self.combine(torch.cat([z.tanh(), h[:, t]], -1)).chunk(2, -1)
                 z = pyro.sample(f"z_{t}", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 

@@ -21,7 +21,7 @@ import pyrolvm
 import pyrolvm.processes as processes_module
 from pyrolvm import PPCA, VAE, VQVAE, GaussianMixture, PyrolvmError
 from pyrolvm.files import read_tensors
-from pyrolvm.inference.engine import division, memory, native
+from pyrolvm.inference.engine import memory, native, updating
 from pyrolvm.inference.objectives import FreeBits, InfoELBO
 from pyrolvm.plates import data_plate, row_entries
 from pyrolvm.processes import here
@@ -439,7 +439,7 @@ def hanging_by_messages():
 
 
 if __name__ == "__main__":
-    division.LEAST = 1  # the optimiser's work is divided in all compiled fits
+    updating.LEAST = 1  # the optimiser's work is divided in all compiled fits
     if os.environ.get("STEP_PATIENCE"):
         processes_module.STEP_PATIENCE = timedelta(seconds=float(os.environ["STEP_PATIENCE"]))
         processes_module.ROLL_CALL = 1.0

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -39,7 +40,6 @@ from pyrolvm.inference.engine import choose as choosing
 from pyrolvm.inference.engine.compiled import CompiledEngine, probe
 from pyrolvm.inference.engine.eager import EagerEngine
 from pyrolvm.inference.engine.loops import StaticLoop
-from pyrolvm.inference.engine.native import NativeLoop
 from pyrolvm.inference.engine.optimizers import OPTIMIZERS, OptimizerSpec
 from pyrolvm.inference.engine.problem import schedules_of
 from pyrolvm.inference.engine.untraceable import UntraceableError
@@ -685,37 +685,46 @@ def test_without_a_compiler_the_eager_engine_runs(monkeypatch):
 def test_a_compiler_that_fails_is_reported(monkeypatch):
     step, plan = make("particles, looped")
     monkeypatch.setattr(native.cache, "is_stored", lambda path: False)
-    monkeypatch.setattr(native, "_precompiling", lambda header: contextlib.nullcontext())
-    monkeypatch.setattr(native, "_whole", lambda code, num_inputs: "this is no C++")
+    monkeypatch.setattr(native, "_precompile", lambda header: None)
+    monkeypatch.setattr(native, "_parts", lambda steps, others, num_inputs: ["this is no C++"])
     engine = CompiledEngine(step, fall_back=True)
     state, terms = engine.run(start(engine), plan.rows(0, 5))
     assert (engine.name, state.step, len(terms)) == ("eager", 5, 5)
     assert "compiler" in engine.note
 
 
-def test_an_interrupt_does_not_wait_for_the_compiler(monkeypatch, tmp_path):
-    """Neither for one that parses torch's headers nor for one that compiles the step."""
+LONG = ["sh", "-c", "sleep 60 & wait"]
+"""A compiler is a driver and the processes that it starts."""
+
+
+def test_nothing_waits_for_a_compiler_that_is_not_needed():
+    """Neither an interrupt, nor one part of a step for another that fails."""
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt), native._compiler(LONG):
+        raise KeyboardInterrupt
+    with pytest.raises(native.CompilerError, match="part one"):
+        native._call(["sh", "-c", "echo 'error: part one' >&2; exit 1"], LONG)
+    assert time.perf_counter() - start < 20
+
+
+def test_headers_are_precompiled_after_the_first_step_and_no_longer_than_the_run(monkeypatch, tmp_path):
     started = []
 
-    def command(source, target, header=None):
+    def command(sources, target, header=None):
         started.append(target)
-        return ["sh", "-c", "sleep 60 & wait"]  # a compiler is a driver and the processes that it starts
+        return LONG if target.suffix == ".gch" else ["sh", "-c", f"echo > {target}"]
 
-    def interrupted(graph):
-        raise KeyboardInterrupt
-
+    monkeypatch.setattr(native, "_PRECOMPILED", set())
     monkeypatch.setattr(native.cache, "entry", lambda key, suffix: tmp_path / f"{key}{suffix}")
     monkeypatch.setattr(native.inductor, "compiler_command", command)
-    monkeypatch.setattr(native.inductor, "cpp_source", interrupted)
-    start = time.perf_counter()
-    step, _ = make("ppca")
-    with pytest.raises(KeyboardInterrupt):
-        NativeLoop(CompiledEngine(step)._traced, minibatch=True)
-    with pytest.raises(RuntimeError), native._compiler(command(None, tmp_path)):
-        raise RuntimeError
-    assert time.perf_counter() - start < 20
-    assert any(path.name.endswith(".h.gch") for path in started)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".h"]
+    header = native._header()
+    with native.cache.storing(tmp_path / "step.so") as target:
+        native._build(["one", "two"], target, header)
+    assert [path.suffix for path in started] == [".gch", ".o", ".o", ".so"]
+    native._precompile(header)
+    (running,) = (t for t in threading.enumerate() if isinstance(t, native.Precompilation))
+    running.stop()
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".h", ".so"]
 
 
 def test_seconds_of_steps_are_not_those_of_compiling(monkeypatch):

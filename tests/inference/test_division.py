@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pyrolvm.inference.engine import division as module
-from pyrolvm.inference.engine import inductor, rewrites
-from pyrolvm.inference.engine.division import SHARE, Division, division
+from pyrolvm.inference.engine import inductor, rewrites, updating
+from pyrolvm.inference.engine.division import LINE, SHARE, Division
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
+from pyrolvm.inference.engine.updating import division
 from pyrolvm.processes import Processes
 
 SHAPES = {"weight": torch.Size([7, 9]), "scale": torch.Size([]), "bias": torch.Size([50])}
@@ -48,7 +48,7 @@ def test_shares_are_taken_and_given(count):
     flat = torch.cat([value.reshape(-1) for value in parameters.values()])
     whole = torch.cat([own[f"parameters/{SHARE}"] for own in taken])
     assert len(whole) == count * each[0].length
-    assert each[0].length % module.LINE == 0
+    assert each[0].length % LINE == 0
     assert torch.equal(whole[: len(flat)], flat)
     assert whole[len(flat) :].eq(0).all()
     others = Others([own[f"optimizer/exp_avg/{SHARE}"] for own in taken])
@@ -62,7 +62,7 @@ def test_shares_are_taken_and_given(count):
 
 @pytest.fixture(autouse=True)
 def least(monkeypatch):
-    monkeypatch.setattr(module, "LEAST", 95)
+    monkeypatch.setattr(updating, "LEAST", 95)
 
 
 def problem(optimizer="adam", size=100, dtype=torch.float32, moved=torch.float32, tables=()):

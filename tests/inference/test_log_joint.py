@@ -19,7 +19,7 @@ from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.log_joint import declined, declined_or_start, find_start, judge, solve
 from pyrolvm.inference.log_joint.climbing import climb
 from pyrolvm.inference.log_joint.draws import fixed_normals
-from pyrolvm.inference.log_joint.families import FULL, KINDS, POINT, Family, Gaussian
+from pyrolvm.inference.log_joint.families import FULL, KINDS, LOW_RANK, POINT, Family, Gaussian
 from pyrolvm.inference.log_joint.fixed import GRADIENT, FixedBound, maximise
 from pyrolvm.inference.log_joint.function import LogJoint
 from pyrolvm.inference.log_joint.modes import find_modes
@@ -420,6 +420,21 @@ def test_the_monte_carlo_error_covers_the_difference_to_a_hundred_times_the_draw
             inside.append((distance <= 1.645 * error.clamp_min(1e-6)).double())
     # of 240 repetitions of a location or log-sd 90% should be covered; coordinates move together
     assert torch.stack(inside).mean() >= 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rank"), [("schools", 3), ("constrained", 2)])
+def test_the_error_of_a_low_rank_covers_the_largest_difference_to_many_draws(name, rank):
+    """Of means in sds and of log-sds: what a fit tells is one number, from how far doublings moved it."""
+    log_joint = LogJoint(pair_of(*PROGRAMS[name]))
+    place = find_modes(log_joint, 0)[0]
+    far = maximise(log_joint, place, LOW_RANK, rank, 10_000, num_draws=12_800).q
+    inside = []
+    for seed in range(20):
+        found = maximise(log_joint, place, LOW_RANK, rank, seed)
+        apart = [(found.q.location - far.location).abs() / far.scale, (found.q.scale / far.scale).log().abs()]
+        inside.append(float(torch.cat(apart).max()) <= 1.645 * found.monte_carlo_error)
+    assert sum(inside) >= 17  # 18 of 20 are expected, at the least
 
 
 def test_the_monte_carlo_error_counts_the_log_sds():

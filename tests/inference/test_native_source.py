@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import cpu_vec_isa
 
-from pyrolvm.inference.engine import draws, inductor, rewrites
+from pyrolvm.inference.engine import draws, inductor, rewrites, source
+from pyrolvm.inference.engine.garbage import NEW_OBJECTS, seldom_collected
 from pyrolvm.inference.engine.source import LARGEST_KEPT, looped
 
 
@@ -185,3 +189,42 @@ def test_other_threads_draw_as_torch_does():
         other.start()
         other.join()
     assert torch.equal(found[0], expected)
+
+
+def test_kernels_are_compiled_beside_the_wrapper():
+    def kernel(length):
+        return f"#include <torch/csrc/inductor/cpp_prefix.h>\n{'k' * length}\n"
+
+    wrapper = "w\n} // inductor_entry_impl\n"
+    kernels = [kernel(n) for n in (10, 40_000, 30_000)]
+    code = wrapper + "".join(kernels)
+    assert source.kernels_apart(code) == (wrapper, kernels)
+    assert source.balanced(wrapper, kernels, 1) == [wrapper + kernels[1] + kernels[2] + kernels[0]]
+    assert source.balanced(wrapper, [], 2) == [wrapper]
+    assert source.balanced(wrapper, kernels, 2) == [wrapper + kernels[2], kernels[1] + kernels[0]]
+    assert source.balanced(wrapper, kernels, 9) == source.balanced(wrapper, kernels, 2)
+    long = [kernel(n) for n in (150_000, 160_000, 100)]
+    assert source.balanced(wrapper, long, 3) == [wrapper + long[2], long[1], long[0]]
+    assert len(source.balanced(wrapper, long, 64)) == 4
+
+
+def test_no_program_is_compiled_to_try_the_compiler(monkeypatch):
+    def tried(self, code):
+        raise AssertionError
+
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", tried)
+    command = inductor.compiler_command([Path("a step.cpp")], Path("step.so"), Path("a header.h"))
+    assert {"a step.cpp", "a header.h", "-o", "step.so"} <= set(command)
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0  # for others to try
+
+
+def test_garbage_is_looked_for_seldom_and_then_as_before():
+    usual = gc.get_threshold()
+    try:
+        for own, within in ((700, NEW_OBJECTS), (0, 0), (2 * NEW_OBJECTS, 2 * NEW_OBJECTS)):
+            gc.set_threshold(own, 9, 8)
+            with seldom_collected():
+                assert gc.get_threshold() == (within, 9, 8)
+            assert gc.get_threshold() == (own, 9, 8)
+    finally:
+        gc.set_threshold(*usual)

@@ -109,11 +109,32 @@ class Packed(nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()))
 
 
+class Long(nn.Module):
+    """An LSTM of two layers in the guide, its states all read."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.read = nn.LSTM(3, 4, num_layers=2, batch_first=True), nn.Linear(4, 2)
+
+    def model(self, x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = z.unsqueeze(-1).unsqueeze(-1).expand_as(x)
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(2), obs=x)
+
+    def guide(self, x):
+        pyro.module("long", self)
+        loc, log_scale = self.read(self.network(x)[0].mean(-2)).unbind(-1)
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+
 PROGRAMS = {
     "discrete chain": lambda: (discrete_chain, noise(5, 4), "AutoNormal"),
     "gaussian chain": lambda: (gaussian_chain, noise(6, 2), "AutoNormal"),
     "sequential plate": lambda: (groups_in_turn, noise(4, 3), guide_of_groups),
     "recurrent networks": lambda: (Recurrent(), {"x": noise(5, 4, 3), "lengths": LENGTHS}, None),
+    "long short-term memory": lambda: (Long(), noise(5, 4, 3), None),
     "packed sequences": lambda: (Packed(), {"x": noise(5, 4, 3), "lengths": LENGTHS}, None),
 }
 

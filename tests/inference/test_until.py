@@ -295,9 +295,9 @@ def test_ppca_of_digits_with_defaults_alone_ends_within_a_hundredth_of_a_run_of_
 
 @pytest.mark.slow
 def test_a_vae_of_digits_with_defaults_alone_ends_by_itself_near_a_long_run():
-    """200,000 steps at 0.001 reached -18.538, and the last doubling there gained a twentieth."""
+    """It takes 80,000 steps, to -18.579; 800,000 at 0.001 reached -18.515."""
     digits, _ = pyrolvm.data.load_dataset("digits").binarise()
     torch.manual_seed(0)
     fitted = pyrolvm.fit(pyrolvm.VAE(64, 2, hidden=(16,)), digits, progress=False)
     assert fitted.convergence.converged is True
-    assert fitted.log_evidence(digits, "iwae", 64, num_particles=1).mean().item() > -18.538 * 1.01
+    assert fitted.log_evidence(digits, "iwae", 64, num_particles=1).mean().item() > -18.515 * 1.01

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrolvm.errors import ProgramError, SettingError, one_of
 from pyrolvm.inference.engine.compiled import CompiledEngine, probe
 from pyrolvm.inference.engine.eager import EagerEngine
+from pyrolvm.inference.engine.garbage import seldom_collected
 from pyrolvm.inference.engine.native import LEAST_SECONDS, has_compiler, is_compiled, seconds_to_compile
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.state import TrainingState
@@ -72,6 +73,7 @@ class Engine(Protocol):
         """
 
 
+@seldom_collected()
 def choose_engine(
     name: str, problem: Problem, num_steps: int, on_compile: Callable[[str], None] | None = None
 ) -> tuple[Engine, str]:

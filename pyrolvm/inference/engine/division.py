@@ -13,21 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyrolvm.inference.engine.entries import is_elementwise
-
-if TYPE_CHECKING:
-    from pyrolvm.inference.engine.problem import Problem
-    from pyrolvm.processes import Memory, Processes
+from pyrolvm.processes import Memory, Processes
 
 SHARE = "a share of all parameters"
 """The parameter that an engine trains in place of those that are divided."""
-LEAST = 2**15
-"""Entries from which on dividing gains more than it costs: two meetings of the processes in place of one."""
 LINE = 32
 """Entries of which a share has a multiple: no two processes write to one line of the cache."""
 
@@ -103,29 +96,3 @@ class Division:
         """Through which shares travel."""
         assert self.processes.memory is not None
         return self.processes.memory
-
-
-def division(problem: Problem, slots: Mapping[str, Mapping[str, Tensor]]) -> Division | None:
-    """How the optimiser's work on the problem is divided; None where it is not.
-
-    Parameters
-    ----------
-    slots : dict
-        The optimiser's state after a step.
-    """
-    sharing, program = problem.sharing, problem.program
-    if sharing is None or sharing.processes.memory is None or not is_elementwise(problem.optimizer):
-        return None
-    trained = zip(program.parameters.items(), sharing.trained, strict=True)
-    found = {name: p for (name, p), own in trained if own and name not in problem.tables}
-    kinds = {t.dtype for t in found.values()} | {program.buffers[name].dtype for name in sharing.moved}
-    if sum(t.numel() for t in found.values()) < LEAST or kinds != {program.dtype}:
-        return None
-    of_entries = {
-        slot
-        for slot in slots.get(next(iter(found)), {})
-        if all(slots[name][slot].shape == p.shape for name, p in found.items())
-    }
-    return Division(
-        sharing.processes, {name: p.shape for name, p in found.items()}, tuple(sorted(of_entries))
-    )

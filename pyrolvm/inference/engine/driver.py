@@ -20,30 +20,29 @@ _RELEASE = "    py::gil_scoped_release_simple release;\n"
 TYPES = {torch.float32: "float", torch.float64: "double", torch.int64: "int64_t"}
 
 
-def source(folded: Folded) -> str:
-    """The pieces, and `inductor_entry_impl` for steps made of them. Raises `RuntimeError` for pieces in Python."""
+def source(folded: Folded) -> tuple[str, list[str]]:
+    """`inductor_entry_impl` for steps made of pieces, which it declares, and these, each with its headers.
+
+    Raises `RuntimeError` for pieces in Python.
+    """
     with inductor.quiet():  # entered once: it takes a while
         codes = [_piece(folded, i) for i in range(len(folded.pieces))]
     once, each = _program(folded)
     strides = [n for kinds in folded.strides for own in kinds for n in (len(own), *own)]
+    names = [f"piece_{i}" for i in range(len(codes))]
+    entry = "inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*)"
     lines = [
+        "namespace pyrolvm {",
+        *(f"namespace {name} {{ void {entry}; }}" for name in names),
+        "using Piece = void (*)(AtenTensorHandle*, AtenTensorHandle*);",
         f"#define NUM_VALUES {folded.num_values}",
         *_numbers(folded),
         *(_table(name, table) for name, table in (("once", once), ("each", each), ("strides", strides))),
         f"static const int64_t first_stride[] = {{{', '.join(map(str, _starts(folded)))}}};",
-        "static const Piece pieces[] = {",
-        *(f"    piece_{i}::inductor_entry_impl," for i in range(len(codes))),
-        "};",
+        f"static const Piece pieces[] = {{{', '.join(f'{name}::inductor_entry_impl' for name in names)}}};",
+        "}",
     ]
-    return "\n".join(
-        [
-            "namespace pyrolvm {",
-            *codes,
-            "using Piece = void (*)(AtenTensorHandle*, AtenTensorHandle*);",
-            *lines,
-            "}",
-        ]
-    )
+    return "\n".join(lines), codes
 
 
 def _piece(folded: Folded, index: int) -> str:
@@ -53,7 +52,8 @@ def _piece(folded: Folded, index: int) -> str:
     if "PyGILState" in code or "PyObject" in code:
         raise RuntimeError("a piece of the step calls Python")
     body = _INCLUDE.sub("", code).replace('extern "C"', "static").replace(_RELEASE, "")
-    return f"namespace piece_{index} {{\n{body}\n}}"
+    headers = inductor.WRAPPER_HEADER + inductor.KERNEL_HEADER
+    return f"{headers}namespace pyrolvm::piece_{index} {{\n{body}\n}}\n"
 
 
 def _numbers(folded: Folded) -> Iterator[str]:

@@ -11,6 +11,8 @@ Three things make the segments of a loop equal that are not so in the graph.
     Views belong to no segment: each segment makes those that it reads from the tensors behind them.
     Slices of a sequence, x[:, t], are made by the driver.
     Numbers that count the steps, as in t < lengths, become arguments.
+
+What an operation writes in place, pieces share as memory (`in_place`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from pyrolvm.inference.engine import graphs
+from pyrolvm.inference.engine import in_place
 from pyrolvm.inference.engine.loops import chunk_capacity
 from pyrolvm.inference.engine.operations import (
     COUNTED,
@@ -50,7 +52,9 @@ def fold(traced: TracedStep, inputs: Sequence[Tensor], minibatch: bool) -> Folde
     if len(traced.graph.graph.nodes) < WORTHWHILE:
         return None
     if "folded" not in traced.known:
-        traced.known["folded"] = _Folding(*traced.operations(inputs, minibatch)).folded()
+        graph, writes = traced.operations(inputs, minibatch)
+        known = in_place.share_memory(graph)
+        traced.known["folded"] = _Folding(graph, writes).folded() if known else None
     folded: Folded | None = traced.known["folded"]
     if folded is not None and folded.size > LARGEST_SHARE * len(traced.graph.graph.nodes):
         return None
@@ -103,9 +107,10 @@ class _Folding:
         sequence = [hash(tuple(self.label_of[n] for n in group)) for group in self.before]
         bounds = [self.before[start:end] for start, end in repeats(sequence)]
         segments = [self._segment(groups) for groups in (*bounds, self.after)]
-        if any(graphs.written(segment.recipe) for segment in segments[:-1]):
+        if any(self._root(n) in self.inputs for segment in segments[:-1] for n in segment.written):
             return None
-        return written(self.inputs, segments, self._root)
+        folded = written(self.inputs, segments, self._root)
+        return folded if folded.is_dense else None
 
     def _root(self, node: fx.Node) -> fx.Node:
         """The value that a view is of."""
@@ -114,11 +119,21 @@ class _Folding:
         return node
 
     def _segment(self, groups: Sequence[Sequence[fx.Node]]) -> Segment:
-        segment = Segment(own={n for group in groups for n in group})
-        for group in groups:
-            for node in group:
-                self._add(segment, node)
+        """The operations, with views of what they write to made within where these meet."""
+        nodes = [n for group in groups for n in group]
+        segment = self._filled(nodes, set())
+        meeting = {root for root in map(self._root, segment.written) if self._meet(segment, root)}
+        return self._filled(nodes, meeting) if meeting else segment
+
+    def _filled(self, nodes: Sequence[fx.Node], whole: set[fx.Node]) -> Segment:
+        segment = Segment(own=set(nodes), whole=whole)
+        for node in nodes:
+            self._add(segment, node)
         return segment
+
+    def _meet(self, segment: Segment, root: fx.Node) -> bool:
+        """Whether the segment is given memory of `root` under two names."""
+        return in_place.any_meet([n for n in segment.given if self._root(n) is root])
 
     def _add(self, segment: Segment, node: fx.Node) -> tuple[str, int]:
         wiring = tuple(self._place(segment, argument) for argument in arguments(node))
@@ -132,7 +147,8 @@ class _Folding:
         """Where the segment has the value; views are made within it."""
         if node in segment.places:
             return segment.places[node]
-        inside = self._root(node) in segment.places or self._root(node) in segment.own
+        root = self._root(node)
+        inside = root in segment.places or root in segment.own or root in segment.whole
         if self._is_free(node) and (inside or not self._is_sliced(node)):
             return self._add(segment, node)
         segment.places[node] = "out", len(segment.given)

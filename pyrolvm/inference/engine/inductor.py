@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import math
 import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,13 +26,14 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 
-from pyrolvm.inference.engine import rewrites
+from pyrolvm.inference.engine import adjustments, rewrites
 
 # Some give the numbers of eager torch, the others only make compiling quicker.
 INDUCTOR_SETTINGS: dict[str, Any] = {
     "fallback_random": True,  # draws are ATen's own, from the default generators
     "size_asserts": False,  # shapes cannot change between steps
     "cpp.vec_isa_ok": True,  # skips a trial compilation; a compiler that cannot fails at once
+    "cpp_cache_precompile_headers": False,  # would include more than is used here
     "cpp.min_chunk_size": 8192,  # a parallel region costs microseconds, and far more on a busy machine
     "pattern_matcher": False,  # it would join products and sums again, for BLAS, and takes time
     "cpp_wrapper": True,
@@ -168,117 +168,31 @@ def _compile(graph: fx.GraphModule, settings: dict[str, Any], least_vectorised: 
         stack.enter_context(config.patch(settings))
         stack.enter_context(V.set_fake_mode(mode))
         stack.enter_context(tracing(TracingContext(mode)))
-        stack.enter_context(_reads_or_none())
-        stack.enter_context(_without_reports(mode))
-        stack.enter_context(_one_table_of_types())
-        stack.enter_context(_vectors_from(least_vectorised))
-        stack.enter_context(_writes_before_reads())
+        stack.enter_context(adjustments.without_trials())
+        stack.enter_context(adjustments.reads_or_none())
+        stack.enter_context(adjustments.without_reports(mode))
+        stack.enter_context(adjustments.one_table_of_types())
+        stack.enter_context(adjustments.vectors_from(least_vectorised))
+        stack.enter_context(adjustments.writes_before_reads())
         return compile_fx_inner(
             graph, inputs, cudagraphs=BoxedBool(False), cpp_wrapper=settings["cpp_wrapper"]
         )
 
 
-@contextmanager
-def _reads_or_none() -> Iterator[None]:
-    """Let inductor ask at which index a kernel loads a buffer that it reads in another way, by a search, say.
-
-    It asks while it looks whether loops can share a local buffer, and would stop with a KeyError; None means that they
-    cannot.
-    """
-    from torch._inductor.loop_body import LoopBody
-
-    strict = LoopBody.get_read_expr
-
-    def read(self: Any, name: str) -> Any:
-        with suppress(KeyError):
-            return strict(self, name)
-        return None
-
-    with mock.patch.object(LoopBody, "get_read_expr", read):
-        yield
-
-
-@contextmanager
-def _writes_before_reads() -> Iterator[None]:
-    """Keep what reads a buffer after it was written in place, a dropout's mask, say, behind the writing.
-
-    Where inductor fits loops to each other it finds anew what they read, by names from before the writing: a product of
-    the mask would join a kernel that runs before the mask is drawn.
-    """
-    from torch._inductor.scheduler import SchedulerNode
-
-    original = SchedulerNode.recompute_size_and_body
-
-    def recompute(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.set_read_writes(self.read_writes.rename(self.mutation_renames))
-
-    with mock.patch.object(SchedulerNode, "recompute_size_and_body", recompute):
-        yield
-
-
-@contextmanager
-def _without_reports(mode: Any) -> Iterator[None]:
-    """Keep inductor from printing the graph for its developers, and from making the fake values anew that it has."""
-    from torch._dynamo.repro import after_aot
-    from torch._inductor import compile_fx
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(after_aot, "save_graph_repro", lambda *args, **kwargs: None))
-        stack.enter_context(mock.patch.object(fx.GraphModule, "print_readable", lambda *args, **kwargs: ""))
-        stack.enter_context(mock.patch.object(compile_fx, "fake_tensor_prop", lambda *args, **kwargs: mode))
-        yield
-
-
-@contextmanager
-def _one_table_of_types() -> Iterator[None]:
-    """Keep inductor from filling its table of types anew for each operation of each kernel."""
-    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
-
-    DtypePropagationOpsHandler()  # of which there is one
-    with mock.patch.object(DtypePropagationOpsHandler, "__init__", lambda self: None):
-        yield
-
-
-@contextmanager
-def _vectors_from(least: int) -> Iterator[None]:
-    """Vectors in the kernels of at least `least` elements alone: others are written once, not thrice."""
-    from torch._inductor import config
-    from torch._inductor.codegen.cpp import TilingSelect, _get_loop_body
-
-    select, indices = TilingSelect.select_tiling, TilingSelect._select_tiling_indices
-
-    def selected(self: Any, functions: Any, sizes: Any) -> Any:
-        nodes = (node for body in _get_loop_body(functions) for node in body.get_nodes())
-        # inductor shuns vectors of numbers that lie apart; an exponential is dearer than fetching them
-        costly = any(node.target in rewrites.COSTLY for node in nodes)
-        with config.patch({"cpp.enable_tiling_heuristics": not costly}):
-            return select(self, functions, sizes)
-
-    def places(self: Any, functions: Any, sizes: Any, factor: int) -> Any:
-        count = max(math.prod(int(n) for part in own for n in part) for own in sizes)
-        return [] if count < least else indices(self, functions, sizes, factor)
-
-    with (
-        mock.patch.object(TilingSelect, "select_tiling", selected),
-        mock.patch.object(TilingSelect, "_select_tiling_indices", places),
-    ):
-        yield
-
-
-HEADERS = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n#include <torch/csrc/inductor/cpp_prefix.h>\n"
+WRAPPER_HEADER = "#include <torch/csrc/inductor/cpp_wrapper/cpu.h>\n"
+KERNEL_HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 
 
 @quiet()
-def compiler_command(source: Path, target: Path, header: Path | None = None) -> list[str]:
-    """The command that compiles C++ `source` for this processor into the library `target`.
+def compiler_command(sources: Sequence[Path], target: Path, header: Path | None = None) -> list[str]:
+    """The command that makes `target` of `sources` for this processor.
 
     Parameters
     ----------
-    source : Path
-        A C++ file, or a header (.h), which is precompiled.
+    sources : sequence of Path
+        A C++ file or a header (.h), or the objects of a library.
     target : Path
-        The library, or the precompiled header.
+        A library (.so), an object (.o) or a precompiled header (.gch).
     header : Path, optional
         A header to include first, precompiled beside itself.
     """
@@ -286,15 +200,19 @@ def compiler_command(source: Path, target: Path, header: Path | None = None) -> 
     from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    precompiling = source.suffix == ".h"
-    with config.patch(INDUCTOR_SETTINGS):
+    with config.patch(INDUCTOR_SETTINGS), adjustments.without_trials():
         options = CppTorchDeviceOptions(
-            vec_isa=pick_vec_isa(), include_pytorch=True, device_type="cpu", precompiling=precompiling
+            vec_isa=pick_vec_isa(),
+            include_pytorch=True,
+            device_type="cpu",
+            precompiling=target.suffix == ".gch",
+            compile_only=target.suffix == ".o",
         )
         if header is not None:
-            options.precompiled_header = str(header)
-        name = str(target.with_suffix(""))
-        line = CppBuilder(name=name, sources=str(source), BuildOption=options).get_command_line()
+            options.precompiled_header = shlex.quote(str(header))
+        names = [shlex.quote(str(source)) for source in sources]
+        builder = CppBuilder(name="made", sources=names, BuildOption=options)
+        line = builder.get_command_line()
     words = shlex.split(line)
     words[words.index("-o") + 1] = str(target)
     return [w for w in (FLAGS.get(w, w) for w in words) if w]

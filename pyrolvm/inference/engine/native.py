@@ -23,10 +23,12 @@ from typing import Any
 from torch import Tensor
 
 from pyrolvm.inference.engine import (
+    adjustments,
     cache,
     driver,
     folding,
     graphs,
+    in_place,
     inductor,
     loops,
     operations,
@@ -36,6 +38,7 @@ from pyrolvm.inference.engine import (
     source,
     tracing,
 )
+from pyrolvm.inference.engine.garbage import seldom_collected
 from pyrolvm.inference.engine.loops import StaticLoop, lengths_of
 from pyrolvm.inference.engine.tracing import TracedStep
 
@@ -47,9 +50,11 @@ LEAST_SECONDS = 5.0
 """Of a compilation whose estimate is shown."""
 COMPILERS = ("g++", "clang++")
 GENERATORS = (
+    adjustments,
     driver,
     folding,
     graphs,
+    in_place,
     inductor,
     loops,
     operations,
@@ -128,25 +133,50 @@ def _compile(
     if not has_compiler():
         raise CompilerError("no C++ compiler was found (install g++ or clang++)")
     header = _header()
-    with _precompiling(header):
+    with seldom_collected():
         folded = folding.fold(traced, inputs, minibatch)
         if folded is not None:
-            code = "\n".join([header_text("driver.h"), driver.source(folded), header_text("interpreter.h")])
+            program, others = driver.source(folded)
+            steps = "\n".join([header_text("driver.h"), program, header_text("interpreter.h")])
         else:
-            code = source.looped(inductor.cpp_source(inductor.functional(advance, inputs)))
+            code = inductor.cpp_source(inductor.functional(advance, inputs))
+            steps, others = source.kernels_apart(source.looped(code))
     with cache.storing(path) as target:
-        written = target.with_suffix(".cpp")
-        written.write_text(_whole(code, len(inputs)), encoding="utf-8")
-        _call(inductor.compiler_command(written, target, header))
+        _build(_parts(steps, others, len(inputs)), target, header)
+    _precompile(header)
 
 
-def _whole(code: str, num_inputs: int) -> str:
-    """The C++ of the steps, with what calls them."""
+def _build(parts: Sequence[str], target: Path, header: Path) -> None:
+    """Compile the parts side by side, and make a library of them."""
+    included = header if cache.is_stored(_precompiled(header)) else None
+    written = [target.with_name(f"part_{i}.cpp") for i in range(len(parts))]
+    for path, part in zip(written, parts, strict=True):
+        path.write_text(part, encoding="utf-8")
+    if len(parts) > 1:
+        objects = [path.with_suffix(".o") for path in written]
+        pairs = zip(written, objects, strict=True)
+        _call(*(inductor.compiler_command([one], made, included) for one, made in pairs))
+        written, included = objects, None
+    _call(inductor.compiler_command(written, target, included))
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parts(steps: str, others: Sequence[str], num_inputs: int) -> list[str]:
+    """C++ to compile side by side: the steps, with what calls them, and what they call."""
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
-    steps = 1 if "PyGILState" in code or "PyObject" in code else 2**62
-    lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {steps}"]
-    sums = ("shared_sum.h", "shared_sum_step.h") if "aoti_torch_cpu_shared_" in code else ()
-    return "\n".join([inductor.HEADERS, *lines, *map(header_text, ("runtime.h", *sums)), code])
+    at_once = 1 if "PyGILState" in steps or "PyObject" in steps else 2**62
+    lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {at_once}"]
+    called = [_SUM in code for code in (steps, *others)]
+    sums = ("shared_sum.h", "shared_sum_step.h") if any(called) else ()
+    first = "\n".join([inductor.WRAPPER_HEADER, *lines, *map(header_text, ("runtime.h", *sums)), steps])
+    return source.balanced(first, others, 1 if any(called[1:]) else _cores())
+
+
+_SUM = "aoti_torch_cpu_shared_"
 
 
 def library(code: str, options: Sequence[str]) -> Path:
@@ -169,33 +199,30 @@ def header_text(name: str) -> str:
 
 
 def _header() -> Path:
-    example = inductor.compiler_command(Path("torch.h"), Path("torch.h.gch"))
-    path = cache.entry(cache.digest(inductor.HEADERS, *example), ".h")
+    """Torch's headers, as one to precompile."""
+    text = inductor.WRAPPER_HEADER + inductor.KERNEL_HEADER
+    path = cache.entry(
+        cache.digest(text, *inductor.compiler_command([Path("torch.h")], Path("torch.h.gch"))), ".h"
+    )
     if not cache.is_stored(path):
         with cache.storing(path) as target:
-            target.write_text(inductor.HEADERS, encoding="utf-8")
+            target.write_text(text, encoding="utf-8")
     return path
 
 
-@contextlib.contextmanager
-def _precompiling(header: Path) -> Iterator[None]:
-    """Precompile torch's headers, once per machine, on another core while the block runs and after it.
+def _precompiled(header: Path) -> Path:
+    return header.with_suffix(".h.gch")
 
-    That takes longer than the block, and longer than to read them as text, as the first step of a machine does. An
-    error ends it.
+
+def _precompile(header: Path) -> None:
+    """Precompile torch's headers, once per machine, on another core while the first step runs there.
+
+    That takes longer than to read them as text, as that step does.
     """
-    path = header.with_suffix(".h.gch")
-    if path in _PRECOMPILED or cache.is_stored(path):
-        yield
-        return
-    running = Precompilation(header, path)
-    _PRECOMPILED.add(path)
-    try:
-        yield
-    except BaseException:
-        running.stop()
-        _PRECOMPILED.discard(path)
-        raise
+    path = _precompiled(header)
+    if path not in _PRECOMPILED and not cache.is_stored(path):
+        Precompilation(header, path)
+        _PRECOMPILED.add(path)
 
 
 _PRECOMPILED: set[Path] = set()
@@ -209,7 +236,7 @@ class Precompilation(threading.Thread):
         super().__init__(daemon=True)
         self.path, self.folder = path, Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent))
         self.made = self.folder / path.name
-        self.process = _started(inductor.compiler_command(header, self.made))
+        self.process = _started(inductor.compiler_command([header], self.made))
         atexit.register(self.stop)
         self.start()
 
@@ -229,12 +256,15 @@ class Precompilation(threading.Thread):
         self.join()
 
 
-def _call(command: list[str]) -> None:
-    with _compiler(command) as process:
-        lines = process.communicate()[1].splitlines()
-    if process.returncode:
-        named = [line for line in lines if "error" in line] or lines or ["no message"]
-        raise CompilerError(f"the C++ compiler {command[0]} failed: {named[0]}")
+def _call(*commands: list[str]) -> None:
+    """Run the commands at the same time. Raises `CompilerError` if one fails."""
+    with contextlib.ExitStack() as stack:
+        running = [(command[0], stack.enter_context(_compiler(command))) for command in commands]
+        for name, process in running:
+            lines = process.communicate()[1].splitlines()
+            if process.returncode:
+                named = [line for line in lines if "error" in line] or lines or ["no message"]
+                raise CompilerError(f"the C++ compiler {name} failed: {named[0]}")
 
 
 @contextlib.contextmanager

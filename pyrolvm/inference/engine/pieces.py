@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from pyrolvm.inference.engine.graphs import LAYOUT, Layout
+from pyrolvm.inference.engine.in_place import is_dense, is_write, target_of
 from pyrolvm.inference.engine.operations import COUNTED, is_counted, number_dtype
 
 
@@ -61,6 +62,8 @@ class Folded:
         Values in all.
     size : int
         Operations of all pieces: what is compiled.
+    is_dense : bool
+        Whether the results of pieces fill their memory, as those of the compiler do.
     """
 
     num_inputs: int
@@ -70,6 +73,7 @@ class Folded:
     steps: list[Call | Slice | Number] = field(default_factory=list)
     num_values: int = 0
     size: int = 0
+    is_dense: bool = True
 
     def examples(self, piece: int) -> list[Tensor]:
         """Example arguments of a piece."""
@@ -90,6 +94,8 @@ class Segment:
         Values from outside: inputs, results of other segments, slices of sequences.
     labels : list of int
         What each operation of the recipe does.
+    whole : set of node
+        Values of which it makes every view itself.
     """
 
     recipe: list[fx.Node] = field(default_factory=list)
@@ -97,7 +103,13 @@ class Segment:
     given: list[fx.Node] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     own: set[fx.Node] = field(default_factory=set)
+    whole: set[fx.Node] = field(default_factory=set)
     places: dict[fx.Node, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def written(self) -> list[fx.Node]:
+        """What its operations write to in place."""
+        return [n for node in self.recipe if is_write(node) and (n := target_of(node)) is not None]
 
 
 def written(
@@ -139,11 +151,14 @@ class _Writer:
 
     def _piece(self, segments: Sequence[Segment], *, last: bool) -> _Piece:
         piece = _Piece(segments, self.needed)
-        if piece.outputs or last:
+        writes = any(self.root(n) not in segments[0].own for n in segments[0].written)
+        if piece.outputs or writes or last:
             piece.number = len(self.result.pieces)
             graph = piece.graph()
             self.result.pieces.append(graph)
-            self.result.strides.append([segments[0].recipe[i].meta[LAYOUT].stride for i in piece.outputs])
+            made = [segments[0].recipe[i].meta[LAYOUT] for i in piece.outputs]
+            self.result.strides.append([layout.stride for layout in made])
+            self.result.is_dense &= all(map(is_dense, made))
             self.result.size += len(segments[0].recipe)
             given = [n.meta[LAYOUT] for n in segments[0].given]
             self.result.layouts.append(given + [Layout(dtype, (), (), 0) for _, dtype in piece.lifted])

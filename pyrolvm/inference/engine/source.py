@@ -1,4 +1,4 @@
-"""inductor's C++ for one step, rearranged to take many steps per call.
+"""inductor's C++ for one step, rearranged to take many steps per call, and cut into parts to compile at once.
 
 inductor writes a function that allocates its buffers, makes its views, runs the kernels and frees everything.
 For a small model the allocations and views take most of the time. `looped` puts the kernels into a loop and leaves
@@ -12,11 +12,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LARGEST_KEPT = 2**23
 """Larger buffers (elements) are allocated and freed in each step, as inductor planned, to save memory."""
 
+WRAPPER_WEIGHT, HEADER_LENGTH = 6, 20_000
+"""How many characters of kernels take as long to compile as one of the wrapper; as long as their headers beside its."""
+PART_LENGTH = 100_000
+"""Characters of kernels that are worth another part, which reads the headers again."""
+_KERNEL = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 _BEGIN = "    py::gil_scoped_release_simple release;\n"
 _END = "} // inductor_entry_impl\n"
 _INPUTS = re.compile(r" *auto inputs = steal_from_raw_handles_to_raii_handles\(input_handles, \d+\);")
@@ -63,6 +69,25 @@ def looped(code: str) -> str:
         _place(line, parts, given)
     loop = ["    for (int64_t left = pyrolvm::num_steps; left > 0; --left) {", *parts.each, "    }"]
     return head + begin + "\n".join([*parts.once, *loop]) + "\n" + end + tail
+
+
+def kernels_apart(code: str) -> tuple[str, list[str]]:
+    """The code without its kernels, which it declares, and each of them with its headers."""
+    wrapper, end, rest = code.partition(_END)
+    before, *kernels = rest.split(_KERNEL)
+    return wrapper + end + before, [_KERNEL + kernel for kernel in kernels]
+
+
+def balanced(first: str, others: Sequence[str], most: int) -> list[str]:
+    """Up to `most` parts, the first of which begins with `first`, that take about as long to compile."""
+    most = min(most, 2 + sum(map(len, others)) // PART_LENGTH, 1 + len(others))
+    made = [[first], *([] for _ in range(most - 1))]
+    loads = [WRAPPER_WEIGHT * len(first) + HEADER_LENGTH, *(0 for _ in made[1:])]
+    for other in sorted(others, key=len, reverse=True):
+        least = loads.index(min(loads))
+        made[least].append(other)
+        loads[least] += len(other)
+    return ["".join(part) for part in made]
 
 
 def _given_away(lines: list[str]) -> set[str]:

@@ -2,6 +2,7 @@
 
 TensorScalars   numbers that an optimiser reads from tensors stay tensors
 static_pyro     Pyro's objectives without reads and branches that serve only messages or speed
+plain_lstms     LSTMs as products and sums
 """
 
 from __future__ import annotations
@@ -71,6 +72,17 @@ def static_pyro() -> Iterator[None]:
         stack.enter_context(unchecked)
         stack.enter_context(_NoShortcuts())
         yield
+
+
+@contextmanager
+def plain_lstms() -> Iterator[None]:
+    """LSTMs without oneDNN's layer, which keeps nothing for its gradient where autograd is off, as in a traced step."""
+    usual = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(usual)
 
 
 def _as_tensor(value: Any) -> Any:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from pyrolvm.inference.engine import graphs
-from pyrolvm.inference.engine.division import SHARE, Division, division
+from pyrolvm.inference.engine.division import SHARE, Division
 from pyrolvm.inference.engine.draws import by_inversion
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.reads import ROWS, Buffer, Reads
-from pyrolvm.inference.engine.static import static_pyro
+from pyrolvm.inference.engine.static import plain_lstms, static_pyro
 from pyrolvm.inference.engine.untraceable import check_writes, explained, kept
-from pyrolvm.inference.engine.updating import is_by_row, updated
+from pyrolvm.inference.engine.updating import division, is_by_row, updated
 from pyrolvm.inference.program.noise import kept_generators
 
 Slots = dict[str, dict[str, Tensor]]
@@ -207,6 +207,7 @@ def trace_step(problem: Problem, slots: Slots, rows: Tensor) -> TracedStep:
         kept(program),
         explained() as site,
         static_pyro(),
+        plain_lstms(),
         by_inversion(),
     ):
         graph, constants = graphs.record(run, inputs)

@@ -1,7 +1,8 @@
-"""The update of a traced step, by torch's own optimiser."""
+"""The update of a traced step, by torch's own optimiser, and whether its work is divided among processes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from unittest import mock
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from pyrolvm.inference.engine.division import SHARE, Division
-from pyrolvm.inference.engine.entries import collected, is_per_row, places_of
+from pyrolvm.inference.engine.entries import collected, is_elementwise, is_per_row, places_of
 from pyrolvm.inference.engine.problem import Problem
 from pyrolvm.inference.engine.static import TensorScalars
 
 # their usual form branches on the count of steps or on gradients
 BRANCHING = (torch.optim.RAdam, torch.optim.Rprop, torch.optim.ASGD)
+LEAST = 2**15
+"""Entries from which on dividing gains more than it costs: two meetings of the processes in place of one."""
 
 
 def is_by_row(problem: Problem, key: str, state: dict[str, Tensor]) -> bool:
@@ -94,3 +97,29 @@ def _clip(parameters: dict[str, Tensor], most: float, parted: Division | None) -
     others = torch.nn.utils.get_total_norm(list(own.values()), foreach=False)
     norm = (parted.memory.sum(share.square()) + others.square()).sqrt()
     torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), most, norm, foreach=False)
+
+
+def division(problem: Problem, slots: Mapping[str, Mapping[str, Tensor]]) -> Division | None:
+    """How the optimiser's work on the problem is divided; None where it is not.
+
+    Parameters
+    ----------
+    slots : dict
+        The optimiser's state after a step.
+    """
+    sharing, program = problem.sharing, problem.program
+    if sharing is None or sharing.processes.memory is None or not is_elementwise(problem.optimizer):
+        return None
+    trained = zip(program.parameters.items(), sharing.trained, strict=True)
+    found = {name: p for (name, p), own in trained if own and name not in problem.tables}
+    kinds = {t.dtype for t in found.values()} | {program.buffers[name].dtype for name in sharing.moved}
+    if sum(t.numel() for t in found.values()) < LEAST or kinds != {program.dtype}:
+        return None
+    of_entries = {
+        slot
+        for slot in slots.get(next(iter(found)), {})
+        if all(slots[name][slot].shape == p.shape for name, p in found.items())
+    }
+    return Division(
+        sharing.processes, {name: p.shape for name, p in found.items()}, tuple(sorted(of_entries))
+    )

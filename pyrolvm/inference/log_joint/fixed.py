@@ -6,7 +6,8 @@ With standard normals e_1, ..., e_M held, the bound is a function of a Gaussian 
 
 which L-BFGS maximises until no entry of the gradient exceeds 1e-4 (in nats, for coordinates of about one standard
 deviation). Then the draws are doubled, drawn afresh, until the optimum moves by no more than a tenth of a standard
-deviation or of a log-sd, and the Monte Carlo error of its location is below a twentieth.
+deviation or of a log-sd, and its Monte Carlo error is below a twentieth. The error of a low rank is told by how far
+doublings, two at the least, moved the optimum.
 
 Whitened coordinates, u = mode + chol(H^-1) v, make this a matter of a few iterations whatever the units; a Gaussian
 with a full covariance is the same family there. A mean field is not, so that it keeps the axes of u and has its
@@ -196,11 +197,17 @@ def maximise(
         parameters = found.end.point
         history += rows_of(found, M, len(history), began)
         q = _detached(bound.gaussian(parameters))
-        moved, before = _moved(before, q) if doubling else math.inf, q
+        last, moved, before = moved, _moved(before, q) if doubling else math.inf, q
         if kind == POINT or num_draws is not None:
-            moved = 0.0
-        optimum = _judged(bound, parameters, normals, q, found, moved, history, seed)
-        done = moved <= MOVES and optimum.monte_carlo_error <= max(ERROR, FROM_DOUBLING * moved)
+            last = moved = 0.0
+        told = moved
+        if kind == LOW_RANK and last < math.inf:
+            # of its log-sds a single move says little: that before it counts, less what twice the draws leave of it
+            told = max(moved, last * 0.5**0.5)
+        optimum = _judged(bound, parameters, normals, q, found, moved, FROM_DOUBLING * told, history, seed)
+        most_error = FROM_DOUBLING * (MOVES if kind == LOW_RANK else moved)
+        done = moved <= MOVES and optimum.monte_carlo_error <= max(ERROR, most_error)
+        done = done and (kind != LOW_RANK or doubling > 1)
         if done or num_draws is not None or most < 2 * M:
             break
         M *= 2
@@ -218,6 +225,7 @@ def _judged(
     q: Gaussian,
     found: Ascent,
     moved: float,
+    by_moves: float,
     history: list[dict[str, float]],
     seed: int,
 ) -> Optimum:
@@ -233,7 +241,7 @@ def _judged(
     else:
         errors, log_sd_errors = _location_errors(bound.place, q, slopes[:, : bound.dim]), nothing
         relative = 0.0 if q.kind == POINT else float((errors / q.scale).max())
-        relative = max(relative, FROM_DOUBLING * moved)
+        relative = max(relative, by_moves)
     return Optimum(
         q,
         bound,
