@@ -158,6 +158,7 @@ class Problem:
         controls = {**self.constants, **dict(zip(self.scheduled[1:], values, strict=True))}
         batch, weight = self.batch(rows), controls.get(KL_WEIGHT)
         weighted = nullcontext() if weight is None else _KLWeight(weight)
+        self.program.forget()
         with data_rows(self.num_rows, rows, given), controlled(controls), weighted:
             pair = Pair(self.program, self.structure, batch, "train")
             result = self.objective.estimate(pair, controls)
@@ -209,6 +210,7 @@ class Problem:
             own = torch.autograd.grad(loss.own, [leaves[i] for i in places], allow_unused=True)
             for i, gradient in zip(places, own, strict=True):
                 found[i] = gradient
+        self.program.forget()
         return found, loss.terms
 
 

@@ -18,7 +18,7 @@ from pyrolvm.inference.posterior.record import Record
 from pyrolvm.inference.posterior.rows import num_carrying
 from pyrolvm.inference.posterior.suiting import carries
 from pyrolvm.inference.program.draws import tidy
-from pyrolvm.inference.program.handlers import location
+from pyrolvm.inference.program.handlers import kind_of, location
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.running import explained
@@ -148,7 +148,7 @@ def locations(pair: Pair, model: Trace) -> dict[str, Tensor]:
             found[site["name"]] = tidy(pair.structure, site, location(site["fn"]))[0]
         except NotImplementedError:
             raise ProgramError(
-                f"the distribution of '{site['name']}' ({type(site['fn']).__name__}) has neither a mean nor sample(): "
+                f"the distribution of '{site['name']}' ({kind_of(site['fn'])}) has neither a mean nor sample(): "
                 "write one of them in its class"
             ) from None
     return found
