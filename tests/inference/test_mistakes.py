@@ -234,3 +234,30 @@ def test_too_shallow_a_nesting_is_told():
     objective = pyro.infer.TraceEnum_ELBO(max_plate_nesting=0)
     with pytest.raises(ProgramError, match="plates are nested 1 deep: pass max_plate_nesting=1"):
         pyrolvm.fit(pyro.infer.config_enumerate(drawn_state), X, guide=nothing, objective=objective, **QUIET)
+
+
+def test_a_model_that_runs_only_with_its_states_summed_out():
+    """As Pyro's tutorial of tracking, which gathers along the dimension that the states add."""
+
+    def summed(x):
+        means = pyro.param("means", torch.tensor([-1.0, 0.0, 1.0]))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(means[k].reshape(3, -1), 1.0), obs=x)
+
+    elbo = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1)
+    with pytest.raises(ProgramError, match=r"runs where 'k' is summed out, and fails at one value.*Vindex"):
+        pyrolvm.fit(summed, torch.randn(7), guide=lambda x: None, objective=elbo, **QUIET)
+
+
+def test_data_under_a_flow_without_an_inverse():
+    flow = dist.transforms.planar(3)
+
+    def flowing(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+            pyro.sample("x", dist.TransformedDistribution(base, [flow]), obs=x)
+
+    with pytest.raises(ProgramError, match=r"cannot be computed at given values .*affine_coupling or spline"):
+        pyrolvm.fit(flowing, X, guide=lambda x: None, **QUIET)

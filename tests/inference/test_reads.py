@@ -6,11 +6,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import SymmetricStableReparam
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import pyrolvm
 from pyrolvm import ProgramError, data_plate
+from pyrolvm.inference.engine.recorded import record
 
 LENGTHS = torch.tensor([5, 2, 4, 3, 1, 5, 2, 2, 3, 4])
 X = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
@@ -169,3 +173,35 @@ def test_enumeration_with_counts_from_data():
             pyro.sample("x", dist.Normal(k, scale), obs=x)
 
     both(model, X[:, 0], torch.tensor(3.0), guide=lambda x, total: None, objective=TraceEnum_ELBO())
+
+
+def stable(x):
+    """Pyro asserts that what it draws of a stable distribution is positive."""
+    stability = pyro.sample("stability", dist.Uniform(1.2, 1.9))
+    with poutine.reparam(config={"x": SymmetricStableReparam()}), data_plate(x):
+        pyro.sample("x", dist.Stable(stability, 0.0, 1.0, 0.0), obs=x)
+
+
+FLOW = dist.transforms.spline(1, count_bins=4)
+
+
+def spline(x):
+    """Pyro asserts that a spline has an inverse."""
+    pyro.module("flow", FLOW)
+    with data_plate(x):
+        base = dist.Normal(x.new_zeros(1), 1.0).to_event(1)
+        pyro.sample("x", dist.TransformedDistribution(base, [FLOW]), obs=x)
+
+
+@pytest.mark.parametrize(("model", "x"), [(stable, torch.randn(6)), (spline, torch.randn(6, 1))])
+def test_assertions_of_pyros_own_are_no_branches(model, x):
+    guide = AutoNormal if model is stable else lambda x: None
+    fitted = pyrolvm.fit(model, x, guide=guide, num_steps=2, progress=False, engine="eager")
+    leaves = list(fitted.program.parameters.values())
+
+    def bound(*_):
+        trace = fitted.pair(x).draw()
+        return tuple(t.log_prob_sum() for t in trace)
+
+    with fitted.program.scope():
+        record(bound, leaves)  # raises where Python reads what depends on the parameters

@@ -283,3 +283,48 @@ def test_rows_without_latents_of_their_own_cannot_be_refined():
     fitted = pyrolvm.fit(model, X, guide="AutoNormal", num_steps=1, **QUIET)
     with pytest.raises(pyrolvm.ProgramError, match=r"refine\(\) fits what each row has of its own"):
         fitted.refine(X, num_steps=2, progress=False)
+
+
+def test_a_guide_that_closes_over_a_tensor_of_all_rows():
+    """It runs on all of them alone: every question of these rows is answered, others are declined."""
+    features = torch.stack([X, X**2], -1)
+
+    def model(x):
+        with pyrolvm.data_plate(x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        weight = pyro.param("weight", torch.tensor([0.5, 0.0]))
+        with pyrolvm.data_plate(x):
+            pyro.sample("z", dist.Normal(features @ weight, 0.5**0.5))
+
+    fitted = pyrolvm.fit(model, X, guide=guide, num_steps=1, learning_rate=1e-9, **QUIET)
+    found = fitted.log_evidence(X, num_samples=20, progress=False)
+    torch.testing.assert_close(found.float(), dist.Normal(0.0, 2**0.5).log_prob(X), rtol=1e-4, atol=1e-4)
+    assert fitted.refine(X, num_steps=2, progress=False).num_rows == len(X)
+    assert "log p(x)" not in pyrolvm.diagnose(fitted, X, 25, progress=False).not_done
+    with pytest.raises(pyrolvm.DataError, match="is no argument stands in model or guide"):
+        fitted.posterior(X[:10], 2)
+    with pytest.raises(pyrolvm.ProgramError, match="of all 30 rows and no argument"):
+        pyrolvm.fit(model, X, guide=guide, num_steps=1, batch_size=10, **QUIET)
+
+
+@pytest.mark.parametrize("flow", [dist.transforms.spline, dist.transforms.affine_coupling])
+def test_a_flow_of_the_data_forgets_the_last_step(flow):
+    """Under SVI the loop calls flow.clear_cache() after each step: what a flow remembers is of other parameters."""
+    options = {"count_bins": 4} if flow is dist.transforms.spline else {"hidden_dims": [4]}
+    flow, x = flow(2, **options), torch.randn(20, 2)
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+    def model(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.TransformedDistribution(base, [flow]), obs=x)
+
+    fitted = pyrolvm.fit(model, x, guide=lambda x: None, num_steps=3, learning_rate=0.05, **QUIET)
+    found = fitted.log_evidence(x, progress=False)
+    flow.clear_cache()
+    exact = dist.TransformedDistribution(base, [flow]).log_prob(x)
+    torch.testing.assert_close(found.float(), exact.detach(), rtol=1e-4, atol=1e-4)
+    assert fitted.history.elbo.is_monotonic_increasing

@@ -13,7 +13,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyrolvm.controls import Schedule, controlled, value_of
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.objectives import Objective
@@ -158,6 +158,7 @@ class Problem:
         controls = {**self.constants, **dict(zip(self.scheduled[1:], values, strict=True))}
         batch, weight = self.batch(rows), controls.get(KL_WEIGHT)
         weighted = nullcontext() if weight is None else _KLWeight(weight)
+        self.program.forget()
         with data_rows(self.num_rows, rows, given), controlled(controls), weighted:
             pair = Pair(self.program, self.structure, batch, "train")
             result = self.objective.estimate(pair, controls)
@@ -209,6 +210,7 @@ class Problem:
             own = torch.autograd.grad(loss.own, [leaves[i] for i in places], allow_unused=True)
             for i, gradient in zip(places, own, strict=True):
                 found[i] = gradient
+        self.program.forget()
         return found, loss.terms
 
 

@@ -7,10 +7,12 @@ plain_lstms     LSTMs as products and sums
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 TORCH, ENGINE = str(Path(torch.__file__ or "").parent), str(Path(__file__).parent)
+PYRO = str(Path(pyro.__file__ or "").parent)
 
 
 class TensorScalars(TorchFunctionMode):
@@ -94,6 +97,8 @@ def _masked_dot(weight: Tensor, cost: Tensor) -> Tensor:
 class _NoShortcuts(TorchFunctionMode):
     """`Dice.compute_expectation` branches on whether some weight is 0; `_masked_dot` needs no branch.
 
+    What Pyro asserts of its own values holds.
+
     `one_hot` looks whether its values fit; a comparison with every class does not. `pad_packed_sequence` writes the
     lengths past what records operations; the same are counted from the sizes of the steps.
     """
@@ -101,7 +106,7 @@ class _NoShortcuts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if func is Tensor.__bool__ and _called_by(pyro.infer.util.Dice.compute_expectation):
+        if func is Tensor.__bool__ and _is_check(_caller()):
             return True
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
@@ -119,9 +124,17 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return (tensor.unsqueeze(-1) == every).to(torch.int64)
 
 
-def _called_by(function: Callable[..., Any]) -> bool:
-    """Whether the nearest caller outside of torch and the engine is `function`."""
+def _caller() -> FrameType:
+    """Where the nearest caller outside of torch and the engine is."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((TORCH, ENGINE)):
         frame = frame.f_back
-    return frame.f_code is function.__code__
+    return frame
+
+
+def _is_check(frame: FrameType) -> bool:
+    """Whether this is Dice's branch, or an assertion of Pyro's own (of the splines and stable distributions)."""
+    if frame.f_code is pyro.infer.util.Dice.compute_expectation.__code__:
+        return True
+    file = frame.f_code.co_filename
+    return file.startswith(PYRO) and linecache.getline(file, frame.f_lineno).lstrip().startswith("assert ")

@@ -10,6 +10,7 @@ from pyrolvm.errors import DataError, SettingError
 from pyrolvm.inference.posterior.record import Record
 from pyrolvm.inference.posterior.suiting import carries, suited
 from pyrolvm.inference.program.pair import Pair
+from pyrolvm.plates import DATA_PLATE
 
 
 def batch_of(fitted: Record, x: Any) -> Batch:
@@ -85,6 +86,11 @@ def _check_rows(fitted: Record, data: Batch) -> None:
     """Refuse another number of rows where the program takes its data whole, and rows without parameters."""
     structure, rows = fitted.structure, fitted.num_rows
     if not structure.takes_any_rows and data.num_rows != rows and data.num_rows:
+        if structure.data_plate is not None and structure.data_plate.name == DATA_PLATE:
+            raise DataError(
+                f"the program runs on its {rows} rows alone, not on {data.num_rows}: something of as many rows that is "
+                "no argument stands in model or guide; pass it to both as an argument"
+            )
         raise DataError(
             f"the program was fitted to {rows} rows as a whole, so it cannot take {data.num_rows}: declare the rows "
             "by `with pyrolvm.data_plate(x):` if they are independent data"

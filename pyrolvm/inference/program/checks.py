@@ -12,7 +12,7 @@ import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, did_you_mean
 from pyrolvm.inference.program.hints import reason_of
 from pyrolvm.inference.program.masked import check_apart
@@ -132,6 +132,11 @@ def _check_shapes(model_trace: Trace, guide_trace: Trace, sites: tuple[Site, ...
                 pyro.util.check_site_shape(site, math.inf)  # type: ignore[arg-type]
         except ProgramError as error:
             raise ProgramError(f"{error}\n{site_table(sites)}") from None
+        except KeyError as error:  # of a flow that knows the density of its own draws alone
+            raise ProgramError(
+                f"the {role}'s densities cannot be computed at given values ({error.args[0]}): take a flow that has an "
+                "inverse, such as pyro.distributions.transforms.affine_coupling or spline"
+            ) from error
         except (ValueError, RuntimeError) as error:
             reason = reason_of(error).replace("\n", "\n  ")
             what = "values are outside a support" if "within the support" in reason else "shapes do not fit"

@@ -38,6 +38,13 @@ class NoSampleError(ProgramError):
     """A distribution is a density alone."""
 
 
+def kind_of(fn: Any) -> str:
+    """The name of a distribution's class below masks, plates and `to_event`."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
 def drawn(site: Any) -> Any:
     """A value of a site's distribution. Raises `NoSampleError` if that has no way to draw."""
     try:
@@ -46,7 +53,7 @@ def drawn(site: Any) -> Any:
         value = None
     if value is None:
         raise NoSampleError(
-            f"the distribution of '{site['name']}' ({type(site['fn']).__name__}) has no sample(), so that its values "
+            f"the distribution of '{site['name']}' ({kind_of(site['fn'])}) has no sample(), so that its values "
             "cannot be drawn: write one in its class"
         )
     return value

@@ -10,12 +10,17 @@ from typing import Any
 import pyro
 from pyro.poutine.trace_struct import Trace
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.inference.program.structure import sample_sites
 
 
-def _plate(found: re.Match[str], _: Batch) -> str:
+def _plate(found: re.Match[str], batch: Batch) -> str:
     plate, site, dim, size, other = found.groups()
+    if int(other) == batch.total_rows != int(size):
+        return (
+            f"something at '{site}' is of all {other} rows and no argument, so that it does not come with the {size} "
+            "rows of a batch: pass it to model and guide as an argument"
+        )
     return (
         f"the batch of '{site}' has {other} entries where the plate '{plate}' has {size} rows (dimension {dim}): if "
         f"the {other} belong to one datum, write .to_event(1) at '{site}'"
@@ -114,6 +119,8 @@ LAST = ((r"mat1 and mat2 shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x(\d
 """The same, where no latent has another shape in the guide than in the model, which explains it better."""
 
 
+FREE_DIM = -8
+"""Left of all plates that a program is likely to have."""
 Hints = tuple[tuple[str, Callable[[re.Match[str], Batch], str]], ...]
 
 
@@ -144,3 +151,22 @@ def shapes_apart(guide: Trace, model: Callable[..., Any], batch: Batch) -> str:
                 "the same shape in both"
             )
     return ""
+
+
+def summed_out_alone(guide: Trace, model: Callable[..., Any], batch: Batch) -> str:
+    """Whether the model runs where its discrete latents are summed out, though not at one value of them."""
+    model = pyro.poutine.replay(model, trace=guide)
+    with suppress(Exception), pyro.poutine.trace() as summed:
+        pyro.poutine.enum(model, first_available_dim=FREE_DIM)(*batch.args, **batch.kwargs)
+        names = [s["name"] for s in sample_sites(summed.trace) if "_enumerate_dim" in s["infer"]]
+        if names:
+            return (
+                f"\nthe model runs where '{names[0]}' is summed out, and fails at one value of it, which all "
+                f"questions need: index by it through pyro.ops.indexing.Vindex(...)[..., {names[0]}], which takes both"
+            )
+    return ""
+
+
+def why_fails(guide: Trace, model: Callable[..., Any], batch: Batch) -> str:
+    """Why the model fails after this run of the guide, beside what its error says; empty if nothing is known."""
+    return shapes_apart(guide, model, batch) or summed_out_alone(guide, model, batch)

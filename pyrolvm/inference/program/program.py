@@ -19,14 +19,14 @@ import torch
 from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
-from torch.distributions import transform_to
+from torch.distributions import Transform, transform_to
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import controlled
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, PyrolvmError
 from pyrolvm.inference.program.beginnings import begun, present, put_in
-from pyrolvm.inference.program.hints import reason_of, shapes_apart
+from pyrolvm.inference.program.hints import reason_of, why_fails
 from pyrolvm.inference.program.masked import Masked
 from pyrolvm.inference.program.noise import RUNNING, seeded
 from pyrolvm.inference.program.per_datum import PerDatum
@@ -108,6 +108,7 @@ class Program:
         self._store: Any = {"params": {}, "constraints": {}}
         self._awaited: dict[str, Tensor] = {}
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._flows: list[Any] = []
         self._depth = 0
         self.vectorized: bool | None = None
         self.controls: dict[str, float] = {}
@@ -210,6 +211,11 @@ class Program:
             for module in training:
                 module.training = True
 
+    def forget(self) -> None:
+        """Let flows forget the value that they saw last: of other parameters, and of a graph that is gone."""
+        for flow in self._flows:
+            flow.clear_cache()
+
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """Trial runs inside leave parameters and buffers (running statistics, say) as they were."""
@@ -243,7 +249,7 @@ class Program:
             with self.untouched(), begun(*outside), pyro.poutine.trace(param_only=True) as seen:
                 with explained(batch, "guide"):
                     trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
-                with explained(batch, "model", lambda: shapes_apart(trace, self.model, batch)):
+                with explained(batch, "model", lambda: why_fails(trace, self.model, batch)):
                     pyro.poutine.replay(self.model, trace=trace)(*batch.args, **batch.kwargs)
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()
@@ -335,7 +341,9 @@ class Program:
         return {n: m for n, m in found.items() if all(m is not own for own in self.modules.values())}
 
     def collect(self) -> None:
-        """Gather all parameters and buffers that exist."""
+        """Gather all parameters and buffers that exist, and the flows."""
+        parts = [m for module in self.reached for m in module.modules()]
+        self._flows = [m for m in parts if isinstance(m, Transform)]
         frozen = {id(p) for p in self._frozen}
         seen: set[int] = set()
         store = self._store["params"]
@@ -383,6 +391,7 @@ class Program:
                 )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+        self.forget()
 
     def check_registered(self, surrogate: Tensor) -> None:
         """Raise `ProgramError` if the surrogate depends on a leaf that nothing would train."""

@@ -14,8 +14,8 @@ from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
-from pyrolvm.inference.program.hints import shapes_apart
+from pyrolvm.data.batch import Batch
+from pyrolvm.inference.program.hints import why_fails
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program
 from pyrolvm.inference.program.rows_plate import draws_subsample, find_data_plate
@@ -47,7 +47,7 @@ def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, Rows]:
         ):  # what is wrong is said later; a flow without inverse knows its last draw only
             guide_trace.compute_log_prob()
         replayed = pyro.poutine.replay(program.model, trace=guide_trace)
-        with explained(batch, "model", lambda: shapes_apart(guide_trace, program.model, batch)):
+        with explained(batch, "model", lambda: why_fails(guide_trace, program.model, batch)):
             model_trace = with_sizes(pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs))
     assert rows is not None
     return model_trace, guide_trace, rows
@@ -72,7 +72,8 @@ def read_structure(
         _nesting(model, guide),
         per_datum=tuple(dict.fromkeys(tables + _per_datum(program, batch, guide, plate))),
         joint_guide=_joint(guide, plate),
-        takes_any_rows=plate is not None and (plate.name in made or not whole),
+        takes_any_rows=plate is not None
+        and (not whole or (plate.name in made and _takes_some(program, batch))),
         mixed=_mixed(guide, sources),
         tempered=_is_tempered(model, guide),
         row_tables=tables,
@@ -93,6 +94,19 @@ def _runs_whole(program: Program, batch: Batch) -> bool:
         guide = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
         replayed = pyro.poutine.replay(program.model, trace=guide)
         pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs).compute_log_prob()
+        return True
+    return False
+
+
+def _takes_some(program: Program, batch: Batch) -> bool:
+    """Whether the pair runs on two of its rows: nothing in it that is no argument is of all of them."""
+    if batch.num_rows <= 2:
+        return True
+    few = batch.take(torch.arange(2, device=batch.indices.device))
+    with program.untouched(), program.scope(few, "predict"), torch.no_grad(), suppress(Exception):
+        guide = pyro.poutine.trace(program.guide).get_trace(*few.args, **few.kwargs)
+        model = pyro.poutine.replay(program.model, trace=guide)
+        pyro.poutine.trace(model).get_trace(*few.args, **few.kwargs).compute_log_prob()
         return True
     return False
 
