@@ -164,7 +164,7 @@ def summed_out_alone(program: Any, batch: Batch) -> str:
         if names:
             return (
                 f"\nthe model runs where its discrete latents ({', '.join(names)}) are summed out, and fails at one "
-                f"value of them, which all questions need: index through pyro.ops.indexing.Vindex(...)[..., {names[-1]}], "
+                f"value of them, which all questions need: index by pyro.ops.indexing.Vindex(...)[..., {names[-1]}], "
                 "which takes both"
             )
     return ""
