@@ -423,15 +423,14 @@ def test_the_monte_carlo_error_covers_the_difference_to_a_hundred_times_the_draw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rank"), [("schools", 3), ("constrained", 2)])
-def test_the_error_of_a_low_rank_covers_the_largest_difference_to_many_draws(name, rank):
+def test_the_error_of_a_low_rank_covers_the_largest_difference_to_many_draws():
     """Of means in sds and of log-sds: what a fit tells is one number, from how far doublings moved it."""
-    log_joint = LogJoint(pair_of(*PROGRAMS[name]))
+    log_joint = LogJoint(pair_of(schools, (EFFECTS, ERRORS)))
     place = find_modes(log_joint, 0)[0]
-    far = maximise(log_joint, place, LOW_RANK, rank, 10_000, num_draws=12_800).q
+    far = maximise(log_joint, place, LOW_RANK, 3, 10_000, num_draws=12_800).q
     inside = []
     for seed in range(20):
-        found = maximise(log_joint, place, LOW_RANK, rank, seed)
+        found = maximise(log_joint, place, LOW_RANK, 3, seed)
         apart = [(found.q.location - far.location).abs() / far.scale, (found.q.scale / far.scale).log().abs()]
         inside.append(float(torch.cat(apart).max()) <= 1.645 * found.monte_carlo_error)
     assert sum(inside) >= 17  # 18 of 20 are expected, at the least

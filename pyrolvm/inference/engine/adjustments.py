@@ -18,7 +18,7 @@ from pyrolvm.inference.engine import rewrites
 
 @contextmanager
 def without_trials() -> Iterator[None]:
-    """Keep inductor from six trial compilations, 2 s, of instructions for products in less than float32.
+    """Keep inductor from trial compilations, six here, of instructions for products in less than float32.
 
     Its kernels have none of these products; `-march=native` permits the rest.
     """

@@ -42,11 +42,10 @@ def share_memory(graph: fx.Graph) -> bool:
             first = views.setdefault(key, node)
             if first is not node:
                 node.replace_all_uses_with(first)
-        elif is_write(node):
-            written = target_of(node)
-            if written is None:
+        elif (written := targets(node)) and not _returns_nothing(node):
+            if len(written) != 1 or not _returns_target(node):
                 return False
-            node.replace_all_uses_with(written)
+            node.replace_all_uses_with(written[0])
     return True
 
 
@@ -62,22 +61,23 @@ def _plain(target: Any) -> Any:
     return None
 
 
-def is_write(node: fx.Node) -> bool:
-    """Whether the operation writes to one of its arguments."""
+def targets(node: fx.Node) -> list[fx.Node]:
+    """The values that the operation writes to."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
+    found: list[fx.Node] = []
+    for i, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            fx.map_arg(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name), found.append)
+    return found
 
 
-def target_of(node: fx.Node) -> fx.Node | None:
-    """The value that the operation writes to and returns; None if it does something else."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    places = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-    returned = [r.alias_info is not None and r.alias_info.is_write for r in schema.returns]
-    if len(places) != 1 or returned != [True]:
-        return None
-    at = places[0]
-    found = node.args[at] if at < len(node.args) else node.kwargs.get(schema.arguments[at].name)
-    return found if isinstance(found, fx.Node) else None
+def _returns_nothing(node: fx.Node) -> bool:
+    return not node.target._schema.returns  # type: ignore[union-attr]
+
+
+def _returns_target(node: fx.Node) -> bool:
+    returns = node.target._schema.returns  # type: ignore[union-attr]
+    return len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write
 
 
 def meet(first: fx.Node, second: fx.Node) -> bool:

@@ -170,13 +170,13 @@ def _parts(steps: str, others: Sequence[str], num_inputs: int) -> list[str]:
     # an operator written in Python leaves its error in the interpreter, which is checked after each step
     at_once = 1 if "PyGILState" in steps or "PyObject" in steps else 2**62
     lines = [f"#define NUM_INPUTS {num_inputs}", f"#define STEPS_PER_CALL {at_once}"]
-    called = [_SUM in code for code in (steps, *others)]
+    called = [_SHARED in code for code in (steps, *others)]
     sums = ("shared_sum.h", "shared_sum_step.h") if any(called) else ()
     first = "\n".join([inductor.WRAPPER_HEADER, *lines, *map(header_text, ("runtime.h", *sums)), steps])
     return source.balanced(first, others, 1 if any(called[1:]) else _cores())
 
 
-_SUM = "aoti_torch_cpu_shared_"
+_SHARED = "aoti_torch_cpu_shared_"
 
 
 def library(code: str, options: Sequence[str]) -> Path:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from pyrolvm.inference.engine.graphs import LAYOUT, Layout
-from pyrolvm.inference.engine.in_place import is_dense, is_write, target_of
+from pyrolvm.inference.engine.in_place import is_dense, targets
 from pyrolvm.inference.engine.operations import COUNTED, is_counted, number_dtype
 
 
@@ -109,7 +109,7 @@ class Segment:
     @property
     def written(self) -> list[fx.Node]:
         """What its operations write to in place."""
-        return [n for node in self.recipe if is_write(node) and (n := target_of(node)) is not None]
+        return [target for node in self.recipe for target in targets(node)]
 
 
 def written(

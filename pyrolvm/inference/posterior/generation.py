@@ -43,7 +43,7 @@ def _pair(fitted: Record, num_samples: int, given: Any) -> Pair:
     program, structure = fitted.program, fitted.structure
     rows = torch.arange(num_samples, device=program.device)
     if given is not None:
-        batch = conditioned(program, given, num_samples, fitted.call)
+        batch = _conditioned(fitted, given, num_samples)
     elif structure.chunkable and num_carrying(fitted) > 1:
         raise SettingError(
             "the program has several arguments, and sample() does not know which values to condition on: pass "
@@ -70,17 +70,18 @@ def _global_draw(fitted: Record) -> dict[str, Tensor]:
     return {s["name"]: s["value"] for s in sample_sites(guide) if s["name"] in names}
 
 
-def conditioned(program: Program, given: Any, num_samples: int, call: Batch | None = None) -> Batch:
-    """The arguments of a program whose data are to be made: what is given, the settings of `call`, None for the rest.
+def _conditioned(fitted: Record, given: Any, num_samples: int) -> Batch:
+    """The arguments of a program whose data are to be made: what is given, the settings of its call, else None.
 
     Values of one row stand for all. Raises `DataError` for other numbers of rows.
     """
+    program = fitted.program
     taken = {
         n: p
         for n, p in inspect.signature(program.model).parameters.items()
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
-    settings = _settings(call, list(taken))
+    settings = _settings(fitted.call, list(taken))
     passed = _by_name(program, given, list(taken), settings)
     rows = torch.arange(num_samples, device=program.device)
     usual = {name: None if p.default is p.empty else p.default for name, p in taken.items()}

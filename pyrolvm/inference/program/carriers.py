@@ -13,7 +13,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 
 from pyrolvm.data.arguments import leaves, length_of
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, SettingError
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program

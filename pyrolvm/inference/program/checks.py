@@ -12,7 +12,7 @@ import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, did_you_mean
 from pyrolvm.inference.program.hints import reason_of
 from pyrolvm.inference.program.masked import check_apart

@@ -10,7 +10,7 @@ from typing import Any
 import pyro
 from pyro.poutine.trace_struct import Trace
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.inference.program.structure import sample_sites
 
 

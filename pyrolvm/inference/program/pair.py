@@ -20,7 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.handlers import Fixed, Means, Undone
 from pyrolvm.inference.program.noise import seeded

@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.inference.program.noise import kept_generators
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.reading import read_structure

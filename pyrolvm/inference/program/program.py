@@ -23,7 +23,7 @@ from torch.distributions import Transform, transform_to
 from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import controlled
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, PyrolvmError
 from pyrolvm.inference.program.beginnings import begun, present, put_in
 from pyrolvm.inference.program.hints import reason_of, why_fails

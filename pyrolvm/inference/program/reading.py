@@ -14,7 +14,7 @@ from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.inference.program.hints import why_fails
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program

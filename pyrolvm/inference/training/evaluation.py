@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrolvm.controls import Schedule, value_of
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
 from pyrolvm.inference.engine.problem import KL_WEIGHT, Problem
 from pyrolvm.inference.engine.sharing import Weighed

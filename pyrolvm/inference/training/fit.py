@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyrolvm.controls import Schedule
 from pyrolvm.data.arguments import as_call
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.data.precision import as_dtype
 from pyrolvm.errors import ConvergenceWarning, DataError, SettingError, one_of, warn_user
 from pyrolvm.inference.engine import Engine, choose_engine

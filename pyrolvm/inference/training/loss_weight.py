@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyrolvm.data.arrays import Batch, as_batch
+from pyrolvm.data.arrays import as_batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.errors import ProgramError, SettingError, count, one_of
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from pyrolvm.controls import Schedule, value_of
 from pyrolvm.data.arguments import arguments_of
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.far.streamed import StreamedDataset
 from pyrolvm.data.plan import BatchPlan, is_share

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrolvm.data.arrays import Batch
+from pyrolvm.data.batch import Batch
 from pyrolvm.data.dataset import Dataset
 from pyrolvm.data.far.streamed import StreamedDataset, joined
 from pyrolvm.data.far.windows import WindowPlan

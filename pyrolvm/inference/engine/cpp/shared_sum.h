@@ -117,24 +117,18 @@ class SharedSum {
         for (int64_t rank = 0; rank < at_.count; ++rank) {
             if (rank == at_.rank) continue;
             T* to = slot<T>(second, at_.rank) + most * (rank - (rank > at_.rank));
-            value.each(rank * apart + begin, length, [&](const T* from, int64_t at, int64_t number) {
-#pragma omp simd
-                for (int64_t i = 0; i < number; ++i) to[at + i] = scale * from[i];
-            });
+            value.each(rank * apart + begin, length, [&](const T* from, int64_t at, int64_t number) { scaled(from, scale, to + at, number); });
         }
         meet(before + 2);
         value.each(at_.rank * apart + begin, length, [&](const T* own, int64_t at, int64_t number) {
-            T* __restrict into = sum + at;
             for (int64_t rank = 0; rank < at_.count; ++rank) {
                 const bool mine = rank == at_.rank;
                 const T* from = mine ? own : slot<T>(second, rank) + most * (at_.rank - (at_.rank > rank)) + at;
                 const T times = mine ? scale : T(1);
                 if (rank == 0) {
-#pragma omp simd
-                    for (int64_t i = 0; i < number; ++i) into[i] = times * from[i];
+                    scaled(from, times, sum + at, number);
                 } else {
-#pragma omp simd
-                    for (int64_t i = 0; i < number; ++i) into[i] += times * from[i];
+                    add_scaled(from, times, sum + at, number);
                 }
             }
         });
@@ -164,6 +158,18 @@ class SharedSum {
 #pragma omp simd
             for (int64_t i = begin; i < end; ++i) sum[i] += next[i];
         }
+    }
+
+    template <typename T>
+    static void scaled(const T* __restrict from, T scale, T* __restrict to, int64_t number) {
+#pragma omp simd
+        for (int64_t i = 0; i < number; ++i) to[i] = scale * from[i];
+    }
+
+    template <typename T>
+    static void add_scaled(const T* __restrict from, T scale, T* __restrict to, int64_t number) {
+#pragma omp simd
+        for (int64_t i = 0; i < number; ++i) to[i] += scale * from[i];
     }
 
     int64_t share(int64_t rank, int64_t length) const { return length * rank / at_.count; }
