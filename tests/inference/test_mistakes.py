@@ -246,7 +246,7 @@ def test_a_model_that_runs_only_with_its_states_summed_out():
             pyro.sample("x", dist.Normal(means[k].reshape(3, -1), 1.0), obs=x)
 
     elbo = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1)
-    with pytest.raises(ProgramError, match=r"runs where 'k' is summed out, and fails at one value.*Vindex"):
+    with pytest.raises(ProgramError, match=r"\(k\) are summed out, and fails at one value of them.*Vindex"):
         pyrolvm.fit(summed, torch.randn(7), guide=lambda x: None, objective=elbo, **QUIET)
 
 

@@ -153,20 +153,23 @@ def shapes_apart(guide: Trace, model: Callable[..., Any], batch: Batch) -> str:
     return ""
 
 
-def summed_out_alone(guide: Trace, model: Callable[..., Any], batch: Batch) -> str:
-    """Whether the model runs where its discrete latents are summed out, though not at one value of them."""
-    model = pyro.poutine.replay(model, trace=guide)
-    with suppress(Exception), pyro.poutine.trace() as summed:
-        pyro.poutine.enum(model, first_available_dim=FREE_DIM)(*batch.args, **batch.kwargs)
-        names = [s["name"] for s in sample_sites(summed.trace) if "_enumerate_dim" in s["infer"]]
+def summed_out_alone(program: Any, batch: Batch) -> str:
+    """Whether the pair runs where its discrete latents are summed out, though not at one value of them."""
+    with suppress(Exception), pyro.poutine.enum(first_available_dim=FREE_DIM):
+        drawn = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
+        replayed = pyro.poutine.replay(program.model, trace=drawn)
+        made = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
+        sites = [s for t in (made, drawn) for s in sample_sites(t)]
+        names = list(dict.fromkeys(s["name"] for s in sites if "_enumerate_dim" in s["infer"]))
         if names:
             return (
-                f"\nthe model runs where '{names[0]}' is summed out, and fails at one value of it, which all "
-                f"questions need: index by it through pyro.ops.indexing.Vindex(...)[..., {names[0]}], which takes both"
+                f"\nthe model runs where its discrete latents ({', '.join(names)}) are summed out, and fails at one "
+                f"value of them, which all questions need: index by pyro.ops.indexing.Vindex(...)[..., {names[-1]}], "
+                "which takes both"
             )
     return ""
 
 
-def why_fails(guide: Trace, model: Callable[..., Any], batch: Batch) -> str:
+def why_fails(guide: Trace, program: Any, batch: Batch) -> str:
     """Why the model fails after this run of the guide, beside what its error says; empty if nothing is known."""
-    return shapes_apart(guide, model, batch) or summed_out_alone(guide, model, batch)
+    return shapes_apart(guide, program.model, batch) or summed_out_alone(program, batch)

@@ -249,7 +249,7 @@ class Program:
             with self.untouched(), begun(*outside), pyro.poutine.trace(param_only=True) as seen:
                 with explained(batch, "guide"):
                     trace = pyro.poutine.trace(self.guide).get_trace(*batch.args, **batch.kwargs)
-                with explained(batch, "model", lambda: why_fails(trace, self.model, batch)):
+                with explained(batch, "model", lambda: why_fails(trace, self, batch)):
                     pyro.poutine.replay(self.model, trace=trace)(*batch.args, **batch.kwargs)
         self._blocked = set(self._store["params"]) - set(seen.trace.nodes)
         self._reached = self._registered_modules()

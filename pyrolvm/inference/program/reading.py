@@ -47,7 +47,7 @@ def trial_traces(program: Program, batch: Batch) -> tuple[Trace, Trace, Rows]:
         ):  # what is wrong is said later; a flow without inverse knows its last draw only
             guide_trace.compute_log_prob()
         replayed = pyro.poutine.replay(program.model, trace=guide_trace)
-        with explained(batch, "model", lambda: why_fails(guide_trace, program.model, batch)):
+        with explained(batch, "model", lambda: why_fails(guide_trace, program, batch)):
             model_trace = with_sizes(pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs))
     assert rows is not None
     return model_trace, guide_trace, rows
