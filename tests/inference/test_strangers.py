@@ -328,3 +328,59 @@ def test_a_flow_of_the_data_forgets_the_last_step(flow):
     exact = dist.TransformedDistribution(base, [flow]).log_prob(x)
     torch.testing.assert_close(found.float(), exact.detach(), rtol=1e-4, atol=1e-4)
     assert fitted.history.elbo.is_monotonic_increasing
+
+
+@pytest.mark.parametrize("events", [0, 1])
+def test_a_likelihood_that_draws_other_shapes_has_a_posterior(events):
+    """As distributions of Pyro's contributions do, whose `sample` takes one sequence alone, or one step of it."""
+
+    class One(dist.Normal):
+        has_rsample = False
+
+        def sample(self, sample_shape=()):
+            return torch.zeros(0)
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            of_a_row = dist.Normal(mu, 1.0).expand([len(x), 1]).to_event(1)  # it broadcasts to the data
+            pyro.sample("x", of_a_row if events else One(mu, torch.ones(len(x))), obs=x)
+
+    x = torch.randn(6, 4) if events else torch.randn(6)
+    fitted = pyrolvm.fit(model, x, guide="AutoNormal", num_steps=2, engine="eager", progress=False)
+    assert fitted.posterior(x, 4)["mu"].shape == (4,)
+    found = pyrolvm.to_inference_data(fitted, x, num_samples=2, progress=False)
+    assert "mu" in found.posterior
+    with pytest.raises(
+        pyrolvm.ProgramError, match=r"'x' \(\w+\) cannot draw new data: its sample\(\) gives \["
+    ):
+        fitted.predict(x, 4)
+
+
+@pytest.mark.parametrize("at_once_alone", [True, False])
+def test_a_likelihood_whose_sample_fails_has_a_posterior(at_once_alone):
+    """For several draws at once, and then they are taken one by one; or always, and then `predict` says so."""
+
+    class Fragile(dist.Normal):
+        has_rsample = False
+
+        def sample(self, sample_shape=()):
+            if not at_once_alone or len(self.batch_shape) > 1:
+                raise IndexError("index 1 is out of bounds")
+            return super().sample(sample_shape)
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", Fragile(mu, torch.ones(len(x))), obs=x)
+
+    x = torch.randn(6)
+    fitted = pyrolvm.fit(model, x, guide="AutoNormal", num_steps=2, engine="eager", progress=False)
+    assert fitted.posterior(x, 4)["mu"].shape == (4,)
+    if at_once_alone:
+        assert fitted.predict(x, 4)["x"].shape == (4, 6)
+        return
+    with pytest.raises(
+        pyrolvm.ProgramError, match=r"'x' \(Fragile\) cannot draw new data.*IndexError: index 1 is out"
+    ):
+        fitted.predict(x, 4)

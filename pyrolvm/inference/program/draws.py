@@ -37,6 +37,8 @@ class Draws:
         The rest: log p and log q outside the data plate, in nats (not per datum); None for prior draws.
     shared : list of dict
         The values outside the data plate as the guide made them, to be used again for other rows.
+    undrawn : str
+        Why there is no `predictive`.
     """
 
     values: dict[str, Tensor]
@@ -48,14 +50,13 @@ class Draws:
     global_log_prior: Tensor | None = None
     global_log_guide: Tensor | None = None
     shared: list[dict[str, Tensor]] = field(default_factory=list)
+    undrawn: str = ""
 
     @property
     def predicted(self) -> dict[str, Tensor]:
         """`predictive`; raises `ProgramError` where there is none."""
         if not self.predictive:
-            raise ProgramError(
-                "the distribution of the data has no sample(), so that no data can be drawn: write one in its class"
-            )
+            raise ProgramError(self.undrawn)
         return self.predictive
 
     @property
@@ -95,7 +96,7 @@ def read_draws(pair: Pair, model: Trace, guide: Trace, num_draws: int | None) ->
     zeros = torch.zeros_like(densities.log_prior[:, 0])
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, guide)},
-        predictive=_anew(pair, model, num_draws),
+        **_anew(pair, model, num_draws),
         pointwise={s["name"]: tidy(pair.structure, s, _unscaled(s), 0) for s in _data(pair, model)},
         log_prior=densities.log_prior,
         log_likelihood=densities.log_likelihood,
@@ -111,7 +112,7 @@ def _prior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws
     shared = pair.held(model)
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, model)},
-        predictive=_anew(pair, model, num_draws),
+        **_anew(pair, model, num_draws),
         log_likelihood=log_densities(
             model, Trace(), skip={*shared, *pair.structure.beside_data}
         ).log_likelihood,
@@ -119,27 +120,26 @@ def _prior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> Draws
     )
 
 
-def _anew(pair: Pair, model: Trace, num_draws: int | None) -> dict[str, Tensor]:
-    """Data drawn anew at the latents of a trace; several sites together, since one may depend on another."""
+def _anew(pair: Pair, model: Trace, num_draws: int | None) -> dict[str, Any]:
+    """Data drawn anew at the latents of a trace, or why they cannot be: these have draws all the same."""
     try:
-        return _made(pair, model, num_draws)
-    except NoSampleError:  # a likelihood that is a density alone: its latents have draws
-        return {}
+        return {"predictive": _made(pair, model, num_draws)}
+    except NoSampleError as error:
+        return {"predictive": {}, "undrawn": str(error)}
 
 
 def _made(pair: Pair, model: Trace, num_draws: int | None) -> dict[str, Tensor]:
-    if len(pair.structure.observed) < 2:
-        return {s["name"]: tidy(pair.structure, s, drawn(s)) for s in _data(pair, model)}
+    """Several sites together, since one may depend on another."""
 
     def made(trace: Trace) -> dict[str, Tensor]:
         return {s["name"]: tidy(pair.structure, s, s["value"]) for s in _data(pair, trace)}
 
     try:
+        if len(pair.structure.observed) < 2:
+            return {s["name"]: tidy(pair.structure, s, drawn(s)) for s in _data(pair, model)}
         latents = {s["name"]: s["value"] for s in sample_sites(model) if not s["is_observed"]}
         return made(pair.simulate(num_draws, given=latents))
-    except NoSampleError:
-        raise
-    except Exception:  # a program that takes draws at once of its latents alone
+    except Exception:  # a program, or a distribution, that takes draws at once of its latents alone
         if num_draws is None:
             raise
     parts = [made(pair.simulate(given=slice_of(model, Trace(), i))) for i in range(num_draws)]
@@ -225,9 +225,10 @@ def concatenate(parts: list[Draws], *, dim: int, local: set[str] | None) -> Draw
         return torch.cat(present, dim) if present else None
 
     draws = parts[:1] if dim == 1 else parts  # of rows, all have the same
+    undrawn = next((p.undrawn for p in parts if p.undrawn), "")
     return Draws(
         join([p.values for p in parts]),
-        join([p.predictive for p in parts]),
+        {} if undrawn else join([p.predictive for p in parts]),
         join([p.pointwise for p in parts]),
         cat([p.log_prior for p in parts]),
         cat([p.log_likelihood for p in parts]),
@@ -235,6 +236,7 @@ def concatenate(parts: list[Draws], *, dim: int, local: set[str] | None) -> Draw
         cat([p.global_log_prior for p in draws], 0),
         cat([p.global_log_guide for p in draws], 0),
         parts[0].shared,
+        undrawn,
     )
 
 

@@ -35,7 +35,7 @@ class Means(Messenger):
 
 
 class NoSampleError(ProgramError):
-    """A distribution is a density alone."""
+    """A distribution is a density alone, or its `sample()` fails."""
 
 
 def kind_of(fn: Any) -> str:
@@ -46,17 +46,40 @@ def kind_of(fn: Any) -> str:
 
 
 def drawn(site: Any) -> Any:
-    """A value of a site's distribution. Raises `NoSampleError` if that has no way to draw."""
+    """A value of a site's distribution. Raises `NoSampleError` if that cannot draw."""
+    fn: Any = site["fn"]
+    kind = f"the distribution of '{site['name']}' ({kind_of(fn)})"
     try:
-        value = site["fn"](*site["args"], **site["kwargs"])
+        value = fn(*site["args"], **site["kwargs"])
     except NotImplementedError:
         value = None
+    except Exception as error:  # of somebody else's class, for parameters of several rows or draws, say
+        raise NoSampleError(
+            f"{kind} cannot draw new data: its sample() fails for parameters of batch shape {[*fn.batch_shape]}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if value is None:
         raise NoSampleError(
-            f"the distribution of '{site['name']}' ({kind_of(site['fn'])}) has no sample(), so that its values "
-            "cannot be drawn: write one in its class"
+            f"{kind} has no sample(), so that its values cannot be drawn: write one in its class"
+        )
+    if isinstance(value, Tensor) and not _is_like(value, site["value"], fn):
+        raise NoSampleError(
+            f"{kind} cannot draw new data: its sample() gives {[*value.shape]} for parameters of batch shape "
+            f"{[*fn.batch_shape]}, and the data are {[*getattr(site['value'], 'shape', ())]}"
         )
     return value
+
+
+def _is_like(value: Tensor, seen: Any, fn: Any) -> bool:
+    """Whether a value is one for all parameters, and its events as large as those that were observed."""
+    events = [
+        t.shape[max(0, t.dim() - len(fn.event_shape)) :] for t in (value, seen) if isinstance(t, Tensor)
+    ]
+    try:
+        wide = torch.broadcast_shapes(*events)
+    except RuntimeError:
+        return False
+    return value.shape[: len(fn.batch_shape)] == fn.batch_shape and wide == events[0]
 
 
 class Undone(Messenger):
