@@ -18,6 +18,7 @@ from pyrolvm import PPCA, data_plate
 from pyrolvm.data.plan import BatchPlan
 from pyrolvm.errors import ConvergenceWarning
 from pyrolvm.inference.training import loop, rules, until
+from pyrolvm.inference.training.iterates import Iterates
 from pyrolvm.inference.training.stationarity import effective_size, split_r_hat
 from pyrolvm.inference.training.until import Until
 
@@ -82,6 +83,43 @@ def test_looks_within_a_chunk_leave_a_run_as_it_is(monkeypatch):
         assert torch.equal(value, split.program.parameters[name])
     assert whole.convergence == split.convergence
     assert 3 * chunks[0] < chunks[1]
+
+
+def test_looks_are_few(monkeypatch):
+    """Of a stage two or three, and not more than one in a thousand steps."""
+    program, looked = GlobalMean(), []
+    whole = Until._estimated
+    monkeypatch.setattr(Until, "_estimated", lambda self, *a: (looked.append(self.looks), whole(self, *a))[1])
+    fitted = pyrolvm.fit(program.model, X, guide=program.guide, batch_size=50, **COMPILED)
+    assert fitted.convergence.converged is True
+    assert len(looked) <= len(fitted.history) / 1000
+    assert len(looked) <= 2 + 3 * fitted.history["learning_rate"].nunique()
+
+
+def test_iterates_are_averaged_together_as_one_by_one(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    series = torch.randn(50, 6, generator=rng)
+    together, apart = Iterates(True), Iterates(True)
+    for i, flat in enumerate(series):
+        for iterates in (together, apart):
+            iterates.add(flat.clone())
+        apart.take_in()
+        if i == 19:
+            together.take_in()
+            together.average_anew()
+            apart.average_anew()
+    together.take_in()
+    torch.testing.assert_close(together.mean, series[20:].mean(0))
+    torch.testing.assert_close(apart.mean, together.mean)
+    assert together.averaged == apart.averaged == 30
+    assert np.array_equal(np.stack(together.rows), series.double().numpy())
+    assert together.r_hat(10) == apart.r_hat(10)
+    monkeypatch.setattr("pyrolvm.inference.training.iterates.MOST_PENDING", 12)
+    few = Iterates(False)
+    for flat in series:
+        few.add(flat.clone())
+        assert len(few.pending) < 2
+    torch.testing.assert_close(few.mean, series.mean(0))
 
 
 def test_where_a_rate_is_given_up_does_not_depend_on_the_length_of_chunks(monkeypatch):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyrolvm.inference.log_joint.function import LogJoint
-from pyrolvm.inference.log_joint.low_rank import nearest
+from pyrolvm.inference.log_joint.low_rank import conditional, nearest
 from pyrolvm.inference.program.program import Program
 
 POINT, DIAGONAL, FULL, LOW_RANK = "point", "diagonal", "full", "low_rank"
@@ -126,15 +126,6 @@ class Gaussian:
             return [cls(DIAGONAL, location, sd=conditional(scale_tril))]
         found = nearest(scale_tril if full else scale_tril.diag(), rank)
         return [cls(LOW_RANK, location, sd=sd, factor=factor) for sd, factor in found]
-
-
-def conditional(scale_tril: Tensor) -> Tensor:
-    """The sd of each coordinate given the others, 1 / sqrt(diag H), H^-1 = scale_tril scale_tril': [dim]."""
-    if scale_tril.dim() == 1:
-        return scale_tril
-    eye = torch.eye(len(scale_tril), dtype=scale_tril.dtype)
-    inverse = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
-    return inverse.square().sum(0).rsqrt()
 
 
 class Family:

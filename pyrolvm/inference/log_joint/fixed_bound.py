@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrolvm.inference.log_joint.families import DIAGONAL, FULL, LOW_RANK, POINT, Gaussian
 from pyrolvm.inference.log_joint.function import LogJoint
-from pyrolvm.inference.log_joint.low_rank import free, own_share
+from pyrolvm.inference.log_joint.low_rank import conditional, free, own_share
 from pyrolvm.inference.log_joint.modes import Place
 
 
@@ -22,13 +22,13 @@ class FixedBound:
     place : Place
         Whose coordinates the location is in, and a full covariance.
     start : Gaussian
-        Of the family's kind: its scales are the unit of the parameters' own.
+        Of the family's kind.
     """
 
     def __init__(self, log_joint: LogJoint, place: Place, start: Gaussian) -> None:
         self.log_joint, self.place, self.start = log_joint, place, start
         self.dim = log_joint.dim
-        self.unit = start.location if start.kind == POINT else start.scale
+        self.unit = conditional(place.scale_tril)
         self.rows, self.columns = torch.tril_indices(self.dim, self.dim, -1)
 
     @property
@@ -45,8 +45,9 @@ class FixedBound:
 
     def _of_low_rank(self, q: Gaussian) -> list[Tensor]:
         assert q.sd is not None and q.factor is not None
-        shares = q.sd / self.unit
-        return [free(shares), (shares[:, None] * q.factor).reshape(-1)]
+        B, A = q.sd[:, None] * q.factor, self.place.scale_tril
+        b = B / A[:, None] if A.dim() == 1 else torch.linalg.solve_triangular(A, B, upper=False)
+        return [free(q.sd / self.unit), b.reshape(-1)]
 
     def beside(self, parameters: Tensor, q: Gaussian) -> Tensor:
         """The parameters with the covariance of another low rank."""
@@ -71,9 +72,9 @@ class FixedBound:
             return Gaussian(POINT, location)
         log_sd, rest = parameters[self.dim : 2 * self.dim], parameters[2 * self.dim :]
         if self.start.kind == LOW_RANK:
-            shares = own_share(log_sd)
-            factor = rest.reshape(self.dim, -1) / shares[:, None]
-            return Gaussian(LOW_RANK, location, sd=self.unit * shares, factor=factor)
+            sd = self.unit * own_share(log_sd)
+            factor = self.place.times(rest.reshape(self.dim, -1).T).T / sd[:, None]
+            return Gaussian(LOW_RANK, location, sd=sd, factor=factor)
         if self.start.kind == FULL:
             tril = log_sd.exp().diag().index_put((self.rows, self.columns), rest)
             return Gaussian(FULL, location, scale_tril=self._unwhitened(tril))

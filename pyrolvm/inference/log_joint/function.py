@@ -66,6 +66,9 @@ class LogJoint:
         The program on its whole data.
     jacobian : bool
         Without it, the maximum is the mode in the latents' own space (what an `AutoDelta` finds).
+    derivatives : bool
+        False where values alone are wanted, once: the program itself is then repeated by `vmap` where that can be,
+        which spares the seconds of a record.
 
     Attributes
     ----------
@@ -81,7 +84,7 @@ class LogJoint:
         density is not the same twice.
     """
 
-    def __init__(self, pair: Pair, *, jacobian: bool = True) -> None:
+    def __init__(self, pair: Pair, *, jacobian: bool = True, derivatives: bool = True) -> None:
         self.pair, self.jacobian = pair, jacobian
         self._evaluator: TraceEinsumEvaluator | None = None
         with torch.no_grad(), seeded(0, pair.device), widened(pair.program):
@@ -93,7 +96,8 @@ class LogJoint:
         self._graph: Callable[..., Tensor] | None = None
         self.batched = False
         self._check_fixed()
-        self._record()
+        if derivatives or not self._repeat():
+            self._record()
 
     # ------------------------------------------------------------------ values and derivatives
 
@@ -199,10 +203,23 @@ class LogJoint:
                 "the model's density at one value of its latents is random (dropout, a draw that is no site)"
             )
 
+    def _repeat(self) -> bool:
+        """Replace runs of the program by one of many u at once, if it can be and agrees; whether it does."""
+        points = self._points(2)
+        with suppress(Exception), torch.no_grad():  # what looks at its values cannot be
+            wanted = torch.stack([self.at(u) for u in points])
+            many = torch.func.vmap(self.at)
+            if torch.allclose(many(points), wanted, 1e-9, 1e-9, equal_nan=True):
+                self._graph, self.batched = many, True
+        return self.batched
+
+    def _points(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(number, self.dim, generator=generator, dtype=torch.float64)
+
     def _record(self) -> None:
         """Replace runs of the program by a record of one, if it agrees with the program at other points."""
-        generator = torch.Generator().manual_seed(0)
-        points = torch.randn(CHECKED_AT, self.dim, generator=generator, dtype=torch.float64)
+        points = self._points(CHECKED_AT)
         with torch.no_grad():
             wanted = torch.stack([self.at(u) for u in points])
         _, slope = self.slope(points[:1])

@@ -57,9 +57,16 @@ class Verdict:
 
 
 @torch.no_grad()
-def judge(pair: Pair, solution: Solution | None = None, seed: int = 0) -> Verdict:
-    """The verdict on a Gaussian AutoGuide as it stands in the pair, after `solve` or after stochastic steps."""
-    log_joint = solution.start.log_joint if solution is not None else LogJoint(pair)
+def judge(
+    pair: Pair, solution: Solution | None = None, seed: int = 0, log_joint: LogJoint | None = None
+) -> Verdict:
+    """The verdict on a Gaussian AutoGuide as it stands in the pair, after `solve` or after stochastic steps.
+
+    `log_joint` is of the pair, if it is known already.
+    """
+    if solution is not None:
+        log_joint = solution.start.log_joint
+    log_joint = log_joint or LogJoint(pair, derivatives=False)
     numbers = dict(solution.numbers) if solution is not None else {}
     flags = _flags_of(solution) if solution is not None else ()
     kind = KINDS[type(guide_of(pair.program))]

@@ -51,20 +51,34 @@ class Bounds:
             return np.array([self.held_out(i) for i in range(passes)])
         self.problem.optimizer.still = True
         try:
-            slots = {k: {n: v.clone() for n, v in s.items()} for k, s in state.optimizer.items()}
             step = max(state.step, self.first_step)
-            still = TrainingState(self.whole(parameters), slots, step, _copied(self.random))
+            parameters = self.problem.program.tensors() | parameters  # engines copy what they take in
+            still = TrainingState(parameters, state.optimizer, step, self.random)
             _, terms = self.engine.run(still, self.plan.kept(ESTIMATES))
         finally:
             self.problem.optimizer.still = False
         return terms[:, 0].double().numpy().copy()
 
-    def raced(self, rate: float, state: TrainingState) -> float:
+    def ready(self, state: TrainingState) -> TrainingState:
+        """The start of a race: after one step at rate zero, which makes the slots of the optimiser.
+
+        The first step of a run is eager; here all rates have it in common. A class of the user's own may take its
+        slots from the rate, and begins anew at each.
+        """
+        if not isinstance(self.problem.optimizer.optimizer, str):
+            return replace(state.clone(), step=self.first_step)
+        self.problem.optimizer.still = True
+        try:
+            # with the controls as they will be in the end
+            start = replace(state.clone(), step=self.first_step)
+            return self.engine.run(start, self.plan.kept(1))[0].clone()
+        finally:
+            self.problem.optimizer.still = False
+
+    def raced(self, rate: float, ready: TrainingState) -> float:
         """The bound at the end of a few steps at this rate; -inf where it is lost."""
         self.problem.optimizer.learning_rate = rate
-        state = state.clone()
-        # with the controls as they will be in the end
-        start = replace(state, parameters=self.whole(state.parameters), step=self.first_step)
+        start = ready.clone()
         end, terms = self.engine.run(start, self.plan.kept(RACE_STEPS))
         score = float(terms[-RACE_STEPS // 4 :, 0].mean())
         return score if end.not_finite(start) is None and math.isfinite(score) else -math.inf

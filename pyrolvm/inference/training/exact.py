@@ -16,6 +16,7 @@ from pyrolvm.errors import SettingError
 from pyrolvm.inference.engine import TrainingState
 from pyrolvm.inference.log_joint import Solution, Start, declined, declined_or_start, judge_guide, solve
 from pyrolvm.inference.log_joint import judge as weigh
+from pyrolvm.inference.log_joint.function import LogJoint
 from pyrolvm.inference.posterior.convergence import LEAST_STEPS, Convergence
 from pyrolvm.inference.posterior.history import History
 from pyrolvm.inference.program.noise import noise_state
@@ -89,12 +90,14 @@ def is_small(setup: Setup, most_rows: int) -> bool:
     return numbers <= MOST_LATENTS and setup.batch.num_rows <= most_rows
 
 
-def place(setup: Setup, seed: int) -> None:
-    """Start a Gaussian AutoGuide of few latents at the best mode, for stochastic steps."""
+def place(setup: Setup, seed: int) -> LogJoint | None:
+    """Start a Gaussian AutoGuide of few latents at the best mode, for stochastic steps; the log joint of all data."""
     if is_small(setup, MOST_ROWS):
         start = declined_or_start(pair_of(setup), seed)
         if isinstance(start, Start):
             start.place(pair_of(setup))
+            return start.log_joint
+    return None
 
 
 def run(
@@ -126,9 +129,12 @@ def verdict_of(setup: Setup, solution: Solution | Averaged, seed: int) -> Conver
     return Convergence(found.converged, found.sentence, _per_datum(found.numbers, setup))
 
 
-def weighed(setup: Setup, so_far: Convergence, steps: int, seed: int) -> Convergence:
+def weighed(
+    setup: Setup, so_far: Convergence, steps: int, seed: int, log_joint: LogJoint | None = None
+) -> Convergence:
     """`so_far`, the verdict of a stochastic run, with that of importance weights where they are cheap.
 
+    `log_joint` is what `place` gave: a model that it places learns nothing, so that the steps have not changed it.
     Weights that move the answers contradict a bound that rises no more; weights that leave them say what a noisy bound
     cannot.
     """
@@ -137,7 +143,7 @@ def weighed(setup: Setup, so_far: Convergence, steps: int, seed: int) -> Converg
     pair = pair_of(setup)
     if declined(pair) is not None or setup.problem.structure.points:
         return so_far
-    found = weigh(pair, seed=seed)
+    found = weigh(pair, seed=seed, log_joint=log_joint)
     numbers = so_far.numbers | _per_datum(found.numbers, setup)
     if found.converged and so_far.converged:
         sentence = f"{so_far.sentence}; {found.sentence.partition(': ')[2]}"

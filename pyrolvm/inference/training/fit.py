@@ -21,6 +21,7 @@ from pyrolvm.data.precision import as_dtype
 from pyrolvm.errors import ConvergenceWarning, DataError, SettingError, one_of, warn_user
 from pyrolvm.inference.engine import Engine, choose_engine
 from pyrolvm.inference.engine.optimizers import OptimizerSpec
+from pyrolvm.inference.log_joint.function import LogJoint
 from pyrolvm.inference.posterior.convergence import Convergence, judge
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.posterior.history import History
@@ -243,12 +244,13 @@ def fit(
     start, why = exact.choose(optimizer, setup, given, seed)
     if start is not None:
         return run.on_fixed_draws(start, why, callbacks)
+    log_joint = None
     if begun is None and until and optimizer == "auto" and "init" not in given:
-        exact.place(setup, seed)
+        log_joint = exact.place(setup, seed)
     plateau = plateau_of(patience, setup.held_out, kl_warmup, setup.problem.num_steps)
     with progress_bar(_title(model), run.most_steps, enabled=progress and processes.is_first) as bar:
         return run.by_steps(
-            begun or engine, objective, plateau, bar, resume,
+            begun or engine, objective, plateau, bar, resume, log_joint,
             validate_every=validate_every, on_nan=on_nan, callbacks=callbacks,
         )  # fmt: skip
 
@@ -301,9 +303,16 @@ class _Run:
             self.setup.problem.processes.close()
 
     def _by_steps(
-        self, engine: str, objective: Any, plateau: Plateau | None, bar: Bar, resume: bool, **loop: Any
+        self,
+        engine: str,
+        objective: Any,
+        plateau: Plateau | None,
+        bar: Bar,
+        resume: bool,
+        log_joint: LogJoint | None,
+        **loop: Any,
     ) -> FittedModel:
-        """By an engine; `loop` goes to `Training`."""
+        """By an engine; `log_joint` of the data, if it is known; `loop` goes to `Training`."""
         setup = self.setup
         parted = share(setup, self.processes) if self.processes.count > 1 and self.alternate is None else ""
         problem = setup.problem
@@ -335,7 +344,7 @@ class _Run:
             "kept_step": training.kept_step,
             "num_processes": self.processes.count,
         }
-        verdict = exact.weighed(setup, _verdict(training), training.state.step, setup.seed)
+        verdict = exact.weighed(setup, _verdict(training), training.state.step, setup.seed, log_joint)
         step = training.kept_step or training.state.step
         return _finished(setup, training.history, settings, note, training.stopped_because, verdict, step)
 

@@ -14,6 +14,8 @@ from pyrolvm.inference.training.stationarity import effective_size, split_r_hat
 
 MOST_KEPT = 2000
 """Numbers of an iterate whose stationarity is judged."""
+MOST_PENDING = 2**22
+"""Numbers of iterates that wait to be averaged together."""
 
 
 @dataclass
@@ -30,16 +32,27 @@ class Iterates:
     mean: Tensor = field(default_factory=lambda: torch.empty(0))
     averaged: int = 0
     rows: list[np.ndarray] = field(default_factory=list)
+    pending: list[Tensor] = field(default_factory=list)
 
     def add(self, flat: Tensor) -> None:
-        """Take one in; one of another length (a branch has made parameters) begins anew."""
+        """Take one in, which nobody changes; one of another length (a branch has made parameters) begins anew."""
         if len(flat) != len(self.mean):
             self.clear()
             self.mean = torch.zeros_like(flat)
-        self.averaged += 1
-        self.mean.lerp_(flat, 1 / self.averaged)
+        self.pending.append(flat)
+        if len(self.pending) * len(flat) >= MOST_PENDING:
+            self.take_in()
+
+    def take_in(self) -> None:
+        """Average those that wait, all at once: each by itself would cost more than the step before it."""
+        if not self.pending:
+            return
+        new = torch.stack(self.pending)
+        self.pending = []
+        self.averaged += len(new)
+        self.mean.lerp_(new.mean(0), len(new) / self.averaged)
         if self.judged:
-            self.rows.append(flat[:: max(1, len(flat) // MOST_KEPT)].double().cpu().numpy())
+            self.rows.extend(new[:, :: max(1, new.shape[1] // MOST_KEPT)].double().cpu().numpy())
 
     def average_anew(self) -> None:
         """Forget the mean, not the iterates."""
@@ -47,7 +60,7 @@ class Iterates:
 
     def clear(self) -> None:
         """Forget them."""
-        self.averaged, self.rows = 0, []
+        self.averaged, self.rows, self.pending = 0, [], []
 
     def named(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The mean by the names of the parameters; of none there is no mean."""

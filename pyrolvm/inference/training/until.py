@@ -88,6 +88,7 @@ class Until:
     best_parameters: dict[str, Tensor] = field(default_factory=dict)
     gains: list[float] = field(default_factory=list)
     record: list[tuple[int, float]] = field(default_factory=list)
+    ahead_was: int = 0
     verdict: Convergence | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +102,8 @@ class Until:
         state = state.clone()
         if not self.fixed:
             rates = OF_NETWORKS if has_networks(self.problem.program) else RATES
-            scores = [self.bounds.raced(rate, state) for rate in rates]
+            ready = self.bounds.ready(state)
+            scores = [self.bounds.raced(rate, ready) for rate in rates]
             self.rate = rates[int(np.argmax(scores))]
             self.first_rate = self.rate
             state.parameters = self.bounds.whole(state.parameters)
@@ -143,10 +145,9 @@ class Until:
         if self.looks < self.due:
             return state, None
         state = state.clone()
-        last, mean = state.parameters, state.parameters | self.iterates.named(self.problem.program.parameters)
+        self.iterates.take_in()
         r_hat = self.iterates.r_hat(FIRST_LOOKS)
-        found = [(p, self.bounds(state, p)) for p in ((mean,) if r_hat <= SETTLED else (mean, last))]
-        parameters, values = max(found, key=lambda f: _mean(f[1]))
+        parameters, values = self._estimated(state, r_hat)
         gain, error = _gain(values, self.best)
         early = self.bounds.held_out is not None and self.looks < FIRST_LOOKS  # the best may be soon behind
         lost = gain < -max(self._matter * (TENFOLD if early else 1), 3 * error)
@@ -185,6 +186,24 @@ class Until:
         held = ", or hold rows out (validation=0.1): it ends where they gain no more" if alone else ""
         return Convergence(False, f"{words}; go on by init=fitted{held}", {})
 
+    def _estimated(self, state: TrainingState, r_hat: float) -> tuple[dict[str, Tensor], np.ndarray]:
+        """The better of the mean and the last iterate, and its bounds.
+
+        A stationary mean is the better one. While parameters of all data still move, and the stage goes on whatever
+        is found, the other is not looked at where that of the last time has gained.
+        """
+        last, mean = state.parameters, state.parameters | self.iterates.named(self.problem.program.parameters)
+        if r_hat <= SETTLED:
+            return mean, self.bounds(state, mean)
+        found = []
+        for i in (self.ahead_was, 1 - self.ahead_was):
+            parameters = (mean, last)[i]
+            found.append((parameters, self.bounds(state, parameters), i))
+            if self.shared and self.looks < PATIENT_LOOKS and _gain(found[0][1], self.best)[0] > 0:
+                break
+        parameters, values, self.ahead_was = max(found, key=lambda f: _mean(f[1]))
+        return parameters, values
+
     # ------------------------------------------------------------------ stages
 
     def _end_stage(self, state: TrainingState, r_hat: float, lost: bool) -> tuple[TrainingState, str | None]:
@@ -219,7 +238,9 @@ class Until:
         self.stage, self.rate, self.stage_start = self.stage + 1, rate, self.best
         self.iterates.clear()
         steps = self.record[-1][0] if self.record and not self.shared else 0
-        self.looks, self.due = 0, max(FIRST_LOOKS, round(STAGE * steps / LOOK_EVERY))
+        # at a lower rate iterates are not stationary sooner; the first stage has its way from the start besides
+        looks = self.looks if self.shared and self.stage > 1 else round(STAGE * steps / LOOK_EVERY)
+        self.looks, self.due = 0, max(FIRST_LOOKS, looks)
         self.due = self.due if self.bounds.held_out is None else 1
 
     @property
@@ -298,7 +319,7 @@ class Until:
         """All that it has seen as CPU tensors, for a checkpoint."""
         numbers = [self.stage, self.looks, self.due, self.iterates.averaged, self.first_rate, self.rate]
         arrays = {"numbers": numbers, "best": self.best, "stage_start": self.stage_start, "gains": self.gains}
-        arrays |= {"record": self.record}
+        arrays |= {"record": self.record, "ahead_was": self.ahead_was}
         found = {k: torch.as_tensor(np.asarray(v, np.float64)) for k, v in arrays.items()}
         if self.verdict is not None:
             found["verdict"] = torch.tensor(
@@ -307,6 +328,8 @@ class Until:
         found["mean"] = self.iterates.mean.cpu().clone()
         if self.iterates.rows:
             found["iterates"] = torch.from_numpy(np.stack(self.iterates.rows))
+        if self.iterates.pending:
+            found["pending"] = torch.stack(self.iterates.pending).cpu()
         found |= {f"parameters/{k}": v.detach().cpu().clone() for k, v in self.best_parameters.items()}
         return {self.prefix + k: v for k, v in found.items()}
 
@@ -320,12 +343,13 @@ class Until:
         if not self.fixed:
             self.rate = rate
         self.best, self.stage_start = found["best"].numpy(), found["stage_start"].numpy()
-        self.gains = found["gains"].tolist()
+        self.gains, self.ahead_was = found["gains"].tolist(), int(found.get("ahead_was", 0))
         self.record = [(int(step), value) for step, value in found["record"].reshape(-1, 2).tolist()]
         if "verdict" in found:
             self.verdict = recorded(json.loads(bytes(found["verdict"].tolist())))
         self.iterates.rows = list(found["iterates"].numpy()) if "iterates" in found else []
         self.iterates.mean = found["mean"].to(device)
+        self.iterates.pending = list(found["pending"].to(device)) if "pending" in found else []
         prefix = "parameters/"
         saved = {k: v.to(device) for k, v in found.items() if k.startswith(prefix)}
         self.best_parameters = {k.removeprefix(prefix): v for k, v in saved.items()}
