@@ -79,21 +79,43 @@ def amortised(y):
         pyro.sample("z", dist.Normal(shift + 0.3 * y.T, 0.7))
 
 
-@pytest.mark.parametrize("guide", [pyrolvm.PerDatum(), pyrolvm.SemiAmortised(30, 0.3, encoder=amortised)])
-def test_guides_by_row_follow_the_plate_that_data_plate_makes(guide):
-    """Each item a latent of its own, and as many items as annotators."""
+@pytest.mark.parametrize("items", [ANNOTATORS, 4 * ANNOTATORS])
+@pytest.mark.parametrize(
+    ("guide", "num_steps"),
+    [(pyrolvm.PerDatum, 400), (lambda: pyrolvm.SemiAmortised(30, 0.3, encoder=amortised), 2)],
+)
+def test_guides_by_row_follow_the_plate_that_data_plate_makes(guide, num_steps, items):
+    """Each item a latent of its own, and as many items in a batch as annotators."""
 
     def model(y):
         with pyro.plate("annotators", ANNOTATORS, dim=-2), pyrolvm.data_plate(y, dim=-1):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=1.0 * y.T)
 
-    y = answers(ANNOTATORS)
+    y = answers(items)
     objective = TraceMeanField_ELBO(num_particles=100, vectorize_particles=True)
-    settled = QUIET | {"num_steps": 200, "learning_rate": 0.05}
-    fitted = pyrolvm.fit(model, y, guide=guide, objective=objective, **settled)
+    settled = QUIET | {"num_steps": num_steps, "learning_rate": 0.05, "batch_size": ANNOTATORS}
+    fitted = pyrolvm.fit(model, y, guide=guide(), objective=objective, **settled)
     assert fitted.structure.data_plate.name == "data"
-    assert fitted.encode(y).reshape(ANNOTATORS, ANNOTATORS).numpy() == pytest.approx(y.numpy() / 2, abs=0.1)
+    assert fitted.encode(y).reshape(items, ANNOTATORS).numpy() == pytest.approx(y.numpy() / 2, abs=0.1)
+
+
+def test_held_out_rows_as_many_as_another_plate_are_judged_as_rows():
+    """Known for skills held near 0, 10, ..., 40: the density of the rows, less a share of the KL for each."""
+    held_out = answers(ANNOTATORS) + 1.0
+    fitted = pyrolvm.fit(
+        by_data_plate,
+        answers(20),
+        guide=exactly,
+        validation=held_out,
+        objective="meanfield",
+        validate_every=1,
+        **QUIET | {"learning_rate": 1e-9},
+    )
+    at = 10 * torch.arange(float(ANNOTATORS))
+    kl = torch.distributions.kl_divergence(dist.Normal(at, 1e-3), dist.Normal(torch.zeros(ANNOTATORS), 1.0))
+    exact = dist.Normal(at, 1.0).log_prob(held_out).sum(1).mean() - kl.sum() / 20
+    assert fitted.history.validation_elbo.iloc[-1] == pytest.approx(exact.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("turned", "plate"), [(True, "items"), (False, "annotators")])
