@@ -254,7 +254,7 @@ def test_two_plates_that_change_places_keep_their_cells(turned):
     torch.testing.assert_close(log_densities(*traces, keep=["a"]).log_weight, exact.sum(1).reshape(1, -1))
 
 
-def by_rows(turned):
+def by_rows(turned, scale=1.0):
     """A model and a guide of cells [rows, kinds]; `turned`: the rows are the inner plate. 200 of 300 rows at a time."""
 
     def cells(y):
@@ -271,7 +271,7 @@ def by_rows(turned):
     def guide(y):
         shift = pyro.param("shift", torch.tensor(0.0))
         with cells(y):
-            pyro.sample("z", dist.Normal(shift + (y.T if turned else y) / 2, 0.5**0.5))
+            pyro.sample("z", dist.Normal(shift + (y.T if turned else y) / 2, scale * 0.5**0.5))
 
     return model, guide
 
@@ -293,6 +293,19 @@ def test_every_answer_has_its_rows_first(turned, monkeypatch):
     assert deviations(fitted, y)["z"].shape == (30, ANNOTATORS)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_corrected_draws_have_a_weight_for_each_row(turned):
+    """Of a guide that is too wide by a tenth: the posterior of each entry is Normal(y / 2, 1 / 2)."""
+    model, guide = by_rows(turned, scale=1.1)
+    y = answers(30)
+    fitted = pyrolvm.fit(model, y, guide=guide, **QUIET | {"learning_rate": 1e-9})
+    assert fitted.draws(y, 3).log_weight.shape == (3, 30)
+    found = fitted.posterior(y, 1000, corrected=True)
+    number = 1000 * 30 * found.effective_share
+    variance = 2 * (found["z"] - y / 2).square().mean().item()
+    assert variance == pytest.approx(1, abs=4 * (2 / ANNOTATORS / number) ** 0.5)
+
+
 def test_guides_by_row_take_plates_without_a_size():
     def model(y):
         with pyro.plate("rows"):
@@ -306,9 +319,9 @@ def test_guides_by_row_take_plates_without_a_size():
 
     y = answers(9)
     objective = TraceMeanField_ELBO(num_particles=100, vectorize_particles=True)
-    settled = QUIET | {"num_steps": 200, "learning_rate": 0.05}
-    for guide in ("per_datum", pyrolvm.SemiAmortised(30, 0.3, encoder=amortised)):
-        fitted = pyrolvm.fit(model, y, guide=guide, objective=objective, **settled)
+    settled = QUIET | {"learning_rate": 0.05}
+    for guide, num_steps in (("per_datum", 200), (pyrolvm.SemiAmortised(30, 0.3, encoder=amortised), 2)):
+        fitted = pyrolvm.fit(model, y, guide=guide, objective=objective, **settled | {"num_steps": num_steps})
         assert fitted.encode(y).numpy() == pytest.approx(y[:, 0].numpy() / 2, abs=0.1)
 
 
