@@ -174,6 +174,36 @@ def test_the_verdict_keeps_the_stated_level():
     assert failed / repeats < 0.05 + 2 * math.sqrt(0.05 * 0.95 / repeats)
 
 
+def calibration(uniforms, num_samples=99):
+    ranks = (uniforms * (num_samples + 1)).astype(int)
+    return Calibration(ranks, uniforms, num_samples)
+
+
+def test_all_quantities_of_a_table_share_the_level():
+    rng = np.random.default_rng(3)
+    failed = sum(not calibration(pd.DataFrame(rng.random((200, 25)))).passed for _ in range(12))
+    assert failed <= 2
+
+
+def test_numbers_as_spread_as_uniform_ones_may_be_none():
+    """Ten bins of twenty, symmetric around 1/2: neither too narrow nor too wide."""
+    bins = np.array([0, 2, 4, 6, 8, 11, 13, 15, 17, 19])
+    u = (np.repeat(bins, 40) + np.tile((np.arange(40) + 0.5) / 40, 10)) / 20
+    assert calibration(pd.DataFrame({"z": u})).table.loc["z", "verdict"] == "not uniform"
+
+
+def test_bins_and_distribution_function_of_numbers_that_are_known():
+    found = calibration(pd.DataFrame({"z": (np.arange(1000) + 0.5) ** 2 / 1e6}))
+    bins = found.histogram("z")
+    # sqrt(1 / 20) of the numbers are in the first of twenty bins; 95 % of binomials of 1000 at 1 / 20: 37 to 64
+    assert bins["count"].iloc[0] == 224
+    assert (bins["lower"].iloc[0], bins["upper"].iloc[0]) == (37, 64)
+    assert bins.index[1] == pytest.approx(5)
+    ecdf = found.ecdf("z")
+    z = ecdf.index.to_numpy()
+    assert ecdf["difference"].to_numpy() == pytest.approx(np.sqrt(z) - z, abs=2e-3)
+
+
 def test_the_symmetry_test_keeps_its_level_where_numbers_are_symmetric_but_not_uniform():
     rng = np.random.default_rng(1)
     draws = rng.beta(0.5, 0.5, (400, 200))

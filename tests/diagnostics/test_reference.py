@@ -10,7 +10,7 @@ from programs import GlobalMean, LocalNormal
 
 import pyrolvm
 from pyrolvm import GaussianMixture, ProgramError, SettingError, data_plate
-from pyrolvm.diagnostics.reference import compare_with_nuts
+from pyrolvm.diagnostics.reference import ReferenceComparison, _compare, compare_with_nuts
 
 FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 SHORT = {"num_samples": 200, "warmup_steps": 100, "num_chains": 2}
@@ -35,6 +35,25 @@ def test_a_wide_and_shifted_guide_is_measured_in_units_of_the_posterior():
     assert (table["wasserstein"] > 0.2).all()
     assert "sd 1.4" in found.sentence
     assert list(found.sites.index) == ["z"]
+
+
+def test_the_columns_of_two_normals():
+    """Of a guide N(0.6, 1.5^2) and a reference N(0, 2^2) that repeats each draw four times; and of its mirror image."""
+    generator = torch.Generator().manual_seed(0)
+    quantiles = dist.Normal(0.0, 1.0).icdf((torch.arange(4000) + 0.5) / 4000)
+    guide, chains = (quantiles[torch.randperm(4000, generator=generator)] for _ in range(2))
+    guide, chains = 0.6 + 1.5 * guide, 2 * chains.repeat_interleave(4).reshape(2, -1)
+    table = _compare("z", torch.stack([guide, -guide], -1), torch.stack([chains, -chains], -1))
+    row, ess = table.loc[("z", 0)], table.loc[("z", 0), "effective_sample_size"]
+    assert ess == pytest.approx(4000, rel=0.15)
+    assert row["r_hat"] == pytest.approx(1, abs=0.003)
+    exact = {"mean_difference": 0.3, "sd_ratio": 0.75, "q5_difference": 0.3 + 0.25 * 1.645}
+    exact |= {"q95_difference": 0.3 - 0.25 * 1.645, "noise": math.sqrt(0.75**2 / 4000 + 1 / ess)}
+    above = dist.Normal(0.0, 1.0).cdf(torch.tensor(0.3 / 0.25)).item()  # E |0.3 + 0.25 u| of a normal u
+    exact["wasserstein"] = 0.25 * math.sqrt(2 / math.pi) * math.exp(-0.5 * 1.2**2) + 0.3 * (2 * above - 1)
+    assert row[list(exact)].to_dict() == pytest.approx(exact, abs=2e-3)
+    sites = ReferenceComparison(table, {}, 0).sites.loc["z"]
+    assert sites["mean_difference"] == pytest.approx(0.3, abs=2e-3)
 
 
 def test_the_exact_guide_of_a_shared_latent():
