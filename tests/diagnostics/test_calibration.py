@@ -254,6 +254,48 @@ def test_observed_values_that_are_no_argument_need_a_rebuild():
     assert found.passed
 
 
+def test_latents_are_ranked_by_row_first_wherever_their_plates_stand():
+    """Rows inside of a plate of kinds: a latent of each, and one of each kind that all rows share."""
+    x = torch.randn(6, 3)
+
+    def plates(x):
+        return pyro.plate("kinds", 3, dim=-2), data_plate(x, dim=-1)
+
+    def model(x):
+        kinds, rows = plates(x)
+        with kinds, rows:
+            z = pyro.sample("z", dist.Normal(torch.tensor([[-9.0], [0.0], [9.0]]), 1.0))
+            pyro.sample("x", dist.Normal(z + pyro.param("b", torch.tensor(0.0)), 1.0), obs=x.T)
+
+    def guide(x):
+        kinds, rows = plates(x)
+        with kinds, rows:
+            pyro.sample("z", dist.Normal((x.T + torch.tensor([[-9.0], [0.0], [9.0]])) / 2, EXACT))
+
+    fitted = pyrolvm.fit(model, x, guide=guide, **FREEZE)
+    back = {"rebuild": lambda arguments, simulated: simulated["x"].T}
+    found = calibrate(fitted, x, num_simulations=400, num_samples=50, **back)
+    assert list(found.ranks) == ["z[0]", "z[1]", "z[2]"]
+    assert found.passed
+
+    def shared(x):
+        kinds, rows = plates(x)
+        with kinds:
+            m = pyro.sample("m", dist.Normal(pyro.param("b", torch.tensor(0.0)), 1.0))
+            with rows:
+                pyro.sample("x", dist.Normal(m, 1.0), obs=x.T)
+
+    def refit(x):
+        def guide(x):
+            with pyro.plate("kinds", 3, dim=-2):
+                pyro.sample("m", dist.Normal(x.T.sum(1, keepdim=True) / 7, 7**-0.5))
+
+        return pyrolvm.fit(shared, x, guide=guide, **FREEZE)
+
+    found = calibrate(refit(x), x, refit=refit, num_simulations=5, num_samples=10, map=map, **back)
+    assert list(found.ranks) == ["m[0]", "m[1]", "m[2]"]
+
+
 def test_the_generators_are_left_as_found():
     fitted = local()
     before = torch.get_rng_state()

@@ -99,6 +99,25 @@ def test_global_state_and_parameters_are_left_as_found():
     assert first.table.equals(compare_with_nuts(fitted, x, 10, 5, 1).table)
 
 
+def test_latents_are_compared_by_row_first_wherever_their_plates_stand():
+    """Rows inside of a plate of kinds: the posterior of each cell is N(x / 2, 1 / 2)."""
+    x = torch.tensor([[-8.0, 0.0, 8.0], [16.0, 24.0, 32.0]])
+
+    def model(x):
+        with pyro.plate("kinds", 3, dim=-2), data_plate(x, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + pyro.param("b", torch.tensor(0.0)), 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("kinds", 3, dim=-2), data_plate(x, dim=-1):
+            pyro.sample("z", dist.Normal(x.T / 2, math.sqrt(0.5)))
+
+    found = compare_with_nuts(pyrolvm.fit(model, x, guide=guide, **FREEZE), x, **SHORT)
+    assert found.draws["z"].shape == (400, 2, 3)
+    assert found.table["reference_mean"].to_numpy() == pytest.approx(x.reshape(-1).numpy() / 2, abs=0.5)
+    assert (found.table["mean_difference"].abs() < 4 * found.table["noise"]).all()
+
+
 def test_enumerated_latents_are_summed_out_and_sampled_discrete_ones_refused():
     x = torch.randn(20, 2)
     fitted = pyrolvm.fit(GaussianMixture(2, 2, assignments="sampled"), x, **FREEZE)
