@@ -306,6 +306,25 @@ def test_corrected_draws_have_a_weight_for_each_row(turned):
     assert variance == pytest.approx(1, abs=4 * (2 / ANNOTATORS / number) ** 0.5)
 
 
+def test_corrected_draws_of_an_autoguide_have_the_shape_of_its_draws():
+    """Skills of annotators and a latent of each of their answers, jointly Gaussian: both means are known."""
+    y = answers(6)
+
+    def model(y):
+        with pyro.plate("annotators", ANNOTATORS, dim=-2):
+            skill = pyro.sample("skill", dist.Normal(0.0, 1.0))
+            with pyrolvm.data_plate(y, dim=-1):
+                z = pyro.sample("z", dist.Normal(skill, 1.0))
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y.T)
+
+    fitted = pyrolvm.fit(model, y, guide="AutoMultivariateNormal", progress=False)
+    skill = y.sum(0) / 2 / (1 + 6 / 2)
+    for found in (fitted.posterior(y, 2000), fitted.posterior(y, 2000, corrected=True)):
+        # four standard errors: the sds are 0.5 and 0.75
+        torch.testing.assert_close(found["skill"].mean(0), skill, rtol=0, atol=0.045)
+        torch.testing.assert_close(found["z"].mean(0), (y + skill) / 2, rtol=0, atol=0.067)
+
+
 def test_guides_by_row_take_plates_without_a_size():
     def model(y):
         with pyro.plate("rows"):

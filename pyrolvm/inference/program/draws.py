@@ -202,7 +202,7 @@ def tidy(structure: Structure, site: Any, value: Tensor, event_dims: int | None 
     tail = tuple(value.shape[value.dim() - event_dims :])
     value = value.expand(torch.broadcast_shapes(value.shape, (*sizes, *tail)))
     keep = [d for d in range(-nesting, 0) if d in frames]
-    value = value.reshape(sizes[0], *(sizes[d] for d in keep), *tail)
+    value = value.reshape(len(value), *(sizes[d] for d in keep), *tail)
     rows = rows_dim(site, plate)
     return value if rows is None else value.movedim(1 + keep.index(rows), 1)
 
