@@ -384,3 +384,50 @@ def test_a_likelihood_whose_sample_fails_has_a_posterior(at_once_alone):
         pyrolvm.ProgramError, match=r"'x' \(Fragile\) cannot draw new data.*IndexError: index 1 is out"
     ):
         fitted.predict(x, 4)
+
+
+def test_a_latent_under_mask_false_has_a_flat_prior_and_a_posterior():
+    """The usual way to an improper prior: its log q counts, as under SVI, and its spread is that of the data."""
+
+    def model(x):
+        with pyro.poutine.mask(mask=False):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, X, guide="AutoNormal", optimizer="lbfgs", progress=False)
+    draws = fitted.posterior(X, 4000)["mu"]
+    assert draws.mean().item() == pytest.approx(X.mean().item(), abs=4 / (30 * 4000) ** 0.5)
+    assert draws.std().item() == pytest.approx(30**-0.5, rel=4 / 8000**0.5)
+
+
+def test_missing_discrete_entries_are_summed_out_where_the_whole_model_is_enumerated():
+    """Pyro drops `infer=` beside an obs_mask; the refusal says what to write, and that is exact."""
+    coins, seen = torch.tensor([1.0, 0, 1, 0]), torch.tensor([True, True, False, False])
+    x = torch.tensor([1.0, 0, 1, 0])
+    chance = torch.tensor([0.2, 0.9])
+
+    def model(coins, seen, x):
+        with pyro.plate("coins", len(x)):
+            k = pyro.sample(
+                "k", dist.Bernoulli(0.3), obs=coins, obs_mask=seen, infer={"enumerate": "parallel"}
+            )
+            pyro.sample("x", dist.Bernoulli(chance[k.long()]), obs=x)
+
+    def guide(coins, seen, x):
+        pyro.param("unused", torch.tensor(0.0))
+
+    options = {"guide": guide, "objective": pyro.infer.TraceEnum_ELBO(), "num_steps": 1, **QUIET}
+    with pytest.raises(pyrolvm.ProgramError, match=r"pyro.infer.config_enumerate\(model"):
+        pyrolvm.fit(model, coins, seen, x, **options)
+
+
+def test_covariance_of_a_bound_without_an_optimum_is_declined():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))  # nothing holds the z of half of the rows
+            pyro.sample("x", dist.Normal(torch.where(torch.arange(len(x)) % 2 == 0, z, 0.0), 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, X, guide="AutoNormal", num_steps=2, **QUIET)
+    with pytest.raises(pyrolvm.PyrolvmError):
+        fitted.covariance(X)
