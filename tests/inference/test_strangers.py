@@ -1,5 +1,7 @@
 """Faults that programs of strangers brought up, each with an exact answer."""
 
+import subprocess
+import sys
 from functools import partial
 from typing import ClassVar
 
@@ -431,3 +433,12 @@ def test_covariance_of_a_bound_without_an_optimum_is_declined():
     fitted = pyrolvm.fit(model, X, guide="AutoNormal", num_steps=2, **QUIET)
     with pytest.raises(pyrolvm.PyrolvmError):
         fitted.covariance(X)
+
+
+def test_a_network_with_pooling_is_traced_in_a_process_that_compiled_nothing():
+    """inductor's decomposition of max_pool2d reads a module that is imported by its first compilation alone."""
+    script = (
+        "import torch; from pyrolvm.inference.engine.inductor import functional; "
+        "functional(lambda x: torch.nn.functional.max_pool2d(x, 2), [torch.ones(1, 1, 4, 4)])"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
