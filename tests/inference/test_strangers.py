@@ -6,6 +6,7 @@ from functools import partial
 from typing import ClassVar
 
 import pyro
+import pyro.contrib.gp as gp
 import pyro.distributions as dist
 import pytest
 import torch
@@ -442,3 +443,30 @@ def test_a_network_with_pooling_is_traced_in_a_process_that_compiled_nothing():
         "functional(lambda x: torch.nn.functional.max_pool2d(x, 2), [torch.ones(1, 1, 4, 4)])"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_draws_that_nothing_uses_keep_their_place():
+    """A sparse Gaussian process of classes: q(u) enters by its KL alone, and the likelihood draws f behind u."""
+    x, bounds = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double(), []
+    for engine in ("eager", "compiled"):
+        process = gp.models.VariationalSparseGP(
+            x,
+            (x[:, 0] > 0).double(),
+            gp.kernels.RBF(3, lengthscale=torch.ones(3)),
+            x[:4].clone(),
+            gp.likelihoods.Binary(),
+            num_data=60,
+            whiten=True,
+            jitter=1e-4,
+        ).double()
+        fitted = pyrolvm.fit(
+            process.model,
+            (),
+            guide=process.guide,
+            objective=pyro.infer.TraceMeanField_ELBO(),
+            num_steps=3,
+            dtype="float64",
+            **QUIET | {"engine": engine},
+        )
+        bounds.append(fitted.history.elbo.to_numpy())
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-3)
