@@ -270,7 +270,10 @@ def _curved_errors(
         q = bound.gaussian(parameters)
         return torch.cat([q.location, q.scale.log()])
 
-    moves = torch.linalg.lstsq(_curvature(bound, parameters, normals), slopes.T).solution.T
+    K = _curvature(bound, parameters, normals)
+    if not K.isfinite().all():  # a bound without an optimum, where parameters went off
+        return K.new_full((bound.dim,), torch.nan), K.new_full((bound.dim,), torch.nan)
+    moves = torch.linalg.lstsq(K, slopes.T).solution.T
     spread = (moves @ torch.func.jacrev(told)(parameters).T).square().mean(0).sqrt()
     return spread[: bound.dim], spread[bound.dim :]
 
