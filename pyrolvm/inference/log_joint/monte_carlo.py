@@ -48,7 +48,8 @@ def curved_errors(
 
     K = _curvature(slope, parameters) + still @ still.T
     if not K.isfinite().all():  # a bound without an optimum, where parameters went off
-        return K.new_full((2, len(gaussian(parameters).location)), torch.nan).unbind()
+        unknown = torch.full_like(gaussian(parameters).location, torch.nan)
+        return unknown, unknown
     moves = torch.linalg.lstsq(K, slopes.T).solution.T
     spread = (moves @ torch.func.jacrev(told)(parameters).T).square().mean(0).sqrt()
     return spread.tensor_split(2)
