@@ -47,6 +47,9 @@ def curved_errors(
         return torch.cat([q.location, q.scale.log()])
 
     K = _curvature(slope, parameters) + still @ still.T
+    if not K.isfinite().all():  # a bound without an optimum, where parameters went off
+        unknown = torch.full_like(gaussian(parameters).location, torch.nan)
+        return unknown, unknown
     moves = torch.linalg.lstsq(K, slopes.T).solution.T
     spread = (moves @ torch.func.jacrev(told)(parameters).T).square().mean(0).sqrt()
     return spread.tensor_split(2)
