@@ -85,17 +85,6 @@ def test_looks_within_a_chunk_leave_a_run_as_it_is(monkeypatch):
     assert 3 * chunks[0] < chunks[1]
 
 
-def test_looks_are_few(monkeypatch):
-    """Of a stage two or three, and not more than one in a thousand steps."""
-    program, looked = GlobalMean(), []
-    whole = Until._estimated
-    monkeypatch.setattr(Until, "_estimated", lambda self, *a: (looked.append(self.looks), whole(self, *a))[1])
-    fitted = pyrolvm.fit(program.model, X, guide=program.guide, batch_size=50, **COMPILED)
-    assert fitted.convergence.converged is True
-    assert len(looked) <= len(fitted.history) / 1000
-    assert len(looked) <= 2 + 3 * fitted.history["learning_rate"].nunique()
-
-
 def test_iterates_are_averaged_together_as_one_by_one(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     series = torch.randn(50, 6, generator=rng)

@@ -88,7 +88,6 @@ class Until:
     best_parameters: dict[str, Tensor] = field(default_factory=dict)
     gains: list[float] = field(default_factory=list)
     record: list[tuple[int, float]] = field(default_factory=list)
-    ahead_was: int = 0
     verdict: Convergence | None = None
 
     def __post_init__(self) -> None:
@@ -104,8 +103,7 @@ class Until:
             rates = OF_NETWORKS if has_networks(self.problem.program) else RATES
             ready = self.bounds.ready(state)
             scores = [self.bounds.raced(rate, ready) for rate in rates]
-            self.rate = rates[int(np.argmax(scores))]
-            self.first_rate = self.rate
+            self.first_rate = self.rate = rates[int(np.argmax(scores))]
             state.parameters = self.bounds.whole(state.parameters)
         if self.bounds.held_out is not None:
             self.due = 1
@@ -187,22 +185,10 @@ class Until:
         return Convergence(False, f"{words}; go on by init=fitted{held}", {})
 
     def _estimated(self, state: TrainingState, r_hat: float) -> tuple[dict[str, Tensor], np.ndarray]:
-        """The better of the mean and the last iterate, and its bounds.
-
-        A stationary mean is the better one. While parameters of all data still move, and the stage goes on whatever
-        is found, the other is not looked at where that of the last time has gained.
-        """
+        """The better of the mean and the last iterate, and its bounds; a stationary mean is the better one."""
         last, mean = state.parameters, state.parameters | self.iterates.named(self.problem.program.parameters)
-        if r_hat <= SETTLED:
-            return mean, self.bounds(state, mean)
-        found = []
-        for i in (self.ahead_was, 1 - self.ahead_was):
-            parameters = (mean, last)[i]
-            found.append((parameters, self.bounds(state, parameters), i))
-            if self.shared and self.looks < PATIENT_LOOKS and _gain(found[0][1], self.best)[0] > 0:
-                break
-        parameters, values, self.ahead_was = max(found, key=lambda f: _mean(f[1]))
-        return parameters, values
+        found = [(p, self.bounds(state, p)) for p in ((mean,) if r_hat <= SETTLED else (mean, last))]
+        return max(found, key=lambda f: _mean(f[1]))
 
     # ------------------------------------------------------------------ stages
 
@@ -238,9 +224,7 @@ class Until:
         self.stage, self.rate, self.stage_start = self.stage + 1, rate, self.best
         self.iterates.clear()
         steps = self.record[-1][0] if self.record and not self.shared else 0
-        # at a lower rate iterates are not stationary sooner; the first stage has its way from the start besides
-        looks = self.looks if self.shared and self.stage > 1 else round(STAGE * steps / LOOK_EVERY)
-        self.looks, self.due = 0, max(FIRST_LOOKS, looks)
+        self.looks, self.due = 0, max(FIRST_LOOKS, round(STAGE * steps / LOOK_EVERY))
         self.due = self.due if self.bounds.held_out is None else 1
 
     @property
@@ -319,7 +303,7 @@ class Until:
         """All that it has seen as CPU tensors, for a checkpoint."""
         numbers = [self.stage, self.looks, self.due, self.iterates.averaged, self.first_rate, self.rate]
         arrays = {"numbers": numbers, "best": self.best, "stage_start": self.stage_start, "gains": self.gains}
-        arrays |= {"record": self.record, "ahead_was": self.ahead_was}
+        arrays |= {"record": self.record}
         found = {k: torch.as_tensor(np.asarray(v, np.float64)) for k, v in arrays.items()}
         if self.verdict is not None:
             found["verdict"] = torch.tensor(
@@ -343,7 +327,7 @@ class Until:
         if not self.fixed:
             self.rate = rate
         self.best, self.stage_start = found["best"].numpy(), found["stage_start"].numpy()
-        self.gains, self.ahead_was = found["gains"].tolist(), int(found.get("ahead_was", 0))
+        self.gains = found["gains"].tolist()
         self.record = [(int(step), value) for step, value in found["record"].reshape(-1, 2).tolist()]
         if "verdict" in found:
             self.verdict = recorded(json.loads(bytes(found["verdict"].tolist())))
