@@ -261,3 +261,38 @@ def test_data_under_a_flow_without_an_inverse():
 
     with pytest.raises(ProgramError, match=r"cannot be computed at given values .*affine_coupling or spline"):
         pyrolvm.fit(flowing, X, guide=lambda x: None, **QUIET)
+
+
+def of_groups(group, y):
+    with pyro.plate("groups", 4):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(level[group], 1.0), obs=y)
+
+
+def of_torch(group, y):
+    level = pyro.sample("level", torch.distributions.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(level, 1.0), obs=y)
+
+
+def named_alike(group, y):
+    with pyro.plate("data", 3):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(level.sum() * y.new_ones(len(y)), 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "turned", "words"),
+    [
+        (of_groups, lambda g: g + 1, r"args\[0\] counts from 1 to 4, .*: pass args\[0\] - 1"),
+        (of_groups, lambda g: g.float(), r"args\[0\] is used as an index: write \.long\(\)"),
+        (of_torch, lambda g: g, "take pyro.distributions.Normal"),
+        (named_alike, lambda g: g, "give this one a name of its own"),
+    ],
+)
+def test_mistakes_of_labels_and_names_get_what_to_type(model, turned, words):
+    group, y = torch.arange(20) % 4, torch.randn(20)
+    with pytest.raises(pyrolvm.ProgramError, match=words):
+        pyrolvm.fit(model, turned(group), y, guide="AutoNormal", num_steps=1, engine="eager", progress=False)

@@ -91,7 +91,7 @@ def draws_in_order() -> Iterator[None]:
     original = Scheduler.compute_dependencies
 
     def drawn(name: str) -> str:
-        found = V.graph.name_to_buffer.get(name)
+        found: Any = V.graph.name_to_buffer.get(name)
         return drawn(found.inputs[0].get_name()) if isinstance(found, ir.MultiOutput) else name
 
     def compute(self: Any) -> None:
