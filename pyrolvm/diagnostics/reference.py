@@ -25,7 +25,7 @@ from pyrolvm.diagnostics.measures import Measure, Report, measure_seed, noise, t
 from pyrolvm.errors import ProgramError, SettingError, count
 from pyrolvm.inference.posterior.fitted import FittedModel
 from pyrolvm.inference.program.pair import Pair
-from pyrolvm.inference.program.structure import refuse_bound, sample_sites
+from pyrolvm.inference.program.structure import refuse_bound, rows_dim, sample_sites
 from pyrolvm.inference.training.many import num_workers, run_all
 from pyrolvm.progress import PATIENCE, Bar, progress_bar
 
@@ -155,7 +155,7 @@ def _chains(
     """site -> [chains, draws, ...], and the number of divergent transitions; lengths: draws, warm-up, chains."""
     num_samples, warmup_steps, num_chains = lengths
     with noise(pair, seed, Measure.REFERENCE, 0):
-        model = _unscaled(pair)
+        model, nodes = _unscaled(pair), dict[str, Any](pair.model().nodes)
     here = num_workers() == 1  # a bar does not reach another process
     hook = (lambda *_: bar.advance()) if here else None
     calls = [(pair, model, num_samples, warmup_steps, seed, chain, hook) for chain in range(num_chains)]
@@ -164,7 +164,13 @@ def _chains(
         bar.advance(0 if here else num_samples + warmup_steps)
         found.append(draws)
         divergent += number
-    return {n: torch.stack([f[n] for f in found]) for n in names}, divergent
+    return {n: _rows_first(pair, nodes[n], torch.stack([f[n] for f in found])) for n in names}, divergent
+
+
+def _rows_first(pair: Pair, site: Any, value: Tensor) -> Tensor:
+    """[chains, draws, ...] of a site with the rows before its other plates, as the guide's draws have them."""
+    rows = rows_dim(site, pair.structure.data_plate)
+    return value if rows is None else value.movedim(rows - len(site["fn"].event_shape), 2)
 
 
 def _chain(

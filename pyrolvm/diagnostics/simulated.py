@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrolvm.data.arguments import Arguments
 from pyrolvm.data.batch import Batch
 from pyrolvm.errors import SettingError
+from pyrolvm.inference.program.draws import tidy
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import sample_sites
@@ -47,7 +48,8 @@ def simulations(
         observed = {s.name: nodes[s.name]["value"].detach() for s in pair.structure.observed}
         data = rebuild(pair.batch.args, observed) if rebuild else _replaced(pair.batch, observed, places)
         latents = [s.name for s in pair.structure.latents if s.name in nodes]
-        yield Simulation(data, {n: nodes[n]["value"].detach().cpu().double().numpy() for n in latents})
+        truth = {n: tidy(pair.structure, nodes[n], nodes[n]["value"])[0] for n in latents}
+        yield Simulation(data, {n: value.detach().cpu().double().numpy() for n, value in truth.items()})
 
 
 def _places(pair: Pair, seed: int) -> dict[str, str]:

@@ -57,6 +57,13 @@ def test_binarising_at_a_threshold():
     assert transform.threshold == 0.25
 
 
+def test_counts_are_binarised_at_their_lowest_and_gaps_stay():
+    binary, _ = Dataset(np.array([np.nan, 0.0, 1.0, 7.0])).binarise(0.0)
+    assert np.array_equal(binary.values, [np.nan, 0.0, 1.0, 1.0], equal_nan=True)
+    whole, _ = Dataset(np.array([0, 1, 7])).binarise(0)
+    assert whole.values.tolist() == [0, 1, 1]
+
+
 def test_missing_values_are_left_out_of_mean_and_deviation():
     standard, transform = Dataset(np.array([[1.0], [np.nan], [3.0]])).standardise()
     assert transform.offset == 2

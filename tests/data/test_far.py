@@ -139,7 +139,9 @@ def test_a_folder_read_is_in_memory(folder):
 def test_one_pass_finds_what_numpy_finds_of_the_whole(folder):
     x = X.astype(np.float64)
     x[3, 1] = np.nan
-    found = survey([(x[:100], None), (x[100:101], None), (x[101:], None)])
+    labels = np.arange(1000) // 100
+    found = survey([(x[:100], labels[:100]), (x[100:101], labels[100:101]), (x[101:], labels[101:])])
+    assert np.array_equal(found.labels, np.arange(10))
     assert np.allclose(found.mean, np.nanmean(x, 0), rtol=1e-13)
     assert np.allclose(np.sqrt(found.squares / found.number), np.nanstd(x, 0), rtol=1e-12)
     assert np.array_equal(found.number, (~np.isnan(x)).sum(0))

@@ -66,10 +66,16 @@ def test_ordinary_data_pass(name):
         np.arange(5) * 1000,
         np.ones(4, bool),
         2000 + np.arange(30) % 20,
+        np.append(np.arange(1000.0), 2**24),  # the last whole number that float32 holds with all below it
     ],
 )
 def test_constants_missing_values_years_and_counts_pass(x):
     check_precision(x)
+
+
+def test_the_first_whole_number_that_is_rounded_is_named():
+    with pytest.warns(UserWarning, match="whole numbers that float32 rounds"):
+        check_precision(np.append(np.arange(1000.0), 2**24 + 1))
 
 
 def test_large_data_are_sampled():

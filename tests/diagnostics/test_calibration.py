@@ -174,6 +174,36 @@ def test_the_verdict_keeps_the_stated_level():
     assert failed / repeats < 0.05 + 2 * math.sqrt(0.05 * 0.95 / repeats)
 
 
+def calibration(uniforms, num_samples=99):
+    ranks = (uniforms * (num_samples + 1)).astype(int)
+    return Calibration(ranks, uniforms, num_samples)
+
+
+def test_all_quantities_of_a_table_share_the_level():
+    rng = np.random.default_rng(3)
+    failed = sum(not calibration(pd.DataFrame(rng.random((200, 25)))).passed for _ in range(12))
+    assert failed <= 2
+
+
+def test_numbers_as_spread_as_uniform_ones_may_be_none():
+    """Ten bins of twenty, symmetric around 1/2: neither too narrow nor too wide."""
+    bins = np.array([0, 2, 4, 6, 8, 11, 13, 15, 17, 19])
+    u = (np.repeat(bins, 40) + np.tile((np.arange(40) + 0.5) / 40, 10)) / 20
+    assert calibration(pd.DataFrame({"z": u})).table.loc["z", "verdict"] == "not uniform"
+
+
+def test_bins_and_distribution_function_of_numbers_that_are_known():
+    found = calibration(pd.DataFrame({"z": (np.arange(1000) + 0.5) ** 2 / 1e6}))
+    bins = found.histogram("z")
+    # sqrt(1 / 20) of the numbers are in the first of twenty bins; 95 % of binomials of 1000 at 1 / 20: 37 to 64
+    assert bins["count"].iloc[0] == 224
+    assert (bins["lower"].iloc[0], bins["upper"].iloc[0]) == (37, 64)
+    assert bins.index[1] == pytest.approx(5)
+    ecdf = found.ecdf("z")
+    z = ecdf.index.to_numpy()
+    assert ecdf["difference"].to_numpy() == pytest.approx(np.sqrt(z) - z, abs=2e-3)
+
+
 def test_the_symmetry_test_keeps_its_level_where_numbers_are_symmetric_but_not_uniform():
     rng = np.random.default_rng(1)
     draws = rng.beta(0.5, 0.5, (400, 200))
@@ -222,6 +252,48 @@ def test_observed_values_that_are_no_argument_need_a_rebuild():
         calibrate(fitted)
     found = calibrate(fitted, rebuild=lambda arguments, simulated: simulated["x"] / 2)
     assert found.passed
+
+
+def test_latents_are_ranked_by_row_first_wherever_their_plates_stand():
+    """Rows inside of a plate of kinds: a latent of each, and one of each kind that all rows share."""
+    x = torch.randn(6, 3)
+
+    def plates(x):
+        return pyro.plate("kinds", 3, dim=-2), data_plate(x, dim=-1)
+
+    def model(x):
+        kinds, rows = plates(x)
+        with kinds, rows:
+            z = pyro.sample("z", dist.Normal(torch.tensor([[-9.0], [0.0], [9.0]]), 1.0))
+            pyro.sample("x", dist.Normal(z + pyro.param("b", torch.tensor(0.0)), 1.0), obs=x.T)
+
+    def guide(x):
+        kinds, rows = plates(x)
+        with kinds, rows:
+            pyro.sample("z", dist.Normal((x.T + torch.tensor([[-9.0], [0.0], [9.0]])) / 2, EXACT))
+
+    fitted = pyrolvm.fit(model, x, guide=guide, **FREEZE)
+    back = {"rebuild": lambda arguments, simulated: simulated["x"].T}
+    found = calibrate(fitted, x, num_simulations=400, num_samples=50, **back)
+    assert list(found.ranks) == ["z[0]", "z[1]", "z[2]"]
+    assert found.passed
+
+    def shared(x):
+        kinds, rows = plates(x)
+        with kinds:
+            m = pyro.sample("m", dist.Normal(pyro.param("b", torch.tensor(0.0)), 1.0))
+            with rows:
+                pyro.sample("x", dist.Normal(m, 1.0), obs=x.T)
+
+    def refit(x):
+        def guide(x):
+            with pyro.plate("kinds", 3, dim=-2):
+                pyro.sample("m", dist.Normal(x.T.sum(1, keepdim=True) / 7, 7**-0.5))
+
+        return pyrolvm.fit(shared, x, guide=guide, **FREEZE)
+
+    found = calibrate(refit(x), x, refit=refit, num_simulations=5, num_samples=10, map=map, **back)
+    assert list(found.ranks) == ["m[0]", "m[1]", "m[2]"]
 
 
 def test_the_generators_are_left_as_found():

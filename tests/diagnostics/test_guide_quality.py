@@ -3,6 +3,7 @@
 import io
 import math
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,8 +13,10 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 import pyrolvm
 from pyrolvm import PPCA, VAE, BayesianFactorAnalysis, GaussianMixture, PowerVAE, data_plate
+from pyrolvm.diagnostics.evidence import Evidence
 from pyrolvm.diagnostics.guide_quality import diagnose
 from pyrolvm.diagnostics.reference import compare_with_nuts
+from pyrolvm.diagnostics.tails import LocalTails
 
 FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) @ torch.randn(
@@ -186,3 +189,15 @@ def test_measures_that_want_the_same_are_refused_in_one_sentence():
     [sentence] = [s for s in found.sentences if s.startswith("Not computed")]
     assert sentence.startswith("Not computed: k-hat per datum, log p(x), collapse (each needs densities, and")
     assert set(found.not_done) == {"k-hat per datum", "log p(x)", "collapse"}
+
+
+def test_the_error_of_a_mean_is_that_of_independent_errors():
+    table = pd.DataFrame({"log_evidence": [-1.0, -2.0], "standard_error": [0.3, 0.4]})
+    sentence = Evidence(table, "importance sampling", "log p(x)", True, 2).sentence
+    assert sentence == "On 2 data, log p(x) is -1.50 nats per datum (importance sampling, ± 0.25)."
+
+
+def test_a_k_hat_that_is_not_defined_counts_as_above_the_limit():
+    tails = LocalTails(pd.DataFrame({"k_hat": [0.1, math.nan, 0.9, -math.inf]}), 1000)
+    assert tails.num_above == 2
+    assert list(tails.worst.index[:2]) == [2, 0]

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,7 +13,7 @@ from scipy.stats import norm
 
 import pyrolvm
 from pyrolvm import PPCA, SettingError, data_plate
-from pyrolvm.diagnostics.predictive import predictive_check
+from pyrolvm.diagnostics.predictive import OF_ROWS, STATISTICS, PredictiveCheck, _table, predictive_check
 
 FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
 X = torch.randn(80, 4, generator=torch.Generator().manual_seed(0)) @ torch.randn(
@@ -65,6 +66,44 @@ def test_the_p_value_is_the_closed_form():
         found = predictive_check(fitted, x, {"mean": torch.mean}, count, latents=latents)
         error = math.sqrt(expected * (1 - expected) / count)
         assert found.table.loc["mean", "p_value"] == pytest.approx(expected, abs=4 * error)
+
+
+def test_both_ends_are_extreme_and_told_apart():
+    replicates = pd.DataFrame({name: np.arange(100.0) for name in ("low", "middle", "high")})
+    table = _table({"low": -1.0, "middle": 50.5, "high": 200.0}, replicates)
+    assert list(table["extreme"]) == [True, False, True]
+    assert list(table["p_value"]) == [1.0, 0.49, 0.0]
+    sd = math.sqrt(100 * 101 / 12)
+    assert table["z"].to_numpy() == pytest.approx([-50.5 / sd, 1 / sd, 150.5 / sd])
+    sentence = PredictiveCheck(table, replicates).sentence
+    assert "low smaller than the model's" in sentence
+    assert "high larger than the model's" in sentence
+
+
+def test_the_deviation_of_rows_is_that_of_their_means():
+    x = torch.tensor([[0.0, 2.0, 4.0], [4.0, 6.0, 8.0]])
+    assert STATISTICS[OF_ROWS](x).item() == pytest.approx(8**0.5)
+
+
+def test_replicates_keep_the_latents_of_their_data_or_have_new_ones():
+    """Far latents that the guide knows: only replicates of the same latents have the data's mean."""
+    x = 3 * torch.ones(50)
+
+    def model(x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    fitted = pyrolvm.fit(model, x, guide=guide, **FREEZE)
+    means = [
+        predictive_check(fitted, x, {"mean": torch.mean}, 50, latents=latents).table.loc["mean", "mean"]
+        for latents in ("same", "new")
+    ]
+    assert means == pytest.approx([3.0, 0.0], abs=0.1)  # errors 0.003 and 0.02
 
 
 def test_ties_count_half():

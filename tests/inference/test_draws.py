@@ -134,3 +134,26 @@ def test_prior_and_posterior_share_no_noise():
     )
     prior, posterior = (fitted.draws(x, 40, prior=p).values["z"].flatten() for p in (True, False))
     assert torch.corrcoef(torch.stack([prior, posterior]))[0, 1].abs() < 4 / 2000**0.5
+
+
+def test_corrected_draws_of_shared_latents_weigh_all_rows():
+    """The guide of z is exact given m, that of m too wide by three tenths: its precision is 1 + 30 / 2."""
+    x = torch.randn(30, generator=torch.Generator().manual_seed(1))
+    sd = 16**-0.5
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", x.sum() / 32)
+        m = pyro.sample("m", dist.Normal(loc, 1.3 * sd))
+        with data_plate(x):
+            pyro.sample("z", dist.Normal((x + m) / 2, 0.5**0.5))
+
+    still = {"num_steps": 1, "learning_rate": 1e-12, "progress": False, "engine": "eager"}
+    found = pyrolvm.fit(model, x, guide=guide, **still).posterior(x, 2000, corrected=True)
+    error = (2 * 2000 * found.effective_share) ** -0.5
+    assert found["m"].std().item() / sd == pytest.approx(1, abs=4 * error)

@@ -31,8 +31,10 @@ from pyrolvm.inference.objectives import (
     MuProp,
 )
 from pyrolvm.inference.objectives.concrete import BITS, CATEGORIES, concrete_density
+from pyrolvm.inference.objectives.discrete import Bits, Run
 from pyrolvm.inference.objectives.vimco import left_out
 from pyrolvm.inference.program.plain import PlainPair
+from pyrolvm.inference.program.weights import LogDensities
 from pyrolvm.plates import data_rows
 
 UNBIASED = {
@@ -263,6 +265,14 @@ def test_masked_bits_have_no_gradient_and_minibatches_count_n_over_b(name):
     four, four_loss = in_plates(make(), mask=mask, total=4 * REPLICATES)
     torch.testing.assert_close(four, 4 * draws)
     assert four_loss == pytest.approx(4 * loss)
+
+
+def test_masked_bits_count_neither_in_the_gradient_nor_in_its_variance():
+    h, nothing = torch.arange(8.0).reshape(4, 2), torch.zeros(1, 4)
+    bits = Bits("b", torch.ones(4, 2), h, h, 1, torch.tensor([True, False, True, False]))
+    run = Run(None, None, LogDensities(nothing, nothing, nothing, None, 1.0, {-1: 4}), [bits])
+    assert run.passed_on([h]).tolist() == [[1.0, 0.0, 9.0, 0.0]]
+    assert run.squares([h]).tolist() == [[1.0, 0.0, 41.0, 0.0]]
 
 
 def one_bit(objective, total):

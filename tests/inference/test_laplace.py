@@ -45,6 +45,17 @@ def test_of_a_gaussian_posterior_it_is_the_posterior():
     assert fitted.posterior(X, 3)["mu"].std() == 0  # the fit is the point still
 
 
+def test_how_far_the_point_is_from_the_mode_is_counted_in_sds():
+    precision = 0.25 + len(X)
+    at = X.sum() / precision + 3 * precision**-0.5
+    guide = AutoLaplaceApproximation(conjugate, init_loc_fn=init_to_value(values={"mu": at}))
+    still = {"num_steps": 1, "learning_rate": 1e-9, "engine": "eager", "initialise": False}
+    found = pyrolvm.fit(conjugate, X, guide=guide, **still, **QUIET).laplace_approximation(X).convergence
+    assert found.numbers["away"] == pytest.approx(3, rel=1e-4)
+    assert not found.converged
+    assert found.sentence == "not the mode: a Newton step from the point is 3 sd long"
+
+
 def test_it_is_that_of_pyro(tmp_path):
     fitted = pyrolvm.fit(with_scale, X, guide="AutoLaplaceApproximation", **QUIET)
     normal = fitted.laplace_approximation(X)

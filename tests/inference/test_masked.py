@@ -109,3 +109,18 @@ def test_padding_changes_nothing():
     totals = [f.history["elbo"].tail(80) * f.num_data for f in (with_padding, without)]
     error = math.hypot(*(t.std() / 80**0.5 for t in totals))
     assert abs(totals[0].mean() - totals[1].mean()) < 4 * error + 0.05
+
+
+def test_the_density_of_a_row_that_is_left_out_is_one():
+    x, seen = data()
+
+    def model(x, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with data_plate(x), pyro.poutine.mask(mask=seen):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, x, seen, guide="AutoNormal", num_steps=2, engine="eager", **QUIET)
+    draws = fitted.draws((x, seen), 3)
+    exact = dist.Normal(draws.values["mu"].unsqueeze(1), 1.0).log_prob(x).where(seen, torch.tensor(0.0))
+    torch.testing.assert_close(draws.pointwise["x"], exact)
+    torch.testing.assert_close(draws.log_likelihood, exact)

@@ -79,21 +79,43 @@ def amortised(y):
         pyro.sample("z", dist.Normal(shift + 0.3 * y.T, 0.7))
 
 
-@pytest.mark.parametrize("guide", [pyrolvm.PerDatum(), pyrolvm.SemiAmortised(30, 0.3, encoder=amortised)])
-def test_guides_by_row_follow_the_plate_that_data_plate_makes(guide):
-    """Each item a latent of its own, and as many items as annotators."""
+@pytest.mark.parametrize("items", [ANNOTATORS, 4 * ANNOTATORS])
+@pytest.mark.parametrize(
+    ("guide", "num_steps"),
+    [(pyrolvm.PerDatum, 400), (lambda: pyrolvm.SemiAmortised(30, 0.3, encoder=amortised), 2)],
+)
+def test_guides_by_row_follow_the_plate_that_data_plate_makes(guide, num_steps, items):
+    """Each item a latent of its own, and as many items in a batch as annotators."""
 
     def model(y):
         with pyro.plate("annotators", ANNOTATORS, dim=-2), pyrolvm.data_plate(y, dim=-1):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=1.0 * y.T)
 
-    y = answers(ANNOTATORS)
+    y = answers(items)
     objective = TraceMeanField_ELBO(num_particles=100, vectorize_particles=True)
-    settled = QUIET | {"num_steps": 200, "learning_rate": 0.05}
-    fitted = pyrolvm.fit(model, y, guide=guide, objective=objective, **settled)
+    settled = QUIET | {"num_steps": num_steps, "learning_rate": 0.05, "batch_size": ANNOTATORS}
+    fitted = pyrolvm.fit(model, y, guide=guide(), objective=objective, **settled)
     assert fitted.structure.data_plate.name == "data"
-    assert fitted.encode(y).reshape(ANNOTATORS, ANNOTATORS).numpy() == pytest.approx(y.numpy() / 2, abs=0.1)
+    assert fitted.encode(y).reshape(items, ANNOTATORS).numpy() == pytest.approx(y.numpy() / 2, abs=0.1)
+
+
+def test_held_out_rows_as_many_as_another_plate_are_judged_as_rows():
+    """Known for skills held near 0, 10, ..., 40: the density of the rows, less a share of the KL for each."""
+    held_out = answers(ANNOTATORS) + 1.0
+    fitted = pyrolvm.fit(
+        by_data_plate,
+        answers(20),
+        guide=exactly,
+        validation=held_out,
+        objective="meanfield",
+        validate_every=1,
+        **QUIET | {"learning_rate": 1e-9},
+    )
+    at = 10 * torch.arange(float(ANNOTATORS))
+    kl = torch.distributions.kl_divergence(dist.Normal(at, 1e-3), dist.Normal(torch.zeros(ANNOTATORS), 1.0))
+    exact = dist.Normal(at, 1.0).log_prob(held_out).sum(1).mean() - kl.sum() / 20
+    assert fitted.history.validation_elbo.iloc[-1] == pytest.approx(exact.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("turned", "plate"), [(True, "items"), (False, "annotators")])
@@ -232,7 +254,7 @@ def test_two_plates_that_change_places_keep_their_cells(turned):
     torch.testing.assert_close(log_densities(*traces, keep=["a"]).log_weight, exact.sum(1).reshape(1, -1))
 
 
-def by_rows(turned):
+def by_rows(turned, scale=1.0):
     """A model and a guide of cells [rows, kinds]; `turned`: the rows are the inner plate. 200 of 300 rows at a time."""
 
     def cells(y):
@@ -249,7 +271,7 @@ def by_rows(turned):
     def guide(y):
         shift = pyro.param("shift", torch.tensor(0.0))
         with cells(y):
-            pyro.sample("z", dist.Normal(shift + (y.T if turned else y) / 2, 0.5**0.5))
+            pyro.sample("z", dist.Normal(shift + (y.T if turned else y) / 2, scale * 0.5**0.5))
 
     return model, guide
 
@@ -271,6 +293,38 @@ def test_every_answer_has_its_rows_first(turned, monkeypatch):
     assert deviations(fitted, y)["z"].shape == (30, ANNOTATORS)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_corrected_draws_have_a_weight_for_each_row(turned):
+    """Of a guide that is too wide by a tenth: the posterior of each entry is Normal(y / 2, 1 / 2)."""
+    model, guide = by_rows(turned, scale=1.1)
+    y = answers(30)
+    fitted = pyrolvm.fit(model, y, guide=guide, **QUIET | {"learning_rate": 1e-9})
+    assert fitted.draws(y, 3).log_weight.shape == (3, 30)
+    found = fitted.posterior(y, 1000, corrected=True)
+    number = 1000 * 30 * found.effective_share
+    variance = 2 * (found["z"] - y / 2).square().mean().item()
+    assert variance == pytest.approx(1, abs=4 * (2 / ANNOTATORS / number) ** 0.5)
+
+
+def test_corrected_draws_of_an_autoguide_have_the_shape_of_its_draws():
+    """Skills of annotators and a latent of each of their answers, jointly Gaussian: both means are known."""
+    y = answers(6)
+
+    def model(y):
+        with pyro.plate("annotators", ANNOTATORS, dim=-2):
+            skill = pyro.sample("skill", dist.Normal(0.0, 1.0))
+            with pyrolvm.data_plate(y, dim=-1):
+                z = pyro.sample("z", dist.Normal(skill, 1.0))
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y.T)
+
+    fitted = pyrolvm.fit(model, y, guide="AutoMultivariateNormal", progress=False)
+    skill = y.sum(0) / 2 / (1 + 6 / 2)
+    for found in (fitted.posterior(y, 2000), fitted.posterior(y, 2000, corrected=True)):
+        # four standard errors: the sds are 0.5 and 0.75
+        torch.testing.assert_close(found["skill"].mean(0), skill, rtol=0, atol=0.045)
+        torch.testing.assert_close(found["z"].mean(0), (y + skill) / 2, rtol=0, atol=0.067)
+
+
 def test_guides_by_row_take_plates_without_a_size():
     def model(y):
         with pyro.plate("rows"):
@@ -284,9 +338,9 @@ def test_guides_by_row_take_plates_without_a_size():
 
     y = answers(9)
     objective = TraceMeanField_ELBO(num_particles=100, vectorize_particles=True)
-    settled = QUIET | {"num_steps": 200, "learning_rate": 0.05}
-    for guide in ("per_datum", pyrolvm.SemiAmortised(30, 0.3, encoder=amortised)):
-        fitted = pyrolvm.fit(model, y, guide=guide, objective=objective, **settled)
+    settled = QUIET | {"learning_rate": 0.05}
+    for guide, num_steps in (("per_datum", 200), (pyrolvm.SemiAmortised(30, 0.3, encoder=amortised), 2)):
+        fitted = pyrolvm.fit(model, y, guide=guide, objective=objective, **settled | {"num_steps": num_steps})
         assert fitted.encode(y).numpy() == pytest.approx(y[:, 0].numpy() / 2, abs=0.1)
 
 

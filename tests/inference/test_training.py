@@ -50,6 +50,25 @@ def test_the_best_parameters_are_kept_even_if_the_end_is_worse():
     assert (plateau.best, plateau.best_step, plateau.best_parameters["a"].item()) == (3.0, 1, 1.0)
 
 
+@pytest.mark.parametrize(("rise", "is_flat"), [(0.25, True), (0.3, False)])
+def test_a_rise_is_compared_with_the_error_of_two_means(rise, is_flat):
+    """Means 1/3 + rise apart; error sqrt((5 + 2 rise + rise^2) / 15), which is less from rise = 0.28 on."""
+    values = [0.0, 1.0, 0.0, 1.0 + rise, rise, 1.0 + rise]
+    assert (stops_at(values, patience=3)[0] is not None) == is_flat
+
+
+def test_the_record_survives_later_steps_and_a_checkpoint():
+    plateau, parameter = Plateau(3, 2), torch.tensor(1.0)
+    for step, value in enumerate([9.0, 9.0, 5.0, 4.0]):
+        plateau.add(step, value, {"a": parameter})
+        parameter.add_(1)
+    again = Plateau(3, 2)
+    again.unflatten(plateau.flatten(), torch.device("cpu"))
+    for record in (plateau, again):
+        assert (record.best, record.best_step, record.values) == (5.0, 2, [5.0, 4.0])
+        assert record.best_parameters["a"].item() == 3.0
+
+
 def test_fit_stops_on_a_plateau_says_why_and_restores_the_best():
     program, x = LocalNormal(shift=1.0), torch.randn(200, generator=torch.Generator().manual_seed(3))
     fitted = pyrolvm.fit(

@@ -193,8 +193,9 @@ def test_a_fit_with_gaps_is_nearly_as_good_as_one_without():
 # ---------------------------------------------------------------- imputation
 
 
-def test_intervals_of_imputations_cover_as_often_as_they_say():
-    """At the true parameters and with the exact guide, to 4 standard errors of a share."""
+def test_intervals_of_imputations_cover_as_often_as_they_say(monkeypatch):
+    """At the true parameters and with the exact guide, to 4 standard errors of a share; in three chunks of rows."""
+    monkeypatch.setattr(pyrolvm.inference.program.pair, "BUDGET", 600 * 5 * 200)
     ppca, complete = factor_data(500)
     x = with_gaps(complete)
     fitted = pyrolvm.fit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from pyrolvm.inference.log_joint.function import LogJoint
 from pyrolvm.inference.log_joint.psis import khat_threshold
 from pyrolvm.inference.log_joint.resampling import Weights, smoothed
 from pyrolvm.inference.log_joint.verdict import weigh
-from pyrolvm.inference.program.draws import Draws, draws_of
+from pyrolvm.inference.program.draws import Draws, draws_of, tidy
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.pair import Pair
 from pyrolvm.inference.program.structure import Structure, refuse_bound
@@ -53,11 +55,22 @@ def corrected(pair: Pair, num_samples: int, seed: int) -> CorrectedDraws:
     if declined(pair) is None:
         found = weigh(pair, log_joint := LogJoint(pair), seed, many)
         chosen = found.weights.resample(num_samples, generator)
-        values = {n: v.to(pair.program.dtype) for n, v in log_joint.values(found.u[chosen]).items()}
-        return _warned(CorrectedDraws(values, [found.weights]), many)
+        return _warned(CorrectedDraws(_tidy(pair, log_joint.values(found.u[chosen])), [found.weights]), many)
     with torch.no_grad(), seeded(derived_seed(seed, Purpose.GUIDE, 2), pair.device):
         draws = draws_of(pair, many)
     return _warned(_resampled(structure, draws, num_samples, generator), many)
+
+
+def _tidy(pair: Pair, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`values` [draws, shape in the program] as `posterior` gives them."""
+    with torch.no_grad(), seeded(0, pair.device):
+        nodes = dict[str, Any](pair.guide().nodes)
+    nesting, found = pair.structure.max_plate_nesting, {}
+    for name, value in values.items():
+        missing = nesting + 1 + len(nodes[name]["fn"].event_shape) - value.dim()
+        value = value.reshape(len(value), *(1,) * missing, *value.shape[1:]).to(pair.program.dtype)
+        found[name] = tidy(pair.structure, nodes[name], value)
+    return found
 
 
 def _resampled(

@@ -78,5 +78,5 @@ def _responded(log_joint: LogJoint, q: Gaussian, seed: int) -> Gaussian:
 
 def _values(log_joint: LogJoint, q: Gaussian, seed: int) -> tuple[Tensor, list[str]]:
     """Every entry of every latent at draws whose moments are exact in unconstrained space, and the names."""
-    M = max(DRAWS, least_draws(q.num_normals, True))
-    return log_joint.scalars(q.at(fixed_normals(M, q.num_normals, derived_seed(seed, Purpose.DIAGNOSE, 3))))
+    M = max(DRAWS, least_draws(q.dim, True))
+    return log_joint.scalars(q.at(fixed_normals(M, q.dim, derived_seed(seed, Purpose.DIAGNOSE, 3))))

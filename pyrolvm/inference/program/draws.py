@@ -31,8 +31,8 @@ class Draws:
         Observed site -> [S, B, ...], drawn anew from p(x | z); empty where its distribution cannot be drawn from.
     pointwise : dict
         Observed site -> log p(x | z), [S, B, ...], nats; 0 where a mask leaves the datum out.
-    log_prior, log_likelihood, log_guide : tensor [S, cells]
-        Nats per datum, unscaled; None for prior draws.
+    log_prior, log_likelihood, log_guide : tensor [S, rows]
+        Nats per datum, unscaled, of all rows together where they share a latent; None for prior draws.
     global_log_prior, global_log_guide : tensor [S]
         The rest: log p and log q outside the data plate, in nats (not per datum); None for prior draws.
     shared : list of dict
@@ -61,7 +61,7 @@ class Draws:
 
     @property
     def log_weight(self) -> Tensor:
-        """log p(x, z) - log q(z | x): [S, cells]."""
+        """log p(x, z) - log q(z | x): [S, rows]."""
         if self.log_prior is None or self.log_likelihood is None or self.log_guide is None:
             raise ProgramError(
                 "these draws have no importance weights: they are of the prior, or all rows share a discrete latent "
@@ -92,7 +92,8 @@ def _posterior(pair: Pair, num_draws: int | None, given: dict[str, Tensor]) -> D
 def read_draws(pair: Pair, model: Trace, guide: Trace, num_draws: int | None) -> Draws:
     """The draws that a pair of traces shows."""
     shared, beside = pair.held(guide), pair.structure.beside_data
-    densities = log_densities(model, guide, skip={*shared, *beside})
+    plate = pair.structure.data_plate
+    densities = log_densities(model, guide, skip={*shared, *beside}, keep=[plate.name] if plate else [])
     zeros = torch.zeros_like(densities.log_prior[:, 0])
     return Draws(
         values={s["name"]: tidy(pair.structure, s, s["value"]) for s in _latents(pair, guide)},
@@ -201,7 +202,7 @@ def tidy(structure: Structure, site: Any, value: Tensor, event_dims: int | None 
     tail = tuple(value.shape[value.dim() - event_dims :])
     value = value.expand(torch.broadcast_shapes(value.shape, (*sizes, *tail)))
     keep = [d for d in range(-nesting, 0) if d in frames]
-    value = value.reshape(sizes[0], *(sizes[d] for d in keep), *tail)
+    value = value.reshape(len(value), *(sizes[d] for d in keep), *tail)
     rows = rows_dim(site, plate)
     return value if rows is None else value.movedim(1 + keep.index(rows), 1)
 
