@@ -296,3 +296,9 @@ def test_mistakes_of_labels_and_names_get_what_to_type(model, turned, words):
     group, y = torch.arange(20) % 4, torch.randn(20)
     with pytest.raises(pyrolvm.ProgramError, match=words):
         pyrolvm.fit(model, turned(group), y, guide="AutoNormal", num_steps=1, engine="eager", progress=False)
+
+
+def test_a_data_loader_is_no_data():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, X[:, 0]), batch_size=5)
+    with pytest.raises(ProgramError, match="fit takes minibatches itself"):
+        pyrolvm.fit(of_groups, loader, guide="AutoNormal", **QUIET)

@@ -64,7 +64,7 @@ def resolve(model: Any, guide: Any, start: Any = None) -> tuple[Callable[..., An
         guide = own
     if guide is None:
         raise ProgramError(
-            "this model brings no guide: pass guide=..., a function of the model's arguments or an "
+            "this model brings no guide: pass one by name, guide=..., a function of the model's arguments or an "
             "AutoGuide such as pyro.infer.autoguide.AutoNormal"
         )
     if isinstance(guide, str):
