@@ -109,7 +109,7 @@ def outcome_of_moments(
 
 
 def _drawn(log_joint: LogJoint, q: Gaussian) -> Tensor:
-    z = torch.randn(DRAWS, q.num_normals, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = torch.randn(DRAWS, q.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return log_joint.scalars(q.at(z))[0].detach()
 
 

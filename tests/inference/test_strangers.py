@@ -1,9 +1,12 @@
 """Faults that programs of strangers brought up, each with an exact answer."""
 
+import subprocess
+import sys
 from functools import partial
 from typing import ClassVar
 
 import pyro
+import pyro.contrib.gp as gp
 import pyro.distributions as dist
 import pytest
 import torch
@@ -384,3 +387,86 @@ def test_a_likelihood_whose_sample_fails_has_a_posterior(at_once_alone):
         pyrolvm.ProgramError, match=r"'x' \(Fragile\) cannot draw new data.*IndexError: index 1 is out"
     ):
         fitted.predict(x, 4)
+
+
+def test_a_latent_under_mask_false_has_a_flat_prior_and_a_posterior():
+    """The usual way to an improper prior: its log q counts, as under SVI, and its spread is that of the data."""
+
+    def model(x):
+        with pyro.poutine.mask(mask=False):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, X, guide="AutoNormal", optimizer="lbfgs", progress=False)
+    draws = fitted.posterior(X, 4000)["mu"]
+    assert draws.mean().item() == pytest.approx(X.mean().item(), abs=4 / (30 * 4000) ** 0.5)
+    assert draws.std().item() == pytest.approx(30**-0.5, rel=4 / 8000**0.5)
+
+
+def test_missing_discrete_entries_are_summed_out_where_the_whole_model_is_enumerated():
+    """Pyro drops `infer=` beside an obs_mask; the refusal says what to write, and that is exact."""
+    coins, seen = torch.tensor([1.0, 0, 1, 0]), torch.tensor([True, True, False, False])
+    x = torch.tensor([1.0, 0, 1, 0])
+    chance = torch.tensor([0.2, 0.9])
+
+    def model(coins, seen, x):
+        with pyro.plate("coins", len(x)):
+            k = pyro.sample(
+                "k", dist.Bernoulli(0.3), obs=coins, obs_mask=seen, infer={"enumerate": "parallel"}
+            )
+            pyro.sample("x", dist.Bernoulli(chance[k.long()]), obs=x)
+
+    def guide(coins, seen, x):
+        pyro.param("unused", torch.tensor(0.0))
+
+    options = {"guide": guide, "objective": pyro.infer.TraceEnum_ELBO(), "num_steps": 1, **QUIET}
+    with pytest.raises(pyrolvm.ProgramError, match=r"pyro.infer.config_enumerate\(model"):
+        pyrolvm.fit(model, coins, seen, x, **options)
+
+
+def test_covariance_of_a_bound_without_an_optimum_is_declined():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))  # nothing holds the z of half of the rows
+            pyro.sample("x", dist.Normal(torch.where(torch.arange(len(x)) % 2 == 0, z, 0.0), 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, X, guide="AutoNormal", num_steps=2, **QUIET)
+    with pytest.raises(pyrolvm.PyrolvmError):
+        fitted.covariance(X)
+
+
+def test_a_network_with_pooling_is_traced_in_a_process_that_compiled_nothing():
+    """inductor's decomposition of max_pool2d reads a module that is imported by its first compilation alone."""
+    script = (
+        "import torch; from pyrolvm.inference.engine.inductor import functional; "
+        "functional(lambda x: torch.nn.functional.max_pool2d(x, 2), [torch.ones(1, 1, 4, 4)])"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_draws_that_nothing_uses_keep_their_place():
+    """A sparse Gaussian process of classes: q(u) enters by its KL alone, and the likelihood draws f behind u."""
+    x, bounds = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double(), []
+    for engine in ("eager", "compiled"):
+        process = gp.models.VariationalSparseGP(
+            x,
+            (x[:, 0] > 0).double(),
+            gp.kernels.RBF(3, lengthscale=torch.ones(3)),
+            x[:4].clone(),
+            gp.likelihoods.Binary(),
+            num_data=60,
+            whiten=True,
+            jitter=1e-4,
+        ).double()
+        fitted = pyrolvm.fit(
+            process.model,
+            (),
+            guide=process.guide,
+            objective=pyro.infer.TraceMeanField_ELBO(),
+            num_steps=3,
+            dtype="float64",
+            **QUIET | {"engine": engine},
+        )
+        bounds.append(fitted.history.elbo.to_numpy())
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-3)

@@ -1,6 +1,6 @@
 """What inductor does otherwise while it compiles a step: less of what only its developers or other devices need.
 
-And one thing right that it does wrong (`writes_before_reads`).
+And two things right that it does wrong (`writes_before_reads`, `draws_in_order`).
 """
 
 from __future__ import annotations
@@ -75,6 +75,34 @@ def writes_before_reads() -> Iterator[None]:
         self.set_read_writes(self.read_writes.rename(self.mutation_renames))
 
     with mock.patch.object(SchedulerNode, "recompute_size_and_body", recompute):
+        yield
+
+
+@contextmanager
+def draws_in_order() -> Iterator[None]:
+    """Keep a draw behind one before it that nothing uses, as that of a latent whose KL has a closed form.
+
+    inductor ties the second to what reads the first, which it removes; the numbers would be each other's.
+    """
+    from torch._inductor import ir
+    from torch._inductor.scheduler import Scheduler
+    from torch._inductor.virtualized import V
+
+    original = Scheduler.compute_dependencies
+
+    def drawn(name: str) -> str:
+        found = V.graph.name_to_buffer.get(name)
+        if not isinstance(found, ir.MultiOutput):
+            return name
+        parent: Any = found.inputs[0]
+        return drawn(parent.get_name())
+
+    def compute(self: Any) -> None:
+        for names in V.graph.additional_buffer_deps.values():
+            names.update([drawn(name) for name in names])
+        original(self)
+
+    with mock.patch.object(Scheduler, "compute_dependencies", compute):
         yield
 
 

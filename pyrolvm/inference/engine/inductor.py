@@ -174,6 +174,7 @@ def _compile(graph: fx.GraphModule, settings: dict[str, Any], least_vectorised: 
         stack.enter_context(adjustments.one_table_of_types())
         stack.enter_context(adjustments.vectors_from(least_vectorised))
         stack.enter_context(adjustments.writes_before_reads())
+        stack.enter_context(adjustments.draws_in_order())
         return compile_fx_inner(
             graph, inputs, cudagraphs=BoxedBool(False), cpp_wrapper=settings["cpp_wrapper"]
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,7 +28,15 @@ def decompositions(table: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[.
     own[torch.ops.aten.multinomial.default] = _multinomial
     own[torch.ops.aten.bernoulli.default] = _bernoulli
     own[torch.ops.aten.addmm.default] = _addmm
+    pooling = torch.ops.aten.max_pool2d_with_indices.default
+    own[pooling] = functools.partial(_after_lowering, own[pooling])
     return own
+
+
+def _after_lowering(decomposition: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A decomposition of inductor's that reads its `lowering`, which nothing may have imported yet."""
+    import_module("torch._inductor.lowering")
+    return decomposition(*args, **kwargs)
 
 
 def _multinomial(

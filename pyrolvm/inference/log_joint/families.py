@@ -4,6 +4,9 @@ AutoDelta, AutoLaplaceApproximation    a point
 AutoNormal, AutoDiagonalNormal         u = location + sd e
 AutoMultivariateNormal                 u = location + scale_tril e
 AutoLowRankMultivariateNormal          u = location + sd (e + factor f)             e: [dim], f: [rank], standard normal
+
+Here a draw of a low rank is location + chol(covariance) e: the same normal from fewer numbers, and the same draws
+whichever way its factor is turned.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyrolvm.inference.log_joint.function import LogJoint
+from pyrolvm.inference.log_joint.low_rank import nearest
 from pyrolvm.inference.program.program import Program
 
 POINT, DIAGONAL, FULL, LOW_RANK = "point", "diagonal", "full", "low_rank"
@@ -57,38 +61,35 @@ class Gaussian:
         return len(self.location)
 
     @property
-    def num_normals(self) -> int:
-        """Standard normals that one draw takes."""
-        return self.dim + (0 if self.factor is None else self.factor.shape[1])
-
-    @property
     def covariance(self) -> Tensor:
         """Of u: [dim, dim]."""
-        root = self._root()
-        return root @ root.T
+        if self.kind == FULL:
+            assert self.scale_tril is not None
+            return self.scale_tril @ self.scale_tril.T
+        assert self.sd is not None
+        if self.factor is None:
+            return self.sd.square().diag()
+        one = torch.eye(self.dim, dtype=self.sd.dtype)
+        return self.sd[:, None] * (one + self.factor @ self.factor.T) * self.sd
 
     @property
     def scale(self) -> Tensor:
         """Standard deviation of each coordinate: [dim]."""
-        if self.kind == DIAGONAL:
-            assert self.sd is not None
-            return self.sd
-        return self._root().norm(dim=1)
+        if self.kind == FULL:
+            assert self.scale_tril is not None
+            return self.scale_tril.norm(dim=1)
+        assert self.sd is not None
+        return self.sd if self.factor is None else self.sd * (1 + self.factor.square().sum(1)).sqrt()
 
     def _root(self) -> Tensor:
-        """Some matrix with root root' = covariance."""
+        """The triangle with root root' = covariance."""
         if self.kind == FULL:
             assert self.scale_tril is not None
             return self.scale_tril
-        assert self.sd is not None
-        return (
-            self.sd.diag()
-            if self.factor is None
-            else torch.cat([self.sd.diag(), self.sd[:, None] * self.factor], 1)
-        )
+        return torch.linalg.cholesky(self.covariance)
 
     def at(self, normals: Tensor) -> Tensor:
-        """u [..., dim] of standard normals [..., num_normals]."""
+        """u [..., dim] of standard normals [..., dim]."""
         if self.kind == DIAGONAL:
             return self.location + normals * self.scale
         return self.location + normals @ self._root().T
@@ -97,8 +98,7 @@ class Gaussian:
         """log q(u) of u [..., dim]: [...]."""
         if self.kind == DIAGONAL:
             return torch.distributions.Normal(self.location, self.scale).log_prob(u).sum(-1)
-        tril = self.scale_tril if self.kind == FULL else torch.linalg.cholesky(self.covariance)
-        assert tril is not None
+        tril = self._root()
         z = torch.linalg.solve_triangular(tril, (u - self.location).reshape(-1, self.dim).T, upper=False)
         z = z.T.reshape(u.shape)
         return (
@@ -112,14 +112,20 @@ class Gaussian:
         `scale_tril` is [dim, dim], or [dim] of a diagonal one.
         A mean field takes the conditional scales, 1 / sqrt(diag H), as it will at its optimum.
         """
+        return cls.all_around(location, scale_tril, kind, rank)[0]
+
+    @classmethod
+    def all_around(cls, location: Tensor, scale_tril: Tensor, kind: str, rank: int = 0) -> list[Gaussian]:
+        """As `around`; of a low rank every optimum of the KL divergence, the nearest first."""
         full = scale_tril.dim() == 2
         if kind == POINT:
-            return cls(POINT, location)
+            return [cls(POINT, location)]
         if kind == FULL:
-            return cls(FULL, location, scale_tril=scale_tril if full else scale_tril.diag())
+            return [cls(FULL, location, scale_tril=scale_tril if full else scale_tril.diag())]
         if kind == DIAGONAL:
-            return cls(DIAGONAL, location, sd=conditional(scale_tril))
-        return cls(LOW_RANK, location, *_low_rank(scale_tril if full else scale_tril.diag(), rank))
+            return [cls(DIAGONAL, location, sd=conditional(scale_tril))]
+        found = nearest(scale_tril if full else scale_tril.diag(), rank)
+        return [cls(LOW_RANK, location, sd=sd, factor=factor) for sd, factor in found]
 
 
 def conditional(scale_tril: Tensor) -> Tensor:
@@ -129,20 +135,6 @@ def conditional(scale_tril: Tensor) -> Tensor:
     eye = torch.eye(len(scale_tril), dtype=scale_tril.dtype)
     inverse = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
     return inverse.square().sum(0).rsqrt()
-
-
-def _low_rank(scale_tril: Tensor, rank: int) -> tuple[Tensor, None, Tensor]:
-    """(sd, None, factor) near a covariance: its correlations' first components above the mean of the rest."""
-    marginal = scale_tril.norm(dim=1)
-    correlation = scale_tril / marginal[:, None]
-    values, vectors = torch.linalg.eigh(correlation @ correlation.T)
-    rest = (
-        values[: len(values) - rank].mean().clamp_min(1e-4) if rank < len(values) else values.new_tensor(1e-2)
-    )
-    top = (values[-rank:] / rest - 1).clamp_min(1e-2).sqrt()
-    factor = vectors[:, -rank:] * top
-    sd = marginal / (1 + factor.square().sum(1)).sqrt()
-    return sd, None, factor
 
 
 class Family:

@@ -144,7 +144,7 @@ def weigh(pair: Pair, log_joint: LogJoint, seed: int = 0, num_draws: int = DRAWS
     """Draws of the pair's Gaussian guide, and what their weights would move."""
     q = Family(pair.program, log_joint).read()
     generator = torch.Generator().manual_seed(derived_seed(seed, Purpose.DIAGNOSE, 1))
-    u = q.at(torch.randn(num_draws, q.num_normals, generator=generator, dtype=torch.float64))
+    u = q.at(torch.randn(num_draws, q.dim, generator=generator, dtype=torch.float64))
     with torch.no_grad():
         weights = smoothed(log_joint(u) - q.log_prob(u))
         values, names = log_joint.scalars(u)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -55,6 +57,11 @@ def _responded(log_joint: LogJoint, q: Gaussian, seed: int) -> Gaussian:
     place = Place(q.location, q.scale, float(log_joint.slope(q.location)[0]), True)
     optimum = maximise(log_joint, place, DIAGONAL, 0, derived_seed(seed, Purpose.DIAGNOSE, 2) % 2**31)
     moved = float(((optimum.q.location - q.location).abs() / q.scale).max())
+    if not math.isfinite(optimum.monte_carlo_error):
+        raise SettingError(
+            "the bound has no optimum, as nothing holds some latent where it is (a flat prior without data): "
+            "method='guide'"
+        )
     if moved > 2 * MOVES:
         raise SettingError(
             f"linear response holds at the optimum of the bound, and the guide is {moved:.2g} sd away from it: fit it "
@@ -71,5 +78,5 @@ def _responded(log_joint: LogJoint, q: Gaussian, seed: int) -> Gaussian:
 
 def _values(log_joint: LogJoint, q: Gaussian, seed: int) -> tuple[Tensor, list[str]]:
     """Every entry of every latent at draws whose moments are exact in unconstrained space, and the names."""
-    M = max(DRAWS, least_draws(q.num_normals, True))
-    return log_joint.scalars(q.at(fixed_normals(M, q.num_normals, derived_seed(seed, Purpose.DIAGNOSE, 3))))
+    M = max(DRAWS, least_draws(q.dim, True))
+    return log_joint.scalars(q.at(fixed_normals(M, q.dim, derived_seed(seed, Purpose.DIAGNOSE, 3))))

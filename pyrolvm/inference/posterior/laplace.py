@@ -47,7 +47,7 @@ def laplace_approximation(pair: Pair, seed: int) -> tuple[Program, Structure, Co
     with seeded(derived_seed(seed, Purpose.CHECK), program.device):
         structure = inspect_program(program, pair.batch)
     program.settle()
-    u = q.at(fixed_normals(DRAWS, q.num_normals, derived_seed(seed, Purpose.DIAGNOSE, 3)))
+    u = q.at(fixed_normals(DRAWS, q.dim, derived_seed(seed, Purpose.DIAGNOSE, 3)))
     elbo = float((log_joint(u) - q.log_prob(u)).mean()) / structure.num_data
     sentence = (
         f"{'' if away <= AT_MODE else 'not '}the mode: a Newton step from the point is {away:.1g} sd long"

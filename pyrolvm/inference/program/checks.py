@@ -25,6 +25,7 @@ from pyrolvm.inference.program.structure import (
     Structure,
     in_plate,
     is_bound,
+    is_discrete,
     sample_sites,
     site_table,
 )
@@ -76,10 +77,10 @@ def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
         site = in_model[name]
         infer = site["infer"]
         if name not in guide_trace.nodes and not infer.get("enumerate") and not infer.get(LEFT_TO_PRIOR):
-            _refuse_forgotten(name, latents if len(latents) == len(in_model) else ())
+            _refuse_forgotten(name, latents if len(latents) == len(in_model) else (), is_discrete(site["fn"]))
 
 
-def _refuse_forgotten(name: str, unobserved: Sequence[str]) -> None:
+def _refuse_forgotten(name: str, unobserved: Sequence[str], discrete: bool) -> None:
     """`unobserved` are all sites of the model, if none of them is data."""
     if unobserved:
         raise ProgramError(
@@ -87,6 +88,12 @@ def _refuse_forgotten(name: str, unobserved: Sequence[str]) -> None:
             f"pyro.sample('{name}', ..., obs=...); else sample it in the guide"
         )
     original = name.removesuffix("_unobserved")
+    if original != name and discrete:
+        raise ProgramError(
+            f"'{original}' is observed with an obs_mask, so its missing entries are the latent '{name}', which is not "
+            "marked to be summed out, as Pyro passes no infer= on to it: pass pyro.infer.config_enumerate(model, "
+            f"default='parallel') as the model, or sample '{name}' in the guide"
+        )
     if original != name:
         raise ProgramError(
             f"'{original}' is observed with an obs_mask, so its missing entries are the latent '{name}', which the "
@@ -222,10 +229,14 @@ def _check_events(model: Trace, guide: Trace) -> None:
 
 
 def _check_masks(model: Trace, guide: Trace) -> None:
-    """What the model masks the guide must mask: else log q counts where log p does not."""
+    """What the model masks the guide must mask: else log q counts where log p does not.
+
+    `mask=False` around all of a latent leaves nothing out: it makes the prior flat.
+    """
     for site in sample_sites(guide):
         other: Any = model.nodes.get(site["name"])
-        if other is not None and not _same_mask(other["mask"], site["mask"]):
+        flat = other is not None and other["mask"] is False
+        if other is not None and not flat and not _same_mask(other["mask"], site["mask"]):
             raise ProgramError(
                 f"'{site['name']}' is masked otherwise in the guide than in the model, so that its log q would count "
                 "where its log p does not: put the same `with pyro.poutine.mask(mask=...):` around it in both"

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import pyro
+import torch
 from pyro.poutine.trace_struct import Trace
 
 from pyrolvm.data.batch import Batch
@@ -101,6 +102,17 @@ def _arguments(_: re.Match[str], batch: Batch) -> str:
     return f"model and guide are called with the same arguments, here {', '.join(names) or 'none'}: let both take them"
 
 
+def _numbers(found: re.Match[str], batch: Batch) -> str:
+    numbers = [name for name, t in batch.tensors() if t.dtype is torch.int64 and t.dim() == 1]
+    if batch.num_rows == batch.total_rows or int(found.group(1)) != batch.num_rows or not numbers:
+        return ""
+    name = numbers[0].removeprefix("args[").removesuffix("]")
+    return (
+        f"if the program takes rows out of the data by the numbers in {numbers[0]}, a minibatch may part these alone: "
+        f"pass rows={name if name.isdigit() else repr(name)} to fit, so that the other arguments stay whole"
+    )
+
+
 HINTS: tuple[tuple[str, Callable[[re.Match[str], Batch], str]], ...] = (
     (r"Shape mismatch inside plate\('(\w+)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", _plate),
     (r"same dtype, but got:? (\w+) and (\w+)", _dtypes),
@@ -113,6 +125,7 @@ HINTS: tuple[tuple[str, Callable[[re.Match[str], Batch], str]], ...] = (
     (r"Continuous inference cannot handle discrete sample site '(\S+)'", _discrete),
     (r"\(\) (?:takes \d+ positional|missing \d+ required|got an unexpected keyword)", _arguments),
     (r"Multiple sample sites named '(\S+)'", _named_twice),
+    (r"out of bounds for dimension 0 with size (\d+)", _numbers),
 )
 """What an error says, and what to type."""
 LAST = ((r"mat1 and mat2 shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x(\d+)\)", _columns),)
@@ -127,8 +140,8 @@ Hints = tuple[tuple[str, Callable[[re.Match[str], Batch], str]], ...]
 def hint_of(error: Exception, batch: Batch, hints: Hints = HINTS) -> str:
     """What to type, on a line of its own; empty for an error that is not known."""
     for pattern, hint in hints:
-        if found := re.search(pattern, str(error)):
-            return "\n" + hint(found, batch)
+        if (found := re.search(pattern, str(error))) and (typed := hint(found, batch)):
+            return "\n" + typed
     return ""
 
 

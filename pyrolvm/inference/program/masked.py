@@ -68,10 +68,12 @@ class _UnderMasks(Messenger):
 
 
 def masks_of(model: Trace) -> dict[str, Tensor | bool]:
-    """The masks of the latents that have one."""
-    return {
-        s["name"]: s["mask"] for s in sample_sites(model) if not s["is_observed"] and s["mask"] is not None
-    }
+    """The masks of the latents that have one.
+
+    `poutine.mask(mask=False)` leaves no entries out: it makes the prior flat.
+    """
+    masks = {s["name"]: s["mask"] for s in sample_sites(model) if not s["is_observed"]}
+    return {name: mask for name, mask in masks.items() if mask is not None and mask is not False}
 
 
 def check_apart(model: Trace, guide: Trace) -> None:

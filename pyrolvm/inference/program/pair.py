@@ -110,7 +110,7 @@ class Pair:
     ) -> Trace:
         predicting = self.mode == "predict"
         scope = self.program.scope(self.batch, self.mode) if predicting else nullcontext()
-        with scope, every_row() if predicting and self.structure.whole else nullcontext():
+        with scope, every_row(self.batch) if predicting and self.structure.whole else nullcontext():
             if num_draws is not None:  # a plate is a site of its own: the caller's handlers must not see it
                 dim = -1 - self.structure.max_plate_nesting
                 function = pyro.plate(PARTICLES, num_draws, dim=dim)(function)

@@ -34,6 +34,7 @@ from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
     Plate,
     in_plate,
+    is_discrete,
     sample_sites,
     with_sizes,
 )
@@ -213,7 +214,10 @@ class PerDatum(nn.Module):
             total = len(self._tables(self.sites[0])[0])
             plate = pyro.plate(self._plate.name, total, dim=self._plate.dim)
         elif self._carries_total:
-            plate = pyro.plate(self._plate.name, rows.total, subsample=rows.indices, dim=self._plate.dim)
+            total = max(
+                rows.total, self._plate.full_size
+            )  # a program's own plate may be of more than are held
+            plate = pyro.plate(self._plate.name, total, subsample=rows.indices, dim=self._plate.dim)
         else:
             plate = pyro.plate(self._plate.name, len(rows.indices), dim=self._plate.dim)
         with plate:
@@ -234,14 +238,14 @@ class PerDatum(nn.Module):
             trace, len(rows.indices), named=rows.made, arguments=(*args, *kwargs.values())
         )
         latents = [s for s in sample_sites(trace) if not s["is_observed"] and not _is_left(s)]
-        local = [s for s in latents if in_plate(s, plate) and not _is_discrete(s)]
+        local = [s for s in latents if in_plate(s, plate) and not is_discrete(s["fn"])]
         if plate is None or not local:
             raise ProgramError(
                 "guide='per_datum' is for programs with continuous latents of each datum, and this one has none in a "
                 "plate over its rows: leave guide out, or declare the rows by `with pyrolvm.data_plate(x):`"
             )
         self._plate = plate = at_one_dimension(plate, local, "per_datum")
-        self._carries_total = plate.name in rows.made or plate.full_size == rows.total > plate.size
+        self._carries_total = plate.name in rows.made or plate.full_size > plate.size
         self.sites = tuple(self._local(site, plate, i) for i, site in enumerate(local))
         for site in self.sites:
             self._make_tables(site, rows.total)
@@ -260,7 +264,7 @@ class PerDatum(nn.Module):
         if any(key == s.key for s in self.sites):
             key = f"{key}_{index}"
         plates = tuple((f.name, f.dim, f.size) for f in frames)
-        masked = site["mask"] is not None
+        masked = site["mask"] is not None and site["mask"] is not False
         return Local(site["name"], key, plates, axis, batch_dims, tuple(shape), transform, masked)
 
     def _make_tables(self, site: Local, total: int) -> None:
@@ -352,10 +356,6 @@ def kind_of_gaussian(fn: Any) -> str | None:
 def _is_left(site: Any) -> bool:
     """Whether no guide is to draw the site: it is summed out, or left to the prior on purpose."""
     return bool(site["infer"].get("enumerate") or site["infer"].get(LEFT_TO_PRIOR))
-
-
-def _is_discrete(site: Any) -> bool:
-    return bool(getattr(site["fn"].support, "is_discrete", False))
 
 
 def _is_identity(transform: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyrolvm.data.batch import Batch
 from pyrolvm.inference.program.hints import why_fails
 from pyrolvm.inference.program.noise import seeded
 from pyrolvm.inference.program.program import Program
-from pyrolvm.inference.program.rows_plate import draws_subsample, find_data_plate
+from pyrolvm.inference.program.rows_plate import find_data_plate, holds_some
 from pyrolvm.inference.program.running import every_row, explained
 from pyrolvm.inference.program.structure import (
     LEFT_TO_PRIOR,
@@ -30,6 +31,7 @@ from pyrolvm.inference.program.structure import (
     in_plate,
     is_bound,
     is_deterministic,
+    is_discrete,
     is_factor,
     sample_sites,
     with_sizes,
@@ -59,7 +61,7 @@ def read_structure(
     """The structure that a pair of traces shows, and the plates and tables that the program used under `rows`."""
     made = rows.made if rows else ()
     tables = tuple(n for n, p in program.parameters.items() if rows and id(p) in rows.tables)
-    subsamples = draws_subsample(model) and _runs_whole(program, batch)
+    subsamples = holds_some(model, made) and _runs_whole(program, batch, made)
     plate = find_data_plate(
         model, len(batch.indices), drawn=subsamples, named=made, arguments=batch.carrying()
     )
@@ -82,19 +84,20 @@ def read_structure(
     )
 
 
-def _runs_whole(program: Program, batch: Batch) -> bool:
-    """Whether the program runs where its plates hold all of their rows: it indexes the data by those that it drew."""
+def _runs_whole(program: Program, batch: Batch, made: Collection[str]) -> bool:
+    """Whether the program runs where its plates hold all of their rows: it indexes the data by those of the plate."""
     with (
         program.untouched(),
         program.scope(batch, "predict", validate=True),
-        every_row(),
+        every_row(batch),
         torch.no_grad(),
         suppress(Exception),  # whatever a program raises that was given a minibatch of its own
     ):
         guide = pyro.poutine.trace(program.guide).get_trace(*batch.args, **batch.kwargs)
         replayed = pyro.poutine.replay(program.model, trace=guide)
-        pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs).compute_log_prob()
-        return True
+        model = pyro.poutine.trace(replayed).get_trace(*batch.args, **batch.kwargs)
+        model.compute_log_prob()
+        return not holds_some(model, made)
     return False
 
 
@@ -132,12 +135,14 @@ def _site(
         enumerated=enumerated,
         in_guide=name in drawn,
         num_states=len(fn.enumerate_support(expand=False)) if enumerated else 1,
-        discrete=kind == "latent" and _is_discrete(fn),
+        discrete=kind == "latent" and is_discrete(fn),
         point=name in drawn and isinstance(base(drawn[name]["fn"]), Delta) and not sources.get(name),
         left_to_prior=bool(site["infer"].get(LEFT_TO_PRIOR)) and name not in drawn,
         bound=is_bound(fn),
         markov="_markov_scope" in site["infer"],
-        masked=site["mask"] is not None and not bool(torch.as_tensor(site["mask"]).all()),
+        masked=site["mask"] is not None
+        and site["mask"] is not False
+        and not bool(torch.as_tensor(site["mask"]).all()),
     )
 
 
@@ -167,13 +172,6 @@ def _is_argument(value: Tensor, batch: Batch) -> bool:
         if value.shape == tensor.shape and torch.equal(value, tensor.to(value.dtype)):
             return True
     return False
-
-
-def _is_discrete(fn: Any) -> bool:
-    try:
-        return bool(fn.support.is_discrete)
-    except NotImplementedError:
-        return False
 
 
 def _nesting(*traces: Trace) -> int:

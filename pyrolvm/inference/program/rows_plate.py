@@ -77,8 +77,11 @@ def _holds_rows(site: Any, frame: Any, arguments: Sequence[Tensor]) -> bool:
     )
 
 
-def draws_subsample(trace: Trace) -> bool:
-    """Whether a plate holds fewer rows than it is of, which it draws by itself."""
+def holds_some(trace: Trace, made: Collection[str]) -> bool:
+    """Whether a plate of the program's own holds fewer rows than it is of; `made` are those of `data_plate`."""
     nodes: dict[str, Any] = trace.nodes
     drawn = [s["fn"] for s in nodes.values() if isinstance(s.get("fn"), _Subsample)]
-    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn)
+    frames = [f for s in sample_sites(trace) for f in s["cond_indep_stack"] if f.name not in made]
+    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn) or any(
+        f.size < f.full_size for f in frames if f.vectorized
+    )

@@ -78,16 +78,23 @@ _EVERY_ROW: ContextVar[bool] = ContextVar("pyrolvm_every_row", default=False)
 
 
 @contextmanager
-def every_row() -> Iterator[None]:
-    """Let plates that draw a subsample of their rows hold all of them within the block."""
+def every_row(batch: Batch) -> Iterator[None]:
+    """Let plates of a subsample hold all of their rows within the block.
+
+    They draw it, or take its numbers from an argument that is none of those that carry the rows.
+    """
     plates: Any = SubsampleMessenger
     drawn = plates._subsample
+    places = {t.data_ptr() for name, t in batch.tensors() if name in batch.shared}
 
     def subsample(
         name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any
     ) -> Any:
-        if _EVERY_ROW.get() and subsample is None and size is not None:
-            subsample_size = None
+        if _EVERY_ROW.get() and size is not None:
+            if subsample is None:
+                subsample_size = None
+            elif size == batch.num_rows and isinstance(subsample, Tensor) and subsample.data_ptr() in places:
+                subsample = subsample_size = None
         return drawn(name, size, subsample_size, subsample, *rest)
 
     token = _EVERY_ROW.set(True)  # other threads that run Pyro meanwhile draw as they would

@@ -264,6 +264,14 @@ def base(fn: Any) -> Any:
     return fn
 
 
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution's values can be counted; not where it names no support."""
+    try:
+        return bool(fn.support.is_discrete)
+    except (AttributeError, NotImplementedError):
+        return False
+
+
 def is_factor(site: Any) -> bool:
     """Whether a site is a `pyro.factor`."""
     return bool(site["is_observed"]) and isinstance(base(site["fn"]), Unit)

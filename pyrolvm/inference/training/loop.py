@@ -28,7 +28,8 @@ from pyrolvm.processes import Processes
 from pyrolvm.progress import Bar
 from pyrolvm.signals import Asked, interrupts_noted, termination_as_interrupt
 
-CHUNK_SECONDS = 0.25
+CHUNK_SECONDS = 1.0
+"""What a large model does between chunks, copies of its state above all, takes up to a tenth of this."""
 FIRST_CHUNK, LARGEST_CHUNK = 8, 2**16
 
 

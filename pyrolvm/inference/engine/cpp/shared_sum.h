@@ -84,7 +84,7 @@ class SharedSum {
     }
 
    private:
-    static constexpr int64_t LINE = 128, FEW = 3, SMALL = 4096, SPINS = 1000;  // of spinning, some 50 microseconds
+    static constexpr int64_t LINE = 128, FEW = 3, SMALL = 4096, LEAST_SPINS = 1000, MOST_SPINS = 20000;
 
     template <typename T>
     void part(const T* value, T* sum, int64_t length) const {
@@ -121,16 +121,10 @@ class SharedSum {
         }
         meet(before + 2);
         value.each(at_.rank * apart + begin, length, [&](const T* own, int64_t at, int64_t number) {
-            for (int64_t rank = 0; rank < at_.count; ++rank) {
-                const bool mine = rank == at_.rank;
-                const T* from = mine ? own : slot<T>(second, rank) + most * (at_.rank - (at_.rank > rank)) + at;
-                const T times = mine ? scale : T(1);
-                if (rank == 0) {
-                    scaled(from, times, sum + at, number);
-                } else {
-                    add_scaled(from, times, sum + at, number);
-                }
-            }
+            const auto of = [&](int64_t rank) { return rank == at_.rank ? own : slot<T>(second, rank) + most * (at_.rank - (at_.rank > rank)) + at; };
+            const auto times = [&](int64_t rank) { return rank == at_.rank ? scale : T(1); };
+            add_scaled(of(0), times(0), of(1), times(1), sum + at, number);
+            for (int64_t rank = 2; rank < at_.count; ++rank) add_scaled(sum + at, T(1), of(rank), times(rank), sum + at, number);
         });
     }
 
@@ -167,15 +161,16 @@ class SharedSum {
     }
 
     template <typename T>
-    static void add_scaled(const T* __restrict from, T scale, T* __restrict to, int64_t number) {
+    static void add_scaled(const T* first, T once, const T* second, T twice, T* to, int64_t number) {
 #pragma omp simd
-        for (int64_t i = 0; i < number; ++i) to[i] += scale * from[i];
+        for (int64_t i = 0; i < number; ++i) to[i] = once * first[i] + twice * second[i];
     }
 
     int64_t share(int64_t rank, int64_t length) const { return length * rank / at_.count; }
 
     struct Line {
         std::atomic<uint32_t> step, sleepers;  // how far it has come, and how many sleep until it comes further
+        int64_t spins;                         // before it sleeps itself
     };
 
     Line& line(int64_t rank) const { return *reinterpret_cast<Line*>(memory_ + LINE * rank); }
@@ -197,15 +192,20 @@ class SharedSum {
         for (int64_t rank = 0; rank < at_.count; ++rank) wait(rank, step);
     }
 
-    // Spinning is quick where every process has a core; where they have not, one that sleeps leaves it to the others, and
-    // is woken sooner than one that yields.
+    // Spinning (some 50 ns each) is quick where every process has a core. Where they have not, one that sleeps leaves its
+    // core to the others, and is woken sooner than one that yields: who has spun in vain spins less the next time.
     void wait(int64_t rank, uint32_t step) const {
-        for (int64_t tries = 0; tries < SPINS; ++tries) {
-            if (has_come(rank, step)) return;
+        int64_t& spins = line(at_.rank).spins;
+        for (int64_t tries = 0; tries < std::max(spins, LEAST_SPINS); ++tries) {
+            if (has_come(rank, step)) {
+                if (tries > 0) spins = std::clamp(2 * spins, LEAST_SPINS, MOST_SPINS);
+                return;
+            }
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
         }
+        spins /= 4;
         Line& other = line(rank);
         const int64_t since = milliseconds();
         const timespec nap{0, 200000000};
