@@ -117,6 +117,26 @@ def test_a_decoder_that_ignores_z_is_said_to():
     assert "does not use the latents" in report.sentence
 
 
+def test_noise_of_the_draws_is_no_variance_of_the_means():
+    """The mean of z given the layer above moves with its draw by N(0, 1), but not with the datum."""
+
+    def model(x):
+        with data_plate(x):
+            above = pyro.sample("above", dist.Normal(0.0, 1.0))
+            pyro.sample("z", dist.Normal(above, 1.0))
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            above = pyro.sample("above", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("z", dist.Normal(above, 1.0))
+
+    x = torch.randn(600, generator=torch.Generator().manual_seed(0))
+    found = collapse_report(pyrolvm.fit(model, x, guide=guide, **FREEZE), x).dimensions["mean_variance"]
+    # two means of ten draws each: their covariance over 600 rows has error 0.1 / sqrt(600)
+    assert found[("z", 0)] == pytest.approx(0, abs=4 * 0.1 / 600**0.5)
+
+
 def test_rows_that_a_mask_leaves_out_are_no_data(monkeypatch):
     """The report is that of the other rows, whatever stands in those; in chunks of rows."""
     monkeypatch.setattr(pyrolvm.inference.program.pair, "BUDGET", 20 * 50)
