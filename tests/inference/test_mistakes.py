@@ -302,3 +302,15 @@ def test_a_data_loader_is_no_data():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, X[:, 0]), batch_size=5)
     with pytest.raises(ProgramError, match="fit takes minibatches itself"):
         pyrolvm.fit(of_groups, loader, guide="AutoNormal", **QUIET)
+
+
+def made_in_every_call(x):
+    network = pyro.module("network", nn.Linear(2, 3))  # of which Pyro keeps the first, and uses the newest
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(network(z), 1.0).to_event(1), obs=x)
+
+
+def test_a_network_that_every_call_makes_is_to_be_made_once():
+    with pytest.raises(ProgramError, match="make that once, outside the program, and register it"):
+        pyrolvm.fit(made_in_every_call, X, guide=guide, **QUIET)
