@@ -177,8 +177,8 @@ def explain_unregistered(leaf: Tensor, functions: tuple[Callable[..., Any], ...]
                 )
     return (
         f"a tensor of shape {tuple(leaf.shape)} that asks for a gradient is used but no site registers it, "
-        "so it would never be trained: make it a pyro.param; or, if a network has it that every call makes anew, make that "
-        "once, outside the program, and register it by pyro.module; or take it as it is by .detach()"
+        "so it would never be trained: make it a pyro.param; or, if a network has it that every call makes anew, make "
+        "that once, outside the program, and register it by pyro.module; or take it as it is by .detach()"
     )
 
 
