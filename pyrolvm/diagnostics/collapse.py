@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pyrolvm.diagnostics.measures import Measure, Report, local_sites, noise, table_of
 from pyrolvm.diagnostics.mixture import MixtureDraws, log_mixture
+from pyrolvm.diagnostics.predictive import observed_mask
 from pyrolvm.diagnostics.sites import latent_mean, latent_node, site_kl
 from pyrolvm.errors import SettingError
 from pyrolvm.inference.posterior.evidence.chunks import joint_draws
@@ -136,7 +137,7 @@ def collapse_report(
     seed: int = 0,
     progress: bool = True,
 ) -> CollapseReport:
-    """Measure what the local latents carry about `x` (any number of rows, in chunks).
+    """Measure what the local latents carry about `x` (any number of rows, in chunks; masked rows are left out).
 
     Parameters
     ----------
@@ -158,8 +159,8 @@ def collapse_report(
     SettingError
         Fewer than two samples or rows.
     """
-    local_sites(fitted.structure, "a collapse report")
-    pair = fitted.pair(x)
+    sites = local_sites(fitted.structure, "a collapse report")
+    pair = _counted(fitted.pair(x), [s.name for s in sites], seed)
     if num_samples < 2 or pair.num_rows < 2:
         raise SettingError(
             f"a collapse report of {pair.num_rows} rows with num_samples={num_samples} has no variances: "
@@ -188,6 +189,24 @@ def collapse_report(
     dimensions = pd.concat([_dimensions(parts, site, threshold) for site in parts[0].kl])
     numbers: Any = {**means, "num_rows": pair.num_rows, "threshold": threshold}
     return CollapseReport(dimensions, standard_error=errors, **numbers)
+
+
+def _counted(pair: Pair, names: list[str], seed: int) -> Pair:
+    """The rows whose latents count: one that a mask of the guide leaves out altogether is no datum."""
+    if not pair.structure.chunkable:
+        return pair
+    kept: list[Tensor] = []
+    with noise(pair, seed, Measure.COLLAPSE):
+        for chunk in pair.chunks():
+            nodes, every = (
+                dict[str, Any](chunk.guide().nodes),
+                torch.ones(chunk.num_rows, 1, dtype=torch.bool),
+            )
+            masks = [observed_mask(chunk, nodes[name]) for name in names]
+            wide = [every.to(chunk.device) if m is None else m.reshape(len(m), -1) for m in masks]
+            kept.append(torch.cat(wide, 1).any(1))
+    rows = torch.cat(kept)
+    return pair if bool(rows.all()) else pair.take(rows.nonzero()[:, 0])
 
 
 def _another(rows: int) -> Tensor:

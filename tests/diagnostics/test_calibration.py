@@ -152,15 +152,11 @@ def test_the_tests_of_uniformity_keep_their_level():
     for test, rejected in (pd.DataFrame([p_values(u) for u in draws]) < 0.05).mean().items():
         assert rejected == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 400)), test
     lower, upper = ecdf_band(200)
-    z = np.arange(1, 100) / 100
-    inside = np.mean(
-        [
-            ((np.searchsorted(np.sort(u), z, side="right") / 200 - upper <= 1e-12).all())
-            and ((np.searchsorted(np.sort(u), z, side="right") / 200 - lower >= -1e-12).all())
-            for u in rng.random((1000, 200))
-        ]
-    )
-    assert inside == pytest.approx(0.95, abs=4 * math.sqrt(0.05 * 0.95 / 1000) + 0.01)
+    shares = rng.multinomial(200, np.full(100, 1 / 100), size=10_000).cumsum(1)[:, :-1] / 200
+    inside = ((shares <= upper + 1e-12) & (shares >= lower - 1e-12)).all(1).mean()
+    assert inside == pytest.approx(
+        0.95, abs=4 * math.sqrt(0.05 * 0.95 * (1 / 10_000 + 1 / 2000))
+    )  # of 2000 itself
 
 
 def test_the_verdict_keeps_the_stated_level():
@@ -183,6 +179,14 @@ def test_all_quantities_of_a_table_share_the_level():
     rng = np.random.default_rng(3)
     failed = sum(not calibration(pd.DataFrame(rng.random((200, 25)))).passed for _ in range(12))
     assert failed <= 2
+
+
+def test_one_wrong_quantity_among_right_ones_is_not_passed():
+    right = (np.arange(1000) + 0.5) / 1000
+    found = calibration(pd.DataFrame({"right": right, "narrow": 0.5 - 0.5 * np.cos(np.pi * right)}))
+    assert list(found.table["verdict"]) == ["calibrated", "too narrow"]
+    assert not found.passed
+    assert "narrow too narrow" in found.sentence
 
 
 def test_numbers_as_spread_as_uniform_ones_may_be_none():

@@ -117,6 +117,55 @@ def test_a_decoder_that_ignores_z_is_said_to():
     assert "does not use the latents" in report.sentence
 
 
+def test_noise_of_the_draws_is_no_variance_of_the_means():
+    """The mean of z given the layer above moves with its draw by N(0, 1), but not with the datum."""
+
+    def model(x):
+        with data_plate(x):
+            above = pyro.sample("above", dist.Normal(0.0, 1.0))
+            pyro.sample("z", dist.Normal(above, 1.0))
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
+
+    def guide(x):
+        with data_plate(x):
+            above = pyro.sample("above", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("z", dist.Normal(above, 1.0))
+
+    x = torch.randn(600, generator=torch.Generator().manual_seed(0))
+    found = collapse_report(pyrolvm.fit(model, x, guide=guide, **FREEZE), x).dimensions["mean_variance"]
+    # two means of ten draws each: their covariance over 600 rows has error 0.1 / sqrt(600)
+    assert found[("z", 0)] == pytest.approx(0, abs=4 * 0.1 / 600**0.5)
+
+
+def test_rows_that_a_mask_leaves_out_are_no_data(monkeypatch):
+    """The report is that of the other rows, whatever stands in those; in chunks of rows."""
+    monkeypatch.setattr(pyrolvm.inference.program.pair, "BUDGET", 20 * 50)
+    x = 2**0.5 * torch.randn(200, generator=torch.Generator().manual_seed(0))
+    seen = torch.arange(200) % 4 != 0
+    x = torch.where(seen, x, torch.tensor(50.0))
+
+    def model(x, seen):
+        with data_plate(x), pyro.poutine.mask(mask=seen):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, seen):
+        shift = pyro.param("shift", torch.tensor(0.0))
+        with data_plate(x), pyro.poutine.mask(mask=seen):
+            pyro.sample("z", dist.Normal(shift + x / 2, 0.5**0.5))
+
+    found = collapse_report(pyrolvm.fit(model, (x, seen), guide=guide, **FREEZE), (x, seen))
+    q = dist.Normal(x[seen] / 2, 0.5**0.5)
+    kl = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(150), 1.0))
+    assert found.num_rows == 150
+    assert found.dimensions["kl"].item() == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert found.average_kl == pytest.approx(kl.mean().item(), abs=4 * found.standard_error["average_kl"])
+    assert found.dimensions["mean_variance"].item() == pytest.approx(
+        (x[seen] / 2).var(correction=0).item(), abs=0.15
+    )
+    assert found.marginal_kl < 0.1
+
+
 def test_dimensions_at_the_prior_are_collapsed():
     class Half(nn.Module):
         def forward(self, x):

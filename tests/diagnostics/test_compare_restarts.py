@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from programs import GlobalMean
 
 import pyrolvm
 from pyrolvm import PPCA, GaussianMixture, SettingError
-from pyrolvm.diagnostics.restarts import compare_restarts
+from pyrolvm.diagnostics.restarts import _r_hat, _reconstruction_r_hat, compare_restarts
 from pyrolvm.models.alignment import procrustes
 
 FREEZE = {"num_steps": 1, "learning_rate": 1e-12, "initialise": False, "progress": False, "engine": "eager"}
@@ -136,6 +137,38 @@ def test_bounds_with_summed_out_and_shared_latents_are_of_the_given_rows():
     assert found["bound"][0] == pytest.approx(each.mean().item(), rel=1e-6)
     part = compare_restarts([fitted, fitted], X[:10], num_samples=50).bounds
     assert part["bound"][0] != found["bound"][0]
+
+
+def test_bounds_within_their_noise_are_as_good():
+    x, pair = X[:, 0] / X[:, 0].std(), []
+    for loc in (0.5, 0.5001):
+        fitted = pyrolvm.fit(GlobalMean().model, x, guide=GlobalMean().guide, **FREEZE)
+        with torch.no_grad():
+            fitted.program.parameters["loc"].fill_(loc)
+        pair.append(fitted)
+    bounds = compare_restarts(pair, x, tolerance=0.0).bounds
+    assert bounds["below_best"].max() > 0
+    assert bounds["near_best"].all()
+
+
+def test_the_same_point_agrees_and_another_does_not():
+    points = torch.tensor([[1.0, 1.0], [1.0, 2.0]]).unsqueeze(1).expand(2, 10, 2)  # [fits, draws, elements]
+    assert list(_r_hat("z", points)["r_hat"]) == [pytest.approx(0.9**0.5), math.inf]
+
+
+def test_few_elements_that_differ_are_seen_in_the_data_that_are_made():
+    """Three of a hundred, by two sds: R-hat sqrt(1 + 2) of these."""
+
+    def fake(shift):
+        def predict(x, num_samples, seed):
+            made = torch.randn(num_samples, 100, generator=torch.Generator().manual_seed(seed % 2**31))
+            made[:, :3] += shift
+            return {"x": made}
+
+        return SimpleNamespace(predict=predict, structure=SimpleNamespace(sites=[]))
+
+    found = _reconstruction_r_hat([fake(0.0), fake(2.0)], None, 4000, 0)
+    assert found == pytest.approx(3**0.5, abs=0.05)
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(ppca):

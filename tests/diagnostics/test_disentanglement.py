@@ -38,6 +38,18 @@ def test_codes_that_are_the_factors_are_disentangled(identity):
     assert "factor3 by z3" in identity.sentence
 
 
+def test_a_code_that_is_its_factor_has_a_gap_of_one(factors):
+    one = factors[:, :1]
+    assert disentanglement(one.astype(float), one, ("mig",)).scores["mig"] == pytest.approx(1, abs=1e-12)
+
+
+def test_the_vote_of_codes_is_in_units_of_their_own_variance(factors):
+    """A narrow code varies less than a wide one that stands for the fixed factor."""
+    noise = np.random.default_rng(4).normal(size=(3000, 2))
+    codes = (factors[:, :2] + 0.3 * noise) * [0.03, 1.0]
+    assert disentanglement(codes, factors[:, :2], ("factor_vae",)).scores["factor_vae"] > 0.95
+
+
 def test_codes_without_information_are_not(factors):
     zero = disentanglement(np.zeros((3000, 10)), factors, **QUICK).scores
     for name in ("mig", "sap", "factor_vae", "dci_disentanglement", "dci_completeness", "modularity"):

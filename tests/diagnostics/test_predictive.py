@@ -106,6 +106,22 @@ def test_replicates_keep_the_latents_of_their_data_or_have_new_ones():
     assert means == pytest.approx([3.0, 0.0], abs=0.1)  # errors 0.003 and 0.02
 
 
+def test_masked_rows_are_left_out_and_masked_entries_have_the_median():
+    x = torch.tensor([[1.0, 2.0], [1e3, 1e3], [3.0, 1e3], [4.0, 5.0]])
+    seen = x < 1e3
+
+    def model(x, seen):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with data_plate(x, dim=-2), pyro.plate("columns", 2, dim=-1), pyro.poutine.mask(mask=seen):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    fitted = pyrolvm.fit(model, x, seen, guide=lambda x, seen: None, **FREEZE)
+    statistics = {"rows": len, "third": lambda x: x[1, 1], "mean": torch.mean}
+    found = predictive_check(fitted, (x, seen), statistics, 10)
+    assert found.table["observed"].to_dict() == pytest.approx({"rows": 3, "third": 3.0, "mean": 3.0})
+    assert list(found.replicates["third"].unique()) == [3.0]
+
+
 def test_ties_count_half():
     def model(x):
         with data_plate(x):

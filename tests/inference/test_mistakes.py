@@ -261,3 +261,56 @@ def test_data_under_a_flow_without_an_inverse():
 
     with pytest.raises(ProgramError, match=r"cannot be computed at given values .*affine_coupling or spline"):
         pyrolvm.fit(flowing, X, guide=lambda x: None, **QUIET)
+
+
+def of_groups(group, y):
+    with pyro.plate("groups", 4):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(level[group], 1.0), obs=y)
+
+
+def of_torch(group, y):
+    level = pyro.sample("level", torch.distributions.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(level, 1.0), obs=y)
+
+
+def named_alike(group, y):
+    with pyro.plate("data", 3):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(level.sum() * y.new_ones(len(y)), 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "turned", "words"),
+    [
+        (of_groups, lambda g: g + 1, r"args\[0\] counts from 1 to 4, .*: pass args\[0\] - 1"),
+        (of_groups, lambda g: g.float(), r"args\[0\] is used as an index: write \.long\(\)"),
+        (of_torch, lambda g: g, "take pyro.distributions.Normal"),
+        (named_alike, lambda g: g, "give this one a name of its own"),
+    ],
+)
+def test_mistakes_of_labels_and_names_get_what_to_type(model, turned, words):
+    group, y = torch.arange(20) % 4, torch.randn(20)
+    with pytest.raises(pyrolvm.ProgramError, match=words):
+        pyrolvm.fit(model, turned(group), y, guide="AutoNormal", num_steps=1, engine="eager", progress=False)
+
+
+def test_a_data_loader_is_no_data():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, X[:, 0]), batch_size=5)
+    with pytest.raises(ProgramError, match="fit takes minibatches itself"):
+        pyrolvm.fit(of_groups, loader, guide="AutoNormal", **QUIET)
+
+
+def made_in_every_call(x):
+    network = pyro.module("network", nn.Linear(2, 3))  # of which Pyro keeps the first, and uses the newest
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(network(z), 1.0).to_event(1), obs=x)
+
+
+def test_a_network_that_every_call_makes_is_to_be_made_once():
+    with pytest.raises(ProgramError, match="make that once, outside the program, and register it"):
+        pyrolvm.fit(made_in_every_call, X, guide=guide, **QUIET)

@@ -126,6 +126,17 @@ def test_a_vector_that_waits_for_its_batch_is_not_dead(update):
         assert book.vectors[1, 0].item() == pytest.approx(10.0)
 
 
+def test_a_revived_vector_begins_anew():
+    """Used in the first pass and not in the second, it is at an output; in the third it is at its own outputs' mean."""
+    codebook = Codebook(2, 1, decay=0.5)
+    for outputs, codes in (([1.0, 9.0, 9.0], [0, 1, 1]), ([1.0, 2.0, 3.0], [0, 0, 0])):
+        codebook.follow(torch.tensor(outputs).reshape(3, 1, 1), torch.tensor(codes).reshape(3, 1))
+    assert codebook.vectors[1].item() in (1.0, 2.0, 3.0)
+    assert codebook.usage.tolist() == [3.0, 0.0]
+    codebook.follow(torch.tensor([1.0, 5.0, 7.0]).reshape(3, 1, 1), torch.tensor([0, 1, 1]).reshape(3, 1))
+    assert codebook.vectors[1].item() == pytest.approx(6.0)
+
+
 def test_the_codebook_follows_in_training_only():
     model = VQVAE(4, 2, 8, 3, **NETS)
     before = model.codebook.vectors.clone()

@@ -91,8 +91,11 @@ def draws_in_order() -> Iterator[None]:
     original = Scheduler.compute_dependencies
 
     def drawn(name: str) -> str:
-        found: Any = V.graph.name_to_buffer.get(name)
-        return drawn(found.inputs[0].get_name()) if isinstance(found, ir.MultiOutput) else name
+        found = V.graph.name_to_buffer.get(name)
+        if not isinstance(found, ir.MultiOutput):
+            return name
+        parent: Any = found.inputs[0]
+        return drawn(parent.get_name())
 
     def compute(self: Any) -> None:
         for names in V.graph.additional_buffer_deps.values():

@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
+from torch.utils.data import DataLoader
 
 from pyrolvm.data.arguments import leaves, length_of
 from pyrolvm.data.batch import Batch
@@ -75,6 +76,11 @@ def check_call(program: Program, batch: Batch) -> None:
     try:
         signature.bind(*batch.args, **batch.kwargs)
     except TypeError as error:
+        if any(isinstance(value, DataLoader) for value in batch.args):
+            raise ProgramError(
+                f"the model takes {signature} and is called with a DataLoader: fit takes minibatches itself, so pass "
+                "its tensors, as in fit(model, x, y, guide=guide, batch_size=64)"
+            ) from None
         raise ProgramError(
             f"the model takes {signature} and is called with {len(batch.args)} arguments by position"
             + (f" and {', '.join(batch.kwargs)} by name" if batch.kwargs else "")

@@ -17,6 +17,11 @@ from pyrolvm.inference.program.structure import sample_sites
 
 def _plate(found: re.Match[str], batch: Batch) -> str:
     plate, site, dim, size, other = found.groups()
+    if int(other) == batch.num_rows == batch.total_rows:
+        return (
+            f"'{site}' has the {other} rows of the data and the plate '{plate}' has {size}: make it of {other}, or, if "
+            f"'{plate}' is another plate of the program, give this one a name of its own"
+        )
     if int(other) == batch.total_rows != int(size):
         return (
             f"something at '{site}' is of all {other} rows and no argument, so that it does not come with the {size} "
@@ -102,6 +107,23 @@ def _arguments(_: re.Match[str], batch: Batch) -> str:
     return f"model and guide are called with the same arguments, here {', '.join(names) or 'none'}: let both take them"
 
 
+def _from_one(found: re.Match[str], batch: Batch) -> str:
+    size = int(found.group(1))
+    for name, t in batch.tensors():
+        if not t.is_floating_point() and t.numel() and (int(t.min()), int(t.max())) == (1, size):
+            return f"{name} counts from 1 to {size}, and an index counts from 0: pass {name} - 1"
+    return _numbers(found, batch)
+
+
+def _index(_: re.Match[str], batch: Batch) -> str:
+    names = [n for n, t in batch.tensors() if t.is_floating_point() and bool((t == t.round()).all())]
+    return f"{' or '.join(names) or 'a tensor of floats'} is used as an index: write .long() there in the program"
+
+
+def _of_torch(found: re.Match[str], _: Batch) -> str:
+    return f"a {found.group(1)} of torch.distributions stands in the program: take pyro.distributions.{found.group(1)}"
+
+
 def _numbers(found: re.Match[str], batch: Batch) -> str:
     numbers = [name for name, t in batch.tensors() if t.dtype is torch.int64 and t.dim() == 1]
     if batch.num_rows == batch.total_rows or int(found.group(1)) != batch.num_rows or not numbers:
@@ -125,7 +147,9 @@ HINTS: tuple[tuple[str, Callable[[re.Match[str], Batch], str]], ...] = (
     (r"Continuous inference cannot handle discrete sample site '(\S+)'", _discrete),
     (r"\(\) (?:takes \d+ positional|missing \d+ required|got an unexpected keyword)", _arguments),
     (r"Multiple sample sites named '(\S+)'", _named_twice),
-    (r"out of bounds for dimension 0 with size (\d+)", _numbers),
+    (r"out of bounds for dimension 0 with size (\d+)", _from_one),
+    (r"tensors used as indices must be", _index),
+    (r"'(\w+)' object has no attribute '(?:event_dim|has_enumerate_support|expand_by)'", _of_torch),
 )
 """What an error says, and what to type."""
 LAST = ((r"mat1 and mat2 shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x(\d+)\)", _columns),)

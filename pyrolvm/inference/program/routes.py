@@ -64,7 +64,7 @@ def resolve(model: Any, guide: Any, start: Any = None) -> tuple[Callable[..., An
         guide = own
     if guide is None:
         raise ProgramError(
-            "this model brings no guide: pass guide=..., a function of the model's arguments or an "
+            "this model brings no guide: pass one by name, guide=..., a function of the model's arguments or an "
             "AutoGuide such as pyro.infer.autoguide.AutoNormal"
         )
     if isinstance(guide, str):
@@ -177,7 +177,8 @@ def explain_unregistered(leaf: Tensor, functions: tuple[Callable[..., Any], ...]
                 )
     return (
         f"a tensor of shape {tuple(leaf.shape)} that asks for a gradient is used but no site registers it, "
-        "so it would never be trained: make it a pyro.param, or call .requires_grad_(False) on it"
+        "so it would never be trained: make it a pyro.param; or, if a network has it that every call makes anew, make "
+        "that once, outside the program, and register it by pyro.module; or take it as it is by .detach()"
     )
 
 
