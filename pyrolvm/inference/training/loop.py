@@ -29,7 +29,7 @@ from pyrolvm.progress import Bar
 from pyrolvm.signals import Asked, interrupts_noted, termination_as_interrupt
 
 CHUNK_SECONDS = 1.0
-"""What a large model does between chunks, copies of its state above all, takes up to a tenth of this."""
+"""In a shorter time a large model takes a single step, and its whole state is copied before each chunk."""
 FIRST_CHUNK, LARGEST_CHUNK = 8, 2**16
 
 
