@@ -43,9 +43,10 @@ from pyrolvm.inference.engine.loops import StaticLoop, lengths_of
 from pyrolvm.inference.engine.tracing import TracedStep
 
 CPP = Path(__file__).with_name("cpp")
-SECONDS, SECONDS_PER_OPERATION, IMPORT_SECONDS, HEADER_SECONDS = 2.5, 0.004, 1.5, 2.0
-"""Of a compilation: at least, and for each operation; for importing torch's compiler, once in a process; for torch's
-headers, once on a machine. On a busy machine all take longer, as the steps themselves do."""
+SECONDS, SECONDS_PER_OPERATION, SECONDS_PER_TRACED = 1.2, 0.004, 0.0003
+IMPORT_SECONDS, HEADER_SECONDS = 1.5, 2.0
+"""Of a compilation: at least, for each operation that is compiled, and for each that was traced; for importing torch's
+compiler, once in a process; for torch's headers, once on a machine. On a busy machine all take longer, as steps do."""
 LEAST_SECONDS = 5.0
 """Of a compilation whose estimate is shown."""
 COMPILERS = ("g++", "clang++")
@@ -87,6 +88,7 @@ def is_compiled(traced: TracedStep) -> bool:
 def seconds_to_compile(traced: TracedStep, minibatch: bool) -> float:
     """About how long compiling the step takes here and now."""
     seconds = SECONDS + SECONDS_PER_OPERATION * folding.operations_to_compile(traced, minibatch)
+    seconds += SECONDS_PER_TRACED * len(traced.graph.graph.nodes)
     if "torch._inductor.compile_fx" not in sys.modules:
         seconds += IMPORT_SECONDS
     if not any(cache.folder().glob("*.gch")):
