@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are beside 
 from benchmarks.posteriors.programs import POSTERIORS
 from benchmarks.posteriors.reference import has_reference
 from benchmarks.posteriors.table import FAMILIES, fitted, pair_of, paths
-from pyrolvm.inference.log_joint.families import LOW_RANK
+from pyrolvm.inference.log_joint.families import DIAGONAL, LOW_RANK
 from pyrolvm.inference.log_joint.fixed import maximise
 from pyrolvm.inference.log_joint.function import LogJoint
 from pyrolvm.inference.log_joint.modes import find_modes
@@ -84,3 +84,10 @@ def test_the_error_of_a_low_rank_covers_the_largest_difference_to_a_hundred_time
         ratios.append(found.monte_carlo_error / largest)
     assert sum(inside) >= 18
     assert sorted(ratios)[10] < 3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_low_rank_is_no_worse_than_the_mean_field_that_it_contains(seed):
+    low, mean = (maximise(*place_of("funnel"), kind, rank, seed) for kind, rank in ((LOW_RANK, 3), (DIAGONAL, 0)))
+    assert low.elbo > mean.elbo - 0.1
+    assert float(low.q.location[0].abs()) < 0.5

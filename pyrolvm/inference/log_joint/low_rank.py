@@ -31,12 +31,19 @@ KEPT = 3
 
 def own_share(parameters: Tensor) -> Tensor:
     """d of free parameters."""
-    return (parameters.square() + LEAST_OWN**2).sqrt()
+    return (_grown(parameters).square() + LEAST_OWN**2).sqrt()
+
+
+def _grown(parameters: Tensor) -> Tensor:
+    """Parameters up to 1 as they are, which lets d come to 0; beyond exp(p - 1), whatever the units turn out to be."""
+    size = parameters.abs()
+    return torch.where(size <= 1, parameters, parameters.sign() * (size.clamp_min(1) - 1).exp())
 
 
 def free(shares: Tensor) -> Tensor:
     """The inverse of `own_share`, far enough from 0 that the bound has a slope there."""
-    return (shares.square() - LEAST_OWN**2).clamp_min(LEAST_OWN).sqrt()
+    found = (shares.square() - LEAST_OWN**2).clamp_min(LEAST_OWN).sqrt()
+    return torch.where(found <= 1, found, 1 + found.clamp_min(1).log())
 
 
 def conditional(scale_tril: Tensor) -> Tensor:
@@ -67,7 +74,8 @@ def nearest(scale_tril: Tensor, rank: int) -> list[tuple[Tensor, Tensor]]:
         if failed:
             return -torch.inf, torch.zeros_like(parameters)
         slope = torch.cholesky_inverse(L) - torch.eye(dim).to(L)
-        of_own = (own * (slope @ own)).sum(0) * parameters[:dim]
+        grown = _grown(parameters[:dim])
+        of_own = (own * (slope @ own)).sum(0) * grown * grown.abs().clamp_min(1)
         value = L.diagonal().log().sum() - 0.5 * S.trace()
         return float(value), torch.cat([of_own, (slope @ b).reshape(-1)])
 
