@@ -121,15 +121,15 @@ def versions(python: str | None) -> str:
 
 def written(rows: dict[str, Row], peers: dict[str, Row], told: str, minutes: float) -> str:
     """The tables as Markdown."""
-    options = " ".join(a for a in sys.argv[1:] if a.startswith("--"))
+    options = "".join(f" {a}" for a in sys.argv[1:] if a.startswith("--") and a != "--out")
     lines = [
         "# Posteriors with known answers",
         "",
-        f"One run of `python -m benchmarks.posteriors {options}`. Nothing but model, data and",
+        f"One run of `python -m benchmarks.posteriors{options}`. Nothing but model, data and",
         "family is given. A cell: right (means within 0.1 reference sd, sds within 10%), near, or wrong (a mean off by",
         "more than 0.25 sd, or an sd ratio outside [0.75, 1.33]); what the method said of itself (right, flagged; of",
         "linear response also kept); the largest error of a mean in reference sds; the range of sd ratios; seconds of",
-        f"one thread on a busy machine of two cores, compiling included. {told}; {minutes:.0f} minutes in all.",
+        f"one thread, compiling included. {told}; {minutes:.1f} minutes in all.",
         "",
     ]
     if any(rows.values()):

@@ -87,6 +87,7 @@ def forecasting_with_season() -> Pair:
 
 @program(
     quick=False,
+    compiled="depends on 'locs.where_unconstrained'",
     declines={
         **NO_LATENTS_OF_ROWS,
         **dict.fromkeys(("predict", "reconstruct", "sample"), "observes no data"),
@@ -181,7 +182,7 @@ def learned_centring() -> Pair:
     return Pair(model, AutoNormal(model), (group, torch.randn(18)))
 
 
-@program(quick=False)
+@program(quick=False, compiled="depends on 'locs.stability_unconstrained'")
 def wavelets_of_a_walk() -> Pair:
     """A random walk in its Haar wavelets, the innovations stable, by StableReparam."""
 
@@ -235,7 +236,7 @@ def heavy_tailed_states() -> Pair:
     return Pair(model, AutoNormal(model), (y,))
 
 
-@program(quick=False, declines=NO_LATENTS_OF_ROWS)
+@program(quick=False, compiled="depends on 'locs.mean_normal_unconstrained'", declines=NO_LATENTS_OF_ROWS)
 def directions() -> Pair:
     """A direction on the sphere by ProjectedNormalReparam, from a value given as the start."""
     x = nn.functional.normalize(torch.randn(10, 3) + torch.tensor([2.0, 0.0, 0.0]), dim=-1)

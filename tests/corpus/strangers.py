@@ -221,7 +221,7 @@ def recurrent_both_ways() -> Pair:
     return Pair(vae.model, vae.guide, (torch.randn(8, 4, 2),))
 
 
-@program
+@program(compiled="depends on 'slope'")
 def a_hand_written_elbo() -> Pair:
     """A subclass of Trace_ELBO that weighs the latents' terms by a half, particle by particle."""
 
