@@ -88,6 +88,8 @@ def test_the_error_of_a_low_rank_covers_the_largest_difference_to_a_hundred_time
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_low_rank_is_no_worse_than_the_mean_field_that_it_contains(seed):
-    low, mean = (maximise(*place_of("funnel"), kind, rank, seed) for kind, rank in ((LOW_RANK, 3), (DIAGONAL, 0)))
+    low, mean = (
+        maximise(*place_of("funnel"), kind, rank, seed) for kind, rank in ((LOW_RANK, 3), (DIAGONAL, 0))
+    )
     assert low.elbo > mean.elbo - 0.1
     assert float(low.q.location[0].abs()) < 0.5
