@@ -54,4 +54,4 @@ class PlainPair(Pair):
             )
             replayed = pyro.poutine.replay(self.program.model, trace=guide)
             model = with_sizes(pyro.poutine.trace(replayed).get_trace(*arguments[0], **arguments[1]))
-        return read_structure(self.program, self.batch, model, guide)
+            return read_structure(self.program, self.batch, model, guide)

@@ -61,7 +61,7 @@ def read_structure(
     """The structure that a pair of traces shows, and the plates and tables that the program used under `rows`."""
     made = rows.made if rows else ()
     tables = tuple(n for n, p in program.parameters.items() if rows and id(p) in rows.tables)
-    subsamples = holds_some(model, made) and _runs_whole(program, batch, made)
+    subsamples = holds_some(model, made, batch.num_rows) and _runs_whole(program, batch, made)
     plate = find_data_plate(
         model, len(batch.indices), drawn=subsamples, named=made, arguments=batch.carrying()
     )

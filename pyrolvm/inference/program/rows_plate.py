@@ -77,11 +77,15 @@ def _holds_rows(site: Any, frame: Any, arguments: Sequence[Tensor]) -> bool:
     )
 
 
-def holds_some(trace: Trace, made: Collection[str]) -> bool:
-    """Whether a plate of the program's own holds fewer rows than it is of; `made` are those of `data_plate`."""
+def holds_some(trace: Trace, made: Collection[str], size: int | None = None) -> bool:
+    """Whether a plate of the program's own holds fewer rows than it is of; `made` are those of `data_plate`.
+
+    With a size, of plates that are given their rows only those of that many count.
+    """
     nodes: dict[str, Any] = trace.nodes
     drawn = [s["fn"] for s in nodes.values() if isinstance(s.get("fn"), _Subsample)]
     frames = [f for s in sample_sites(trace) for f in s["cond_indep_stack"] if f.name not in made]
+    frames = [f for f in frames if size is None or f.full_size == size]
     return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn) or any(
         f.size < f.full_size for f in frames if f.vectorized
     )
