@@ -179,7 +179,7 @@ def test_parameters_frozen_by_the_user_stay_frozen():
 
 
 def test_programs_that_are_none_are_refused():
-    with pytest.raises(ProgramError, match="brings no guide: .*guide="):
+    with pytest.raises(ProgramError, match=r"brings no guide: .*guide="):
         pyrolvm.fit(two_latents, X)
     with pytest.raises(ProgramError, match="must be a LatentVariableModel or a callable"):
         pyrolvm.fit("vae", X)
