@@ -198,12 +198,10 @@ def _counted(pair: Pair, names: list[str], seed: int) -> Pair:
     kept: list[Tensor] = []
     with noise(pair, seed, Measure.COLLAPSE):
         for chunk in pair.chunks():
-            nodes, every = (
-                dict[str, Any](chunk.guide().nodes),
-                torch.ones(chunk.num_rows, 1, dtype=torch.bool),
-            )
-            masks = [observed_mask(chunk, nodes[name]) for name in names]
-            wide = [every.to(chunk.device) if m is None else m.reshape(len(m), -1) for m in masks]
+            nodes = dict[str, Any](chunk.guide().nodes)
+            masks = [m for name in names if (m := observed_mask(chunk, nodes[name])) is not None]
+            every = [torch.ones(chunk.num_rows, 1, dtype=torch.bool, device=chunk.device)]
+            wide = [m.reshape(len(m), -1) for m in masks] if len(masks) == len(names) else every
             kept.append(torch.cat(wide, 1).any(1))
     rows = torch.cat(kept)
     return pair if bool(rows.all()) else pair.take(rows.nonzero()[:, 0])

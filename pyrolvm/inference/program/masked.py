@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyrolvm.errors import ProgramError
 from pyrolvm.inference.program.per_datum import PerDatum
-from pyrolvm.inference.program.structure import sample_sites
+from pyrolvm.inference.program.structure import mask_of, sample_sites
 
 OF_SITE = "_unconstrained"
 """What AutoNormal calls the draw that a site is computed from."""
@@ -68,12 +68,9 @@ class _UnderMasks(Messenger):
 
 
 def masks_of(model: Trace) -> dict[str, Tensor | bool]:
-    """The masks of the latents that have one.
-
-    `poutine.mask(mask=False)` leaves no entries out: it makes the prior flat.
-    """
-    masks = {s["name"]: s["mask"] for s in sample_sites(model) if not s["is_observed"]}
-    return {name: mask for name, mask in masks.items() if mask is not None and mask is not False}
+    """The masks of the latents that have one."""
+    masks = {s["name"]: mask_of(s) for s in sample_sites(model) if not s["is_observed"]}
+    return {name: mask for name, mask in masks.items() if mask is not None}
 
 
 def check_apart(model: Trace, guide: Trace) -> None:

@@ -35,6 +35,7 @@ from pyrolvm.inference.program.structure import (
     Plate,
     in_plate,
     is_discrete,
+    mask_of,
     sample_sites,
     with_sizes,
 )
@@ -214,9 +215,8 @@ class PerDatum(nn.Module):
             total = len(self._tables(self.sites[0])[0])
             plate = pyro.plate(self._plate.name, total, dim=self._plate.dim)
         elif self._carries_total:
-            total = max(
-                rows.total, self._plate.full_size
-            )  # a program's own plate may be of more than are held
+            # a program's own plate may be of more rows than are held
+            total = max(rows.total, self._plate.full_size)
             plate = pyro.plate(self._plate.name, total, subsample=rows.indices, dim=self._plate.dim)
         else:
             plate = pyro.plate(self._plate.name, len(rows.indices), dim=self._plate.dim)
@@ -264,7 +264,7 @@ class PerDatum(nn.Module):
         if any(key == s.key for s in self.sites):
             key = f"{key}_{index}"
         plates = tuple((f.name, f.dim, f.size) for f in frames)
-        masked = site["mask"] is not None and site["mask"] is not False
+        masked = mask_of(site) is not None
         return Local(site["name"], key, plates, axis, batch_dims, tuple(shape), transform, masked)
 
     def _make_tables(self, site: Local, total: int) -> None:

@@ -33,6 +33,7 @@ from pyrolvm.inference.program.structure import (
     is_deterministic,
     is_discrete,
     is_factor,
+    mask_of,
     sample_sites,
     with_sizes,
 )
@@ -140,9 +141,7 @@ def _site(
         left_to_prior=bool(site["infer"].get(LEFT_TO_PRIOR)) and name not in drawn,
         bound=is_bound(fn),
         markov="_markov_scope" in site["infer"],
-        masked=site["mask"] is not None
-        and site["mask"] is not False
-        and not bool(torch.as_tensor(site["mask"]).all()),
+        masked=(mask := mask_of(site)) is not None and not bool(torch.as_tensor(mask).all()),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import Delta, Unit
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
+from torch import Tensor
 
 from pyrolvm.errors import SettingError
 
@@ -270,6 +271,12 @@ def is_discrete(fn: Any) -> bool:
         return bool(fn.support.is_discrete)
     except (AttributeError, NotImplementedError):
         return False
+
+
+def mask_of(site: Any) -> Tensor | bool | None:
+    """What leaves entries of a latent out; None where nothing does: `mask=False` makes its prior flat."""
+    mask: Tensor | bool | None = site["mask"]
+    return None if mask is False else mask
 
 
 def is_factor(site: Any) -> bool:
