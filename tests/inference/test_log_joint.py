@@ -23,6 +23,7 @@ from pyrolvm.inference.log_joint.families import FULL, KINDS, LOW_RANK, POINT, F
 from pyrolvm.inference.log_joint.fixed import GRADIENT, maximise
 from pyrolvm.inference.log_joint.fixed_bound import FixedBound
 from pyrolvm.inference.log_joint.function import LogJoint
+from pyrolvm.inference.log_joint.low_rank import free, own_share
 from pyrolvm.inference.log_joint.modes import find_modes
 from pyrolvm.inference.log_joint.pathfinder import find_paths
 from pyrolvm.inference.log_joint.resampling import smoothed
@@ -457,6 +458,14 @@ def test_a_low_rank_covariance_is_found_again():
     found = Gaussian.around(wanted.location, root, LOW_RANK, 2)
     unit = wanted.scale[:, None] * wanted.scale
     torch.testing.assert_close(found.covariance / unit, wanted.covariance / unit, atol=1e-4, rtol=0)
+
+
+def test_own_shares_of_any_size_have_their_parameters_and_slopes():
+    shares = torch.tensor([0.2, 1.0, 50.0, 1e9], dtype=torch.float64)
+    parameters = free(shares).requires_grad_()
+    torch.testing.assert_close(own_share(parameters), shares, rtol=1e-4, atol=0)
+    assert torch.autograd.gradcheck(own_share, parameters[:3].detach().requires_grad_())
+    assert float(parameters.detach().max()) < 25  # far ones are a few steps away
 
 
 def test_the_optima_of_a_low_rank_satisfy_its_conditions():
